@@ -1,0 +1,409 @@
+"""Gemma-2, written by hand: published weights in, nothing hidden.
+
+Hidden states are [T, d], one packed stream without a batch axis (see packed.py). Module names mirror those
+of the Hugging Face checkpoints, so loading is a plain, strict load_state_dict. Against other implementations
+there is one deliberate difference: the residual stream is float32 whatever the weights' dtype, because a
+steering vector smaller than a bfloat16 step of the stream would otherwise be rounded away.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from packed import Bucket, Packed, pack
+from sources import UserError, fetch
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@dataclass(frozen=True)
+class Gemma2Config:
+    """Names as in config.json. layer_types: SLIDING or FULL per block; None means SLIDING on even blocks."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    query_pre_attn_scalar: float
+    sliding_window: int = 4096
+    attn_logit_softcapping: float | None = 50.0
+    final_logit_softcapping: float | None = 30.0
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 8192
+    layer_types: tuple[str, ...] | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        types = self.layer_types or [(SLIDING, FULL)[i % 2] for i in range(self.num_hidden_layers)]
+        object.__setattr__(self, "layer_types", tuple(types))
+        if len(types) != self.num_hidden_layers or set(types) - {SLIDING, FULL}:
+            raise UserError(f"config: layer_types must name {self.num_hidden_layers} blocks as {SLIDING} or {FULL}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError("config: num_attention_heads must be a multiple of num_key_value_heads.")
+
+    @classmethod
+    def from_json(cls, path: Path) -> "Gemma2Config":
+        """Read config.json as transformers 4 or 5 writes it. Raises UserError for any other architecture."""
+        try:
+            raw = json.loads(path.read_text())
+        except (OSError, ValueError) as e:
+            raise UserError(f"{path}: a config.json was expected ({e}).") from e
+        rope = raw.get("rope_parameters") or {}
+        only = {  # what this forward implements, key by key
+            "model_type": {"gemma2"},
+            "hidden_activation": {"gelu_pytorch_tanh", None},
+            "attention_bias": {False, None},
+            "tie_word_embeddings": {True, None},
+            "use_bidirectional_attention": {False, None},
+            "rope_scaling": {None},
+        }
+        for key, allowed in only.items():
+            if raw.get(key) not in allowed:
+                raise UserError(f"{path}: {key} is {raw.get(key)!r}; this forward knows only Gemma-2's.")
+        if rope.get("rope_type", "default") != "default":
+            raise UserError(f"{path}: rope_type is {rope['rope_type']!r}; this forward knows only 'default'.")
+        known = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
+        if "rope_theta" in rope:
+            known["rope_theta"] = rope["rope_theta"]
+        try:
+            return cls(**known)
+        except TypeError as e:
+            raise UserError(f"{path}: a required key is missing ({e}).") from e
+
+    def to_json(self, path: Path, dtype: torch.dtype) -> None:
+        """Write config.json with the keys of both transformers styles."""
+        name = str(dtype).removeprefix("torch.")
+        raw = dataclasses.asdict(self) | {
+            "architectures": ["Gemma2ForCausalLM"],
+            "model_type": "gemma2",
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            "dtype": name,
+            "torch_dtype": name,
+        }
+        path.write_text(json.dumps(raw, indent=2) + "\n")
+
+
+_SHARED = dict(vocab_size=256_000, num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256)
+PUBLISHED = {  # google/gemma-2-{2b,9b,27b}[-it]
+    "gemma-2-2b": Gemma2Config(
+        **_SHARED | dict(num_key_value_heads=4),
+        **dict(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8),
+    ),
+    "gemma-2-9b": Gemma2Config(
+        **_SHARED,
+        **dict(hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16),
+    ),
+    "gemma-2-27b": Gemma2Config(
+        **_SHARED | dict(num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=144),
+        **dict(hidden_size=4608, intermediate_size=36864, num_hidden_layers=46, num_attention_heads=32),
+    ),
+}
+
+
+class Plan(NamedTuple):
+    """What every block needs to know of a packed stream; made once per forward by Gemma2.plan."""
+
+    cos: Tensor  # float32 [T, 1, head_dim / 2]
+    sin: Tensor  # float32 [T, 1, head_dim / 2]
+    packed: Packed
+    masks: dict[str, BlockMask]  # by layer type; empty where the plain attention is used
+
+
+class RMSNorm(nn.Module):
+    """y = x / rms(x) * (1 + weight), in float32; the product is cast to the weights' dtype last, as Gemma does."""
+
+    def __init__(self, d: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return (x * (1 + self.weight.to(x.dtype))).to(self.weight.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [T, heads, head_dim]; component i turns with component i + head_dim / 2."""
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def plain_attention(q, k, v, packed: Packed, window: int | None, scale: float, softcap: float | None) -> Tensor:
+    """Softcapped attention over the tree, bucket by bucket: CPU and reference.
+
+    q [T, H, hd], k and v [T, KV, hd] -> [T, H, hd]. A query sees keys of its own prompt and continuation at
+    positions up to its own and, under a window, fewer than `window` back.
+    """
+    (_, H, hd), KV = q.shape, k.shape[1]
+    outputs = []
+    for bucket in packed.buckets:
+        S, Lq = bucket.queries.shape
+        visible = _visible(bucket, window)[:, None, None]  # [S, 1, 1, Lq, Lk]
+        qb = q[bucket.queries].view(S, Lq, KV, H // KV, hd).permute(0, 2, 3, 1, 4)  # [S, KV, G, Lq, hd]
+        kb = k[bucket.keys].permute(0, 2, 3, 1)[:, :, None]  # [S, KV, 1, hd, Lk]
+        vb = v[bucket.keys].permute(0, 2, 1, 3)[:, :, None]  # [S, KV, 1, Lk, hd]
+        scores = (qb @ kb) * scale  # [S, KV, G, Lq, Lk]
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        # Softmax in float32 at least, whatever the products' dtype.
+        weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        out = weights.to(vb.dtype) @ vb  # [S, KV, G, Lq, hd]
+        outputs.append(out.permute(0, 3, 1, 2, 4).reshape(S * Lq, H, hd))
+    return torch.cat(outputs)[packed.unbucket]
+
+
+def _visible(bucket: Bucket, window: int | None) -> Tensor:
+    """bool [S, Lq, Lk]: which keys each query of a bucket sees."""
+    distance = bucket.query_position[:, :, None] - bucket.key_position[:, None, :]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def tree_mask(packed: Packed, window: int | None):
+    """The same visibility as a FlexAttention mask_mod over the whole stream."""
+    tree, branch, position = packed.tree, packed.branch, packed.position
+
+    def visible(b, h, q, k):
+        ok = (tree[q] == tree[k]) & ((branch[k] == 0) | (branch[k] == branch[q])) & (position[q] >= position[k])
+        return ok if window is None else ok & (position[q] - position[k] < window)
+
+    return visible
+
+
+def flexible_attention(q, k, v, mask: BlockMask, scale: float, softcap: float | None, kernel=flex_attention) -> Tensor:
+    """plain_attention by FlexAttention: the tree is the block mask, the softcap a score_mod. Same shapes."""
+
+    def cap(score, b, h, q_index, k_index):
+        return softcap * torch.tanh(score / softcap)
+
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [T, H, hd] -> [1, H, T, hd]
+    out = kernel(q, k, v, score_mod=cap if softcap else None, block_mask=mask, scale=scale, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Gemma2Config, layer_type: str):
+        super().__init__()
+        c = config
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.scale, self.softcap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
+        self.layer_type, self.window = layer_type, c.sliding_window if layer_type == SLIDING else None
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        T = x.shape[0]
+        q = rotate(self.q_proj(x).view(T, self.heads, self.head_dim), plan.cos, plan.sin)
+        k = rotate(self.k_proj(x).view(T, self.kv_heads, self.head_dim), plan.cos, plan.sin)
+        v = self.v_proj(x).view(T, self.kv_heads, self.head_dim)
+        if plan.masks:
+            out = flexible_attention(q, k, v, plan.masks[self.layer_type], self.scale, self.softcap, _compiled_flex())
+        else:
+            out = plain_attention(q, k, v, plan.packed, self.window, self.scale, self.softcap)
+        return self.o_proj(out.reshape(T, -1))
+
+
+class MLP(nn.Module):
+    """GeGLU with the tanh approximation of GELU."""
+
+    def __init__(self, config: Gemma2Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Gemma2Config, layer_type: str):
+        super().__init__()
+        self.self_attn = Attention(config, layer_type)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), plan))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class Body(nn.Module):
+    def __init__(self, config: Gemma2Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, t) for t in config.layer_types)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Gemma2(nn.Module):
+    """The model, in the pieces that steering takes apart: embed, blocks, final_norm, head."""
+
+    def __init__(self, config: Gemma2Config):
+        super().__init__()
+        self.config = config
+        self.source, self.revision = None, None  # where the weights came from, set by from_pretrained
+        self.folder = None  # Path of the loaded checkpoint, for its tokenizer
+        self.model = Body(config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Random weights as in pre-training: normal matrices, norms at 1 + 0."""
+        for parameter in self.parameters():
+            if parameter.dim() == 1:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
+
+    def plan(self, packed: Packed) -> Plan:
+        """Rotary angles and, on CUDA, the block masks of a stream; shared by all blocks."""
+        c, device = self.config, packed.tokens.device
+        frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim)
+        angle = packed.position[:, None, None] * frequency  # [T, 1, hd / 2]
+        # Angles in float32 always; float64 weights (tests) take the cosines of those same angles.
+        dtype = torch.promote_types(self.model.norm.weight.dtype, torch.float32)
+        masks = {}
+        if device.type == "cuda":
+            T = len(packed.tokens)
+            for layer_type, window in ((SLIDING, c.sliding_window), (FULL, None)):
+                masks[layer_type] = _compiled_block_mask()(tree_mask(packed, window), None, None, T, T, device=device)
+        return Plan(angle.to(dtype).cos(), angle.to(dtype).sin(), packed, masks)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 [T] -> residual stream [T, d]. The scale sqrt(d) is rounded to the weights' dtype, as Gemma's is."""
+        weight = self.model.embed_tokens.weight
+        scale = torch.tensor(math.sqrt(self.config.hidden_size), dtype=weight.dtype, device=weight.device)
+        x = self.model.embed_tokens(tokens) * scale
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def blocks(self, x: Tensor, plan: Plan, start: int = 0, stop: int | None = None) -> Tensor:
+        """Run blocks start..stop-1 on the residual stream [T, d]."""
+        for block in self.model.layers[start:stop]:
+            x = block(x, plan)
+        return x
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.model.norm(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Normed states [N, d] -> softcapped logits [N, V] in float32 (all of V: for training see simpo.py)."""
+        weight = self.model.embed_tokens.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return softcap(x.to(dtype) @ weight.to(dtype).T, self.config.final_logit_softcapping)
+
+    def forward(self, packed: Packed) -> Tensor:
+        """Normed final states [T, d] of a packed stream."""
+        plan = self.plan(packed)
+        return self.final_norm(self.blocks(self.embed(packed.tokens), plan))
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits of one sequence: int64 [T] at positions 0..T-1 -> float32 [T, V]."""
+        return self.head(self(pack([(tokens.tolist(), [])]).to(self.device)))
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None
+    ) -> "Gemma2":
+        """Load an HF folder or Hub repository: config.json and safetensors, sharded or single, strictly.
+
+        The weights come frozen (requires_grad False). Raises UserError naming the file for a missing or
+        truncated shard, and the tensor for a wrong name or shape.
+        """
+        patterns = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*.json"]
+        folder, commit = fetch(source, "model", patterns, revision)
+        config = Gemma2Config.from_json(folder / "config.json")
+        with torch.device("meta"):
+            model = cls(config)
+        state = {}
+        for shard in _shards(folder):
+            state.update(_read(shard, dtype, device))
+        head = state.pop("lm_head.weight", None)  # tied: published checkpoints leave it out, some others repeat it
+        if head is not None and not torch.equal(head, state.get("model.embed_tokens.weight", head[:0])):
+            raise UserError(f"{folder}: lm_head.weight differs from the embedding; Gemma-2 ties the two.")
+        expected = model.state_dict()
+        for name in sorted(expected.keys() | state.keys()):
+            ours = tuple(expected[name].shape) if name in expected else "nothing"
+            theirs = tuple(state[name].shape) if name in state else "nothing"
+            if ours != theirs:
+                raise UserError(f"{folder}: tensor {name}: config.json calls for {ours}, the weights hold {theirs}.")
+        model.load_state_dict(state, strict=True, assign=True)
+        model.source, model.revision, model.folder = str(source), commit, folder
+        return model.requires_grad_(False)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors as transformers reads them (the tied head is not repeated)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.to_json(folder / "config.json", self.model.norm.weight.dtype)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def softcap(logits: Tensor, cap: float | None) -> Tensor:
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
+        raise UserError(f"{index}: not an index of safetensors shards ({e!r}).") from e
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{index}: shard name {name!r} leaves the folder.")
+    return [folder / name for name in names]
+
+
+def _read(shard: Path, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    if not shard.exists():
+        raise UserError(f"{shard}: this safetensors file is missing.")
+    try:
+        with safe_open(shard, framework="pt", device="cpu") as f:
+            return {name: f.get_tensor(name).to(device=device, dtype=dtype) for name in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{shard}: not a whole safetensors file ({e}).") from e
+
+
+_compiled = {}
+
+
+def _compiled_flex():
+    """FlexAttention fused by torch.compile; without it the scores would be written out in full."""
+    return _compiled.setdefault("flex", torch.compile(flex_attention, dynamic=True))
+
+
+def _compiled_block_mask():
+    return _compiled.setdefault("mask", torch.compile(create_block_mask, dynamic=True))
