@@ -1,0 +1,62 @@
+"""Command lines: a frozen dataclass of settings becomes flags; a person's mistake becomes one sentence.
+
+    @dataclass(frozen=True)
+    class Settings:
+        seed: int = flag(0, "seed of the data order and the initial weights")
+"""
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Callable
+
+from sources import UserError
+
+
+def flag(default, help: str, choices: tuple | None = None):
+    """A dataclass field that knows its line of help."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{self.prog}: {message}.")
+
+
+def parse(settings: type, argv: list[str] | None = None, presets: dict[str, dict] | None = None, doc: str = ""):
+    """Build `settings` from the command line. Abbreviated and unknown flags are errors.
+
+    presets: value of --model -> defaults that fit it; flags given by the user win over them.
+    """
+    parser = _Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):  # `int | None`: the flag itself takes an int
+            kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
+        shown = "" if field.default in (None, "") else f" (default: {field.default})"
+        options = dict(default=field.default, help=f"{field.metadata['help']}{shown}".replace("%", "%%"))
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= dict(type=kind, choices=field.metadata["choices"], metavar=kind.__name__.upper())
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    if presets:
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--model")
+        parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].model, {}))
+    return settings(**vars(parser.parse_args(argv)))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call main; end with exit code 2 and one sentence on stderr for a UserError, 130 for Ctrl-C."""
+    try:
+        main()
+    except UserError as e:
+        print(" ".join(str(e).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        raise SystemExit(130) from None
