@@ -197,13 +197,6 @@ class _Encoder:
         return [self.start, *ids[f"model\n{content}"], self.end, *ids["\n"], self.eos]
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """One user turn, followed by the header of the model's: what generation continues."""
-    encoder = _Encoder(tokenizer)
-    ids = encoder(["\n", f"user\n{text.strip()}", "model\n"])
-    return [*encoder.prompt([("user", text.strip())], ids), encoder.start, *ids["model\n"]]
-
-
 def truncate(pair: Pair, max_length: int, max_prompt_length: int) -> Pair:
     """METHOD section 3: first the prompt keeps its last tokens, then the responses their first."""
     prompt, chosen, rejected = pair

@@ -142,6 +142,19 @@ def save_gemmascope(path: Path, arrays: dict[str, Tensor]) -> None:
     np.savez(path, **{name: arrays[name].detach().float().cpu().numpy() for name in ARRAYS})
 
 
+PAPER_REPO = "google/gemma-scope-2b-pt-res"
+PAPER_L0 = {6: 17, 12: 21, 18: 21, 24: 19}  # average L0 of the paper's SAE at each layer, width 65k
+
+
+def default_id(repo: str, layer: int, revision: str | None = None) -> str | None:
+    """The SAE of a layer when none was named: the paper's choice, or None for a local path or `tiny`."""
+    if repo == "tiny" or Path(repo).expanduser().exists():
+        return None
+    if repo == PAPER_REPO and layer in PAPER_L0:  # spares a question to the Hub
+        return f"layer_{layer}/width_65k/average_l0_{PAPER_L0[layer]}"
+    return lowest_l0_id(repo, layer, revision=revision)
+
+
 def lowest_l0_id(repo: str, layer: int, width: str = "65k", revision: str | None = None) -> str:
     """The paper's choice at a layer: of the repository's SAEs of this width, the one of lowest average L0."""
     pattern = re.compile(rf"layer_{layer}/width_{width}/average_l0_(\d+)/params\.npz")

@@ -5,6 +5,7 @@ then the Hub; downloads are pinned to the commit they resolved to, which the cal
 """
 
 import hashlib
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -75,3 +76,10 @@ def sha256(path: Path) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all: under another name, then renamed."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
