@@ -109,8 +109,12 @@ def _times_slope(dlogits: Tensor, slope: Tensor | None) -> Tensor:
 
 
 def mean_logps(logps: Tensor, sequence: Tensor, lengths: Tensor) -> Tensor:
-    """Token log-probabilities [N] -> their mean over each response [C], the ℓ of the equations above."""
-    return torch.zeros(len(lengths), dtype=logps.dtype, device=logps.device).index_add(0, sequence, logps) / lengths
+    """Token log-probabilities [N] -> their mean over each response, float64 [C]: the ℓ of the equations above.
+
+    float64 because a float32 sum over a response near -160 steps by 1.5e-5, which β then multiplies.
+    """
+    total = torch.zeros(len(lengths), dtype=torch.float64, device=logps.device)
+    return total.index_add(0, sequence, logps.double()) / lengths
 
 
 def simpo_loss(logp_chosen: Tensor, logp_rejected: Tensor, beta: float, gamma_ratio: float) -> Tensor:
