@@ -8,11 +8,13 @@ The markup is put in as token ids and the content between as plain text, so that
 whole rendered string, because special tokens split the text in any case.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import sys
+import zipfile
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -224,7 +226,7 @@ def load_pairs(
     naming the row for anything malformed, and for limits that leave a response no token.
     """
     if not 0 < max_prompt_length < max_length:
-        raise UserError(f"--max-prompt-length {max_prompt_length}: must lie between 1 and --max-length {max_length} - 1.")
+        raise UserError(f"--max-prompt-length {max_prompt_length}: must be from 1 to --max-length {max_length} - 1.")
     files, _ = data_files(source, split, revision)
     key = hashlib.sha256(repr((CACHE_FORMAT, split, tokenizer.to_str())).encode())
     for path in files:  # the name counts, because it may carry the split
@@ -256,7 +258,8 @@ def _tokenise(files: list[Path], tokenizer: Tokenizer, split: str | None, progre
     ids = encoder(texts, progress)
     parts = []
     for row in rows:
-        parts += [encoder.prompt(row.prompt, ids), encoder.response(row.chosen, ids), encoder.response(row.rejected, ids)]
+        parts.append(encoder.prompt(row.prompt, ids))
+        parts += [encoder.response(answer, ids) for answer in (row.chosen, row.rejected)]
     return {
         "ids": np.fromiter(chain.from_iterable(parts), dtype=np.int32),
         "lengths": np.array([len(part) for part in parts], dtype=np.int32),
@@ -274,7 +277,7 @@ def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as npz:
             stored = {name: npz[name] for name in ("ids", "lengths", "empty")}
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # absent or damaged: it is made again
     return stored if stored["lengths"].sum() == len(stored["ids"]) else None
 
@@ -286,7 +289,8 @@ def _write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(part, **arrays)
         os.replace(part, path)
     except OSError as e:  # a cache is a convenience: training goes on without it
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         print(f"Tokens were not cached in {path.parent} ({e}).", file=sys.stderr)
 
 

@@ -7,6 +7,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,6 +106,9 @@ class SteeredModel(nn.Module):
         n, d = model.config.num_hidden_layers, model.config.hidden_size
         if not 0 <= layer < n:
             raise UserError(f"--layer {layer}: {model.source or 'the model'} has blocks 0 to {n - 1}.")
+        named = re.match(r"layer_(\d+)/", sae.sae_id or "")  # GemmaScope ids say which block's output they read
+        if named and int(named[1]) != layer:
+            raise UserError(f"--layer {layer}: the SAE {sae.sae_id} belongs to another layer.")
         if sae.d_model != d:
             raise UserError(f"--sae {sae.source}: made for d_model {sae.d_model}, the model's is {d}.")
         if tuple(adapter.weight.shape) != (sae.d_sae, d):

@@ -392,7 +392,7 @@ def _read(shard: Path, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
         raise UserError(f"{shard}: this safetensors file is missing.")
     try:
         with safe_open(shard, framework="pt", device="cpu") as f:
-            return {name: f.get_tensor(name).to(device=device, dtype=dtype) for name in f.keys()}
+            return {name: f.get_tensor(name).to(device=device, dtype=dtype) for name in f.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as e:
         raise UserError(f"{shard}: not a whole safetensors file ({e}).") from e
 

@@ -196,7 +196,8 @@ def train(s: Settings) -> Path:
         epoch, k = divmod(step, steps_per_epoch)
         if k == 0:
             order = data.epoch_order(len(pairs), s.seed, epoch, s.shuffle)
-        batch = [pairs[i] for i in order[k * s.batch_size : (k + 1) * s.batch_size]]
+        indices = order[k * s.batch_size : (k + 1) * s.batch_size]
+        batch = [pairs[i] for i in indices]
         positions, tokens = data.positions(batch), sum(p.tokens for p in batch)
         alpha = s.l1 if step >= s.penalty_warmup_ratio * steps else 0.0
         lr = optimizer.param_groups[0]["lr"] = s.lr * lr_factor(step, steps, s)
@@ -212,8 +213,7 @@ def train(s: Settings) -> Path:
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, s.max_grad_norm or math.inf)
         row = means(sums, len(batch), positions, s.beta)  # the step's one wait for the device
         if not (math.isfinite(row["loss"]) and torch.isfinite(grad_norm)):
-            indices = order[k * s.batch_size : (k + 1) * s.batch_size]
-            raise SystemExit(f"Step {step + 1}: loss {row['loss']}, gradient norm {grad_norm}; pairs {indices}. Stopped.")
+            raise SystemExit(f"Step {step + 1}: loss {row['loss']}, gradient norm {grad_norm}, in pairs {indices}.")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

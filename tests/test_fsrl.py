@@ -70,7 +70,8 @@ def test_a_fresh_adapter_starts_at_the_unsteered_model(expected):
 
 def test_adapter_files_round_trip_and_name_their_sae(tmp_path):
     golden = load()
-    identity = dict(base_model="x", base_model_revision=None, layer=1, sae="y", sae_id="z", sae_sha256=golden.sae.sha256)
+    identity = dict(base_model="x", base_model_revision=None, layer=1, sae="y", sae_id="z")
+    identity |= dict(sae_sha256=golden.sae.sha256)
     golden.adapter.save_pretrained(tmp_path, identity)
     assert {p.name for p in tmp_path.iterdir()} == {"adapter.safetensors", "adapter_config.json"}
     assert set(load_file(tmp_path / "adapter.safetensors")) == {"weight", "bias"}
@@ -88,8 +89,11 @@ def test_another_sae_or_layer_is_refused(tmp_path):
     adapter = Adapter.from_pretrained(tmp_path)
     with pytest.raises(UserError, match=golden.sae.sha256):
         SteeredModel(golden.model, other, adapter, 1)
+    unnamed = JumpReLUSAE(golden.sae.state_dict(), "unnamed", None, golden.sae.sha256)
     with pytest.raises(UserError, match="layer 1"):
-        SteeredModel(golden.model, golden.sae, adapter, 2)
+        SteeredModel(golden.model, unnamed, adapter, 2)
+    with pytest.raises(UserError, match=f"--layer 2: the SAE {golden.sae.sae_id}"):
+        SteeredModel(golden.model, golden.sae, golden.adapter, 2)
     with pytest.raises(UserError, match="other_id"):  # the authors' files record only the SAE's id
         SteeredModel(golden.model, other, Adapter.from_pretrained(GOLDEN / "adapter_mid"), 1)
 

@@ -116,7 +116,9 @@ def test_buckets_keep_padding_low_and_few():
         assert seen <= padded <= 1.33 * seen + 32_768 * len(buckets)
 
 
-@pytest.mark.parametrize(("name", "count"), [*zip(PUBLISHED, (2_614_341_888, 9_241_705_984, 27_227_128_320), strict=True)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("gemma-2-2b", 2_614_341_888), ("gemma-2-9b", 9_241_705_984), ("gemma-2-27b", 27_227_128_320)]
+)
 def test_published_sizes_build_with_the_checkpoints_names_and_shapes(name, count):
     """The parameter counts are those the published checkpoints are listed with."""
     config = PUBLISHED[name]
@@ -180,7 +182,9 @@ def test_tied_head_may_be_repeated_but_not_differ(tmp_path):
         Gemma2.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("change", [dict(model_type="gemma"), dict(hidden_activation="silu"), dict(attention_bias=True)])
+@pytest.mark.parametrize(
+    "change", [dict(model_type="gemma"), dict(hidden_activation="silu"), dict(attention_bias=True)]
+)
 def test_another_architecture_is_refused(change):
     raw = json.loads((GOLDEN / "model/config.json").read_text())
     with pytest.raises(UserError, match=next(iter(change))):

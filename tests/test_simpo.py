@@ -59,7 +59,7 @@ def test_no_tensor_of_all_logits_is_ever_made(monkeypatch):
 
 
 def test_bfloat16_inputs_still_give_float32_logits():
-    """Rounding logits near 30 to bfloat16 would move log-probabilities by 0.06; the inputs' own rounding is exact here."""
+    """Rounding logits near 30 to bfloat16 would move log-probabilities by 0.06."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 64, generator=g).bfloat16() for n in (30, 200))
     target = torch.randint(0, 200, (30,), generator=g)

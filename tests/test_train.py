@@ -1,0 +1,292 @@
+"""train.py as a user runs it: the golden trajectory, what it writes, what it refuses, and the tiny run."""
+
+import contextlib
+import io
+import json
+import math
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, ROOT, SAE_ID, SHARED, golden_run, load, metrics, script
+from safetensors.torch import load_file
+
+import cli
+import data
+import train
+from fsrl import Adapter
+
+TRAJECTORY = ("--schedule", "constant", "--lr", 1e-3, "--max-grad-norm", 0, "--max-steps", 10, "--no-shuffle")
+
+
+@pytest.fixture(scope="module")
+def mid_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "mid"
+    result = golden_run(out, *TRAJECTORY, "--init-adapter", GOLDEN / "adapter_mid", "--eval-every", 4)
+    assert result.returncode == 0, result.stderr
+    return out, result
+
+
+@pytest.mark.parametrize("adapter", ["mid", "paper_init"])
+def test_ten_steps_follow_the_golden_trajectory(report, expected, tmp_path, mid_run, adapter):
+    """Losses and the final adapter stay within three times float32's own drift from the authors' stack in float64."""
+    out = mid_run[0] if adapter == "mid" else tmp_path / "run"
+    if adapter != "mid":  # micro-batches of one pair each: the packing must not matter
+        flags = ("--tokens-per-microbatch", 1, "--init-adapter", GOLDEN / f"adapter_{adapter}")
+        assert golden_run(out, *TRAJECTORY, *flags).returncode == 0
+    want = report["trajectory"][adapter]
+    rows = metrics(out)
+    assert len(rows) == len(want["steps"]) == 10
+    for row, step in zip(rows, want["steps"], strict=True):
+        assert row["total"] == pytest.approx(step["loss"], abs=3 * want["noise"]["loss_maxdiff"])
+        assert row["loss"] == pytest.approx(step["simpo"], abs=3 * want["noise"]["loss_maxdiff"])
+    assert rows[0]["loss"] == pytest.approx(want["steps"][0]["simpo"], rel=1e-5)
+    assert rows[0]["l1"] == pytest.approx(want["steps"][0]["l1"], rel=1e-5)
+    assert rows[0]["l0"] == pytest.approx(want["steps"][0]["l0"], rel=1e-5)
+    assert rows[0]["grad_norm"] == pytest.approx(want["steps"][0]["grad_norm"], rel=1e-5)
+    weight = load_file(out / "adapter/adapter.safetensors")["weight"]
+    reference = expected[f"final_{adapter}_weight"]
+    assert (weight - reference).abs().max() <= 3 * want["noise"]["final_weight_maxdiff"]
+    assert (weight - reference).norm() <= 3 * want["noise"]["final_weight_rel_l2"] * reference.norm()
+
+
+def test_a_run_writes_what_the_contract_says(mid_run):
+    out, result = mid_run
+    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "adapter", "loss.png"}
+    keys = "split step epoch loss l1 l0 penalty total accuracy margin reward_chosen reward_rejected logp_chosen "
+    keys += "logp_rejected lr grad_norm pairs tokens tokens_per_second seconds"
+    rows = metrics(out)
+    assert set(rows[0]) == set(keys.split())
+    for row in rows:
+        assert row["penalty"] == pytest.approx(0.02 * row["l1"])
+        assert row["total"] == pytest.approx(row["loss"] + row["penalty"])
+        assert row["margin"] == pytest.approx(row["reward_chosen"] - row["reward_rejected"])
+        assert row["reward_chosen"] == pytest.approx(10 * row["logp_chosen"])
+        assert row["pairs"] == 4
+    evals = metrics(out, "eval")
+    assert [row["step"] for row in evals] == [0, 4, 8, 10]
+    assert set(evals[0]) == {"split", "step", "loss", "accuracy", "margin", "l1", "l0", "pairs", "tokens"}
+    assert evals[0]["pairs"] == 8
+
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"]["layer"] == 1 and config["settings"]["dtype"] in ("float32", "bfloat16")
+    assert config["versions"]["torch"] and len(config["sha256"]) == 8 + 2
+    adapter = json.loads((out / "adapter/adapter_config.json").read_text())
+    assert adapter["sae_sha256"] == load().sae.sha256 and adapter["sae_id"] == SAE_ID and adapter["layer"] == 1
+    for words in ("before", "after", "eval SimPO loss", "eval accuracy", "L0", "seconds", "peak memory"):
+        assert words in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_same_seed_same_bytes_whatever_was_cached(tmp_path):
+    outs = [tmp_path / "a", tmp_path / "b"]
+    for out in outs:
+        assert golden_run(out, "--max-steps", 3, "--seed", 7).returncode == 0
+    a, b = ((out / "adapter/adapter.safetensors").read_bytes() for out in outs)
+    assert a == b
+    assert golden_run(tmp_path / "c", "--max-steps", 3, "--seed", 8).returncode == 0
+    assert (tmp_path / "c/adapter/adapter.safetensors").read_bytes() != a
+
+
+def test_packing_changes_neither_losses_nor_the_adapter(tmp_path):
+    flags = ("--max-steps", 3, "--lr", 1e-3, "--init-adapter", GOLDEN / "adapter_mid")
+    for limit in (1, 150, 100_000):
+        result = golden_run(tmp_path / str(limit), *flags, "--tokens-per-microbatch", limit)
+        assert result.returncode == 0, result.stderr
+    one, some, all_ = (tmp_path / name for name in ("1", "150", "100000"))
+    for other in (some, all_):
+        for a, b in zip(metrics(one), metrics(other), strict=True):
+            assert all(a[k] == pytest.approx(b[k], rel=1e-4) for k in ("loss", "l1", "l0", "accuracy", "grad_norm"))
+        weights = [load_file(out / "adapter/adapter.safetensors")["weight"] for out in (one, other)]
+        assert (weights[0] - weights[1]).norm() <= 1e-4 * weights[0].norm()
+
+
+def test_the_frozen_parts_are_bit_identical_after_training(tmp_path, monkeypatch):
+    kept = {}
+    real = train.load
+
+    def watched(s):
+        steered, tokenizer = real(s)
+        kept["steered"] = steered
+        kept["before"] = {k: v.clone() for k, v in steered.state_dict().items()}
+        return steered, tokenizer
+
+    monkeypatch.setattr(train, "load", watched)
+    monkeypatch.setattr(train, "answer", lambda *_: "")
+    train.train(
+        train.Settings(
+            **dict(model=str(GOLDEN / "model"), sae=str(GOLDEN / "sae"), sae_id=SAE_ID, data=str(GOLDEN / "dataset")),
+            **dict(layer=1, batch_size=4, max_steps=3, lr=1e-2, out=str(tmp_path / "run"), device="cpu"),
+        )
+    )
+    after = kept["steered"].state_dict()
+    changed = {name for name, tensor in kept["before"].items() if not torch.equal(tensor, after[name])}
+    assert changed == {"adapter.weight", "adapter.bias"}
+
+
+def test_learning_rate_schedule_is_transformers_cosine():
+    """The formula of get_cosine_schedule_with_warmup with half a cycle, and its warm-up length, ceil(ratio x steps)."""
+    s = train.Settings(warmup_ratio=0.1)
+    factors = [train.lr_factor(step, 25, s) for step in range(25)]
+    warm = math.ceil(2.5)
+    for step, factor in enumerate(factors):
+        if step < warm:
+            assert factor == pytest.approx(step / warm)
+        else:
+            assert factor == pytest.approx(max(0.0, 0.5 * (1 + math.cos(math.pi * (step - warm) / (25 - warm)))))
+    assert train.lr_factor(0, 25, train.Settings(schedule="constant")) == 1.0
+    assert train.lr_factor(0, 25, train.Settings(warmup_ratio=0.0)) == 1.0
+
+
+def test_evaluation_is_a_mean_over_pairs_and_positions_whatever_the_packing():
+    golden = load()
+    tokenizer = data.load_tokenizer(GOLDEN / "model")
+    pairs = data.load_pairs(GOLDEN / "dataset", tokenizer, split="test")
+    s = train.Settings(device="cpu", dtype="float32")
+    results = []
+    for limit in (1, 200, 100_000):
+        results.append(train.evaluate(golden.steered, pairs, train.replace(s, tokens_per_microbatch=limit), False))
+    for other in results[1:]:
+        assert all(results[0][k] == pytest.approx(v, rel=1e-5) for k, v in other.items())
+    with torch.no_grad():
+        alone = [train.score(golden.steered, data.pack_pairs([p]), s) for p in pairs]
+    assert results[0]["loss"] == pytest.approx(np.mean([x.loss.item() for x in alone]), rel=1e-6)
+    l1 = sum(x.l1.item() for x in alone) / sum(data.positions([p]) for p in pairs)
+    assert results[0]["l1"] == pytest.approx(l1, rel=1e-6)
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------
+
+
+def one_sentence(result, *words):
+    assert result.returncode == 2, result.stderr
+    message = result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr and result.stderr.count("\n") <= 2, result.stderr
+    assert message.endswith(".") and all(word in message for word in map(str, words)), message
+
+
+def mangled_shard(tmp_path, keep):
+    """The golden model with only the first `keep` bytes of one shard, or without it."""
+    folder = shutil.copytree(GOLDEN / "model", tmp_path / "model")
+    shard = folder / "model-00003-of-00008.safetensors"
+    whole = shard.read_bytes()
+    shard.unlink()
+    if keep:
+        shard.write_bytes(whole[:keep])
+    return "--model", folder
+
+
+def mangled_npz(tmp_path, **changed):
+    with np.load(GOLDEN / "sae" / SAE_ID / "params.npz") as npz:
+        np.savez(tmp_path / "params.npz", **(dict(npz) | changed))
+    return "--sae", tmp_path / "params.npz", "--sae-id", ""
+
+
+def with_row(tmp_path, **row):
+    good = dict(prompt="q", chosen="a", rejected="b")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [good] * 4 + [row]))
+    return "--data", tmp_path / "rows.jsonl"
+
+
+def out_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    return "--out", tmp_path / "file" / "run"
+
+
+GOOD = [dict(role="user", content="q"), dict(role="assistant", content="a")]
+OTHER = [dict(role="user", content="p"), GOOD[1]]
+ROBOT = [dict(role="robot", content="q"), GOOD[1]]
+MISTAKES = {  # name -> the flags (made in a folder t), and words the sentence must hold
+    "missing shard": (lambda t: mangled_shard(t, 0), ["model-00003-of-00008.safetensors", "missing"]),
+    "truncated shard": (lambda t: mangled_shard(t, 5000), ["model-00003-of-00008.safetensors", "not a whole"]),
+    "truncated header": (lambda t: mangled_shard(t, 5), ["model-00003-of-00008.safetensors", "not a whole"]),
+    "npz of a wrong shape": (
+        lambda t: mangled_npz(t, W_dec=np.zeros((3, 5), np.float32)),
+        ["params.npz", "W_dec", "(3, 5)"],
+    ),
+    "npz with a pickled object": (
+        lambda t: mangled_npz(t, b_dec=np.array([{}], dtype=object)),
+        ["params.npz", "b_dec", "object"],
+    ),
+    "row without rejected": (lambda t: with_row(t, chosen=GOOD), ["row 4", "`rejected`"]),
+    "assistant turn missing": (lambda t: with_row(t, chosen=GOOD[:1], rejected=GOOD), ["row 4", "assistant turn"]),
+    "differing prompts": (lambda t: with_row(t, chosen=GOOD, rejected=OTHER), ["row 4", "disagree on the prompt"]),
+    "unknown role": (lambda t: with_row(t, chosen=GOOD, rejected=ROBOT), ["row 4", "'robot'"]),
+    "unknown flag": (lambda t: ("--learning-rate", 1), ["--learning-rate"]),
+    "abbreviated flag": (lambda t: ("--bet", 1), ["--bet"]),
+    "not a number": (lambda t: ("--lr", "fast"), ["--lr"]),
+    "layer beyond the model": (lambda t: ("--layer", 4), ["--layer 4", "blocks 0 to 3"]),
+    "layer of another SAE": (lambda t: ("--layer", 2), ["--layer 2", SAE_ID]),
+    "unknown SAE id": (lambda t: ("--sae-id", "layer_1/width_1m"), ["layer_1/width_1m"]),
+    "CUDA absent": (lambda t: ("--device", "cuda:63"), ["--device cuda:63", "CUDA"]),
+    "unknown device": (lambda t: ("--device", "abacus"), ["--device abacus"]),
+    "no such data": (lambda t: ("--data", t / "nothing.jsonl"), ["nothing.jsonl"]),
+    "no such model": (lambda t: ("--model", t / "nothing"), ["nothing"]),
+    "batch larger than the data": (lambda t: ("--batch-size", 49), ["--batch-size 49"]),
+    "negative penalty": (lambda t: ("--l1", -1), ["--l1"]),
+    "nan": (lambda t: ("--beta", "nan"), ["--beta"]),
+    "out below a file": (out_below_a_file, ["--out"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, mistake):
+    """As a subprocess for three of them; the others in this process, which spares an import of torch each."""
+    prepare, words = MISTAKES[mistake]
+    arguments = prepare(tmp_path)
+    if mistake in ("missing shard", "unknown flag", "CUDA absent"):
+        one_sentence(golden_run(tmp_path / "run", *arguments), *words)
+    else:
+        one_sentence(in_process(tmp_path / "run", arguments), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def in_process(out, arguments):
+    g = GOLDEN
+    argv = ["--model", g / "model", "--sae", g / "sae", "--sae-id", SAE_ID, "--data", g / "dataset", "--layer", 1]
+    argv += ["--batch-size", 4, "--out", out, *arguments]
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as stop:
+        cli.run(lambda: train.train(cli.parse(train.Settings, [*map(str, argv)], train.PRESETS)))
+    return SimpleNamespace(returncode=stop.value.code, stderr=stderr.getvalue())
+
+
+def test_a_finished_run_is_not_overwritten(mid_run):
+    out, _ = mid_run
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    one_sentence(golden_run(out), "--out", "holds a run already")
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_pairs(tmp_path):
+    adapter = Adapter.from_pretrained(GOLDEN / "adapter_mid")
+    with torch.no_grad():
+        adapter.weight[3] = 3e38  # finite, but not its product with the residual stream
+    adapter.save_pretrained(tmp_path / "huge", {})
+    result = golden_run(tmp_path / "run", "--init-adapter", tmp_path / "huge", "--no-shuffle")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert re.search(r"Step 1: loss nan, .*, in pairs \[0, 1, 2, 3\]", result.stderr), result.stderr
+    assert not (tmp_path / "run/adapter").exists() and not metrics(tmp_path / "run")
+
+
+# --- the embedded world -------------------------------------------------------------------------------------
+
+
+def test_the_tiny_run_learns_the_planted_style(tmp_path):
+    result = script("train.py", "--model", "tiny", "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    first, *_, last = metrics(tmp_path / "run", "eval")
+    assert last["loss"] <= first["loss"] / 2
+    assert last["accuracy"] > 0.9
+
+
+def test_tiny_trains_on_real_ultrafeedback_pairs(tmp_path):
+    full = SHARED / "data/preferences/ultrafeedback_pairs.jsonl"
+    rows = full if full.exists() else ROOT / "tests/data/ultrafeedback_32.jsonl"
+    flags = ("--max-steps", 2, "--batch-size", 4, "--eval-data", ROOT / "tests/data/ultrafeedback_32.jsonl")
+    result = script("train.py", "--model", "tiny", "--data", rows, *flags, "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert len(metrics(tmp_path / "run")) == 2 and metrics(tmp_path / "run", "eval")[-1]["pairs"] == 8
