@@ -7,11 +7,14 @@ then the Hub; downloads are pinned to the commit they resolved to, which the cal
 import hashlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 TINY = Path(__file__).resolve().parent / "tiny"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+REPO_TYPE = {"model": "model", "sae": "model", "data": "dataset"}
 
 
 class UserError(Exception):
@@ -41,31 +44,47 @@ def fetch(name: str | Path, kind: str, patterns: list[str], revision: str | None
 
 
 def _download(repo: str, kind: str, patterns: list[str], revision: str | None) -> Source:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    repo_type = "dataset" if kind == "data" else "model"
-    try:
+    with _hub_errors(repo, kind, revision):
         # A dead network falls back on the cached snapshot inside snapshot_download itself.
-        folder = Path(snapshot_download(repo, repo_type=repo_type, revision=revision, allow_patterns=patterns))
+        folder = snapshot_download(repo, repo_type=REPO_TYPE[kind], revision=revision, allow_patterns=patterns)
+    return Source(Path(folder), Path(folder).name)  # snapshots are stored under their commit hash
+
+
+def list_files(repo: str, kind: str, revision: str | None = None) -> list[str]:
+    """Paths of all files in a Hub repository; from the cache when the Hub is down and a download left them there.
+
+    Raises UserError when it cannot be listed.
+    """
+    from huggingface_hub import errors, get_cached_repo_tree, list_repo_files, resolve_revision
+
+    with _hub_errors(repo, kind, revision):
+        commit = resolve_revision(repo, repo_type=REPO_TYPE[kind], revision=revision)
+        try:
+            return [f.path for f in get_cached_repo_tree(repo, repo_type=REPO_TYPE[kind], revision=commit)]
+        except errors.CachedRepoTreeNotFoundError:
+            return list_repo_files(repo, repo_type=REPO_TYPE[kind], revision=commit)
+
+
+@contextmanager
+def _hub_errors(repo: str, kind: str, revision: str | None) -> Iterator[None]:
+    """What the Hub's client raises, as a UserError."""
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.GatedRepoError as e:
         raise UserError(f"--{kind} {repo}: gated on the Hub; accept its licence there and run `hf auth login`.") from e
     except errors.RevisionNotFoundError as e:
         raise UserError(f"--{kind} {repo}: the Hub has no revision {revision!r} of it.") from e
     except errors.RepositoryNotFoundError as e:
-        raise UserError(f"--{kind} {repo}: no such {repo_type} on the Hub, nor a local path.") from e
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as e:
-        raise UserError(f"--{kind} {repo}: the Hub did not answer and no copy is cached ({_first_line(e)}).") from e
-    return Source(folder, folder.name)  # snapshots are stored under their commit hash
-
-
-def list_files(repo: str, kind: str, revision: str | None = None) -> list[str]:
-    """Paths of all files in a Hub repository. Raises UserError when it cannot be listed."""
-    from huggingface_hub import HfApi, errors
-
-    try:
-        return HfApi().list_repo_files(repo, repo_type="dataset" if kind == "data" else "model", revision=revision)
-    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as e:
-        raise UserError(f"--{kind} {repo}: the Hub could not list its files ({_first_line(e)}).") from e
+        raise UserError(f"--{kind} {repo}: no such {REPO_TYPE[kind]} on the Hub, nor a local path.") from e
+    except (errors.LocalEntryNotFoundError, errors.RevisionResolutionError) as e:
+        why = _first_line(e)
+        raise UserError(f"--{kind} {repo}: the Hub did not answer and no whole copy is cached ({why}).") from e
+    except (errors.HTTPError, OSError, ValueError) as e:  # a connection lost on the way, no Hub id, not a Hub's answer
+        raise UserError(f"--{kind} {repo}: the Hub could not serve it ({_first_line(e)}).") from e
 
 
 def sha256(path: Path) -> str:

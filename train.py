@@ -135,6 +135,22 @@ def means(sums: Tensor, pairs: int, positions: int, beta: float) -> dict[str, fl
     )
 
 
+def backward(steered: SteeredModel, batch: list[Pair], alpha: float, s: Settings) -> Tensor:
+    """Add the gradients of one whole step, mean SimPO over pairs + α · mean ‖v‖₁ over positions, micro-batch by
+    micro-batch; the weights of the means are those of the step, so that packing does not matter. Returns the sums
+    of Scores.sums over the step.
+    """
+    sums, done, positions = torch.zeros(7, dtype=torch.float64, device=s.device), 0, data.positions(batch)
+    with autocast(s):
+        for micro in data.microbatches(batch, s.tokens_per_microbatch):
+            scores = score(steered, data.pack_pairs(micro).to(s.device), s)
+            (scores.loss.sum() / len(batch) + alpha * scores.l1 / positions).backward()
+            sums += scores.sums(s.beta)
+            done += len(micro)
+    assert done == len(batch)
+    return sums
+
+
 @torch.inference_mode()
 def evaluate(steered: SteeredModel, pairs: list[Pair], s: Settings, progress: bool = True) -> dict[str, float]:
     """Means over all of `pairs`, whatever the packing."""
@@ -148,6 +164,10 @@ def evaluate(steered: SteeredModel, pairs: list[Pair], s: Settings, progress: bo
     kept = ("loss", "accuracy", "margin", "l1", "l0")
     result = means(sums, len(pairs), data.positions(pairs), s.beta)
     return {k: result[k] for k in kept} | dict(pairs=len(pairs), tokens=sum(p.tokens for p in pairs))
+
+
+def make_optimizer(trained: list[torch.nn.Parameter], s: Settings) -> torch.optim.AdamW:
+    return torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
 
 
 def autocast(s: Settings):
@@ -180,7 +200,7 @@ def train(s: Settings) -> Path:
     frozen = [p for p in steered.parameters() if not p.requires_grad]
     assert {*map(id, trained)} == {*map(id, adapter.parameters())}, "the adapter, and nothing else, trains"
     assert {*map(id, frozen)} == {*map(id, model.parameters())}
-    optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = make_optimizer(trained, s)
 
     out = open_run(s, steered)
     log = Log(out / "metrics.jsonl")
@@ -198,20 +218,13 @@ def train(s: Settings) -> Path:
             order = data.epoch_order(len(pairs), s.seed, epoch, s.shuffle)
         indices = order[k * s.batch_size : (k + 1) * s.batch_size]
         batch = [pairs[i] for i in indices]
-        positions, tokens = data.positions(batch), sum(p.tokens for p in batch)
+        tokens = sum(p.tokens for p in batch)
         alpha = s.l1 if step >= s.penalty_warmup_ratio * steps else 0.0
         lr = optimizer.param_groups[0]["lr"] = s.lr * lr_factor(step, steps, s)
 
-        sums, done = torch.zeros(7, dtype=torch.float64, device=s.device), 0
-        with autocast(s):
-            for micro in data.microbatches(batch, s.tokens_per_microbatch):
-                scores = score(steered, data.pack_pairs(micro).to(s.device), s)
-                (scores.loss.sum() / len(batch) + alpha * scores.l1 / positions).backward()
-                sums += scores.sums(s.beta)
-                done += len(micro)
-        assert done == s.batch_size
+        sums = backward(steered, batch, alpha, s)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, s.max_grad_norm or math.inf)
-        row = means(sums, len(batch), positions, s.beta)  # the step's one wait for the device
+        row = means(sums, len(batch), data.positions(batch), s.beta)  # the step's one wait for the device
         if not (math.isfinite(row["loss"]) and torch.isfinite(grad_norm)):
             raise SystemExit(f"Step {step + 1}: loss {row['loss']}, gradient norm {grad_norm}, in pairs {indices}.")
         optimizer.step()
