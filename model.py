@@ -156,23 +156,78 @@ def plain_attention(q, k, v, packed: Packed, window: int | None, scale: float, s
     q [T, H, hd], k and v [T, KV, hd] -> [T, H, hd]. A query sees keys of its own prompt and continuation at
     positions up to its own and, under a window, fewer than `window` back.
     """
-    (_, H, hd), KV = q.shape, k.shape[1]
-    outputs = []
-    for bucket in packed.buckets:
-        S, Lq = bucket.queries.shape
-        visible = _visible(bucket, window)[:, None, None]  # [S, 1, 1, Lq, Lk]
-        qb = q[bucket.queries].view(S, Lq, KV, H // KV, hd).permute(0, 2, 3, 1, 4)  # [S, KV, G, Lq, hd]
-        kb = k[bucket.keys].permute(0, 2, 3, 1)[:, :, None]  # [S, KV, 1, hd, Lk]
-        vb = v[bucket.keys].permute(0, 2, 1, 3)[:, :, None]  # [S, KV, 1, Lk, hd]
-        scores = (qb @ kb) * scale  # [S, KV, G, Lq, Lk]
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~visible, -torch.inf)
-        # Softmax in float32 at least, whatever the products' dtype.
-        weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        out = weights.to(vb.dtype) @ vb  # [S, KV, G, Lq, hd]
-        outputs.append(out.permute(0, 3, 1, 2, 4).reshape(S * Lq, H, hd))
-    return torch.cat(outputs)[packed.unbucket]
+    return _PlainAttention.apply(q, k, v, packed.buckets, window, scale, softcap)
+
+
+class _PlainAttention(torch.autograd.Function):
+    """With its own backward, so that each bucket's scores stay in cache and are worked on in place.
+
+        e = visible · exp(c tanh(s q kᵀ / c)),   n = Σ_keys e,   o = e v / n
+        δ = do / n;   dv = eᵀ δ;   dS = e (δ vᵀ - Σ δ o) (1 - tanh²);   dq = s dS k;   dk = s dSᵀ q
+
+    A capped score is at most c, so the exponentials need no maximum taken off; without a cap they do.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, buckets, window, scale, softcap):
+        ctx.buckets, ctx.scale, ctx.softcap = buckets, scale, softcap
+        keep = any(ctx.needs_input_grad[:3])
+        out, kept = torch.empty_like(q), [q, k, v]
+        for bucket in buckets:
+            qb, kb, vb = _gather(q, bucket.queries, k.shape[1]), _keys(k, bucket), _keys(v, bucket)
+            t = (qb * (scale / (softcap or 1.0))) @ kb.mT  # [S, KV, G Lq, Lk]
+            hidden = ~_visible(bucket, window).repeat(1, q.shape[1] // k.shape[1], 1)[:, None]  # [S, 1, G Lq, Lk]
+            if softcap:
+                t.tanh_()
+                e = (t * softcap if keep else t.mul_(softcap)).exp_().masked_fill_(hidden, 0)
+            else:
+                t.masked_fill_(hidden, -torch.inf)
+                e = t.sub_(t.amax(-1, keepdim=True)).exp_()
+            n = e.sum(-1, keepdim=True, dtype=torch.promote_types(e.dtype, torch.float32))
+            o = (e @ vb).div_(n)
+            out[bucket.queries] = _ungather(o, bucket.queries)  # padding repeats a query and its output
+            if keep:
+                kept += [e, n] + ([t.square_()] if softcap else [])
+        if keep:
+            ctx.save_for_backward(out, *kept)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        out, q, k, v, *kept = ctx.saved_tensors
+        dq, dk, dv, kept = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), iter(kept)
+        for bucket in ctx.buckets:
+            e, n = next(kept), next(kept)
+            KV = k.shape[1]
+            qb, kb, vb = _gather(q, bucket.queries, KV), _keys(k, bucket), _keys(v, bucket)
+            real = bucket.real.repeat(1, q.shape[1] // KV)[:, None, :, None]  # a repeated query counts once
+            delta = (_gather(grad, bucket.queries, KV) * (real / n)).to(q.dtype)
+            dS = delta @ vb.mT
+            dS.sub_((delta * _gather(out, bucket.queries, KV)).sum(-1, keepdim=True)).mul_(e)
+            if ctx.softcap:
+                dS.addcmul_(dS, next(kept), value=-1)  # times 1 - tanh²
+            queries, keys = bucket.queries.flatten(), bucket.keys.flatten()
+            dq.index_add_(0, queries, _ungather((dS @ kb).mul_(ctx.scale), bucket.queries).flatten(0, 1))
+            dk.index_add_(0, keys, (dS.mT @ qb).mul_(ctx.scale).transpose(1, 2).flatten(0, 1))
+            dv.index_add_(0, keys, (e.mT @ delta).transpose(1, 2).flatten(0, 1))
+        return dq, dk, dv, None, None, None, None
+
+
+def _gather(x: Tensor, queries: Tensor, KV: int) -> Tensor:
+    """[T, H, hd] at queries [S, Lq] -> [S, KV, G Lq, hd]: the G query heads that share a key head stand together."""
+    (S, Lq), (_, H, hd) = queries.shape, x.shape
+    return x[queries].view(S, Lq, KV, H // KV, hd).permute(0, 2, 3, 1, 4).reshape(S, KV, H // KV * Lq, hd)
+
+
+def _ungather(x: Tensor, queries: Tensor) -> Tensor:
+    """[S, KV, G Lq, hd] -> [S, Lq, H, hd]."""
+    (S, Lq), (_, KV, _, hd) = queries.shape, x.shape
+    return x.view(S, KV, -1, Lq, hd).permute(0, 3, 1, 2, 4).reshape(S, Lq, -1, hd)
+
+
+def _keys(x: Tensor, bucket: Bucket) -> Tensor:
+    return x[bucket.keys].transpose(1, 2)  # [T, KV, hd] -> [S, KV, Lk, hd]
 
 
 def _visible(bucket: Bucket, window: int | None) -> Tensor:

@@ -15,20 +15,24 @@ import torch
 from torch import Tensor
 
 NEVER = 1 << 30  # a key position no query reaches: marks padding inside a bucket
+TILE = 128  # queries that share their keys: a longer tile scores more keys that causality hides
+SCORES = 1 << 18  # of a bucket, per head: what keeps its products in the processor's cache
 
 Tree = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt's token ids, and those of its continuations
 
 
 class Bucket(NamedTuple):
-    """Stretches of queries with the keys they may see, padded to one shape so that they share a product.
+    """Tiles of queries with the keys they may see, padded to one shape so that they share a product.
 
-    A stretch is a prompt (its keys: itself) or a continuation (its keys: its prompt, then itself).
+    A tile is up to TILE consecutive queries of a prompt (its keys: the prompt so far) or of a continuation (its
+    keys: its prompt, then itself so far). Padding repeats a tile's last query, or its first key out of reach.
     """
 
-    queries: Tensor  # int64 [S, Lq], indices into the stream; padding repeats index 0
+    queries: Tensor  # int64 [S, Lq], indices into the stream
     keys: Tensor  # int64 [S, Lk]
-    query_position: Tensor  # int64 [S, Lq]; padding has 0, so that its softmax stays finite
+    query_position: Tensor  # int64 [S, Lq]
     key_position: Tensor  # int64 [S, Lk]; padding has NEVER
+    real: Tensor  # bool [S, Lq], False for the padding among the queries
 
 
 class Packed(NamedTuple):
@@ -42,7 +46,6 @@ class Packed(NamedTuple):
     sequence: Tensor  # int64 [N], which continuation the target belongs to, 0..C-1 in packing order
     lengths: Tensor  # int64 [C], tokens of each continuation
     buckets: tuple[Bucket, ...]  # how the plain attention walks the tree
-    unbucket: Tensor  # int64 [T], where each position's output stands among the buckets' outputs
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same layout on another device; the copy does not wait when the memory is pinned."""
@@ -83,7 +86,6 @@ def pack(trees: Sequence[Tree]) -> Packed:
 
     is_target = torch.tensor(branch) > 0
     tokens, position = torch.tensor(tokens), torch.tensor(position)
-    buckets, unbucket = _buckets(stretches, position)
     return Packed(
         tokens=tokens,
         position=position,
@@ -94,42 +96,42 @@ def pack(trees: Sequence[Tree]) -> Packed:
         target=tokens[is_target],
         sequence=torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)),
         lengths=torch.tensor(lengths, dtype=torch.int64),
-        buckets=buckets,
-        unbucket=unbucket,
+        buckets=_buckets(stretches, position),
     )
 
 
-def _buckets(stretches: list[tuple[int, int, int, int]], position: Tensor) -> tuple[tuple[Bucket, ...], Tensor]:
-    """Group stretches of like shape, so that many short ones cost one product and long ones little padding."""
-    stretches = sorted(stretches, key=lambda s: (s[1] + s[3], s[1]))
+def _buckets(stretches: list[tuple[int, int, int, int]], position: Tensor) -> tuple[Bucket, ...]:
+    """Cut stretches into tiles and group tiles of like shape, so that many short ones cost one product."""
+    tiles = []  # (first query, queries, first key, keys of the prompt before it, own keys before the queries)
+    for first, n, prompt, before in stretches:
+        for i in range(0, n, TILE):
+            tiles.append((first + i, min(TILE, n - i), prompt, before, i))
+    tiles.sort(key=lambda t: (t[1] + t[3] + t[4], t[1]))
     groups, lq, area = [], 0, 0
-    for s in stretches:
-        n, k = s[1], s[1] + s[3]  # k only grows: the newest stretch has the most keys
+    for tile in tiles:
+        n, k = tile[1], tile[1] + tile[3] + tile[4]  # k only grows: the newest tile has the most keys
         if groups:
             padded = (len(groups[-1]) + 1) * max(lq, n) * k
             # A third of padding, or 32k scores a head, is cheaper than another round of small products.
-            if padded <= max(1.33 * (area + n * k), area + n * k + 32_768):
-                groups[-1].append(s)
+            if padded <= min(SCORES, max(1.33 * (area + n * k), area + n * k + 32_768)):
+                groups[-1].append(tile)
                 lq, area = max(lq, n), area + n * k
                 continue
-        groups.append([s])
+        groups.append([tile])
         lq, area = n, n * k
 
-    buckets, unbucket, offset = [], torch.empty(len(position), dtype=torch.int64), 0
+    buckets = []
     for group in groups:
-        lq, lk = max(s[1] for s in group), max(s[1] + s[3] for s in group)
-        queries = torch.zeros(len(group), lq, dtype=torch.int64)
+        lq, lk = max(t[1] for t in group), max(t[1] + t[3] + t[4] for t in group)
+        queries = torch.empty(len(group), lq, dtype=torch.int64)
         keys = torch.zeros(len(group), lk, dtype=torch.int64)
-        query_position = torch.zeros(len(group), lq, dtype=torch.int64)
         key_position = torch.full((len(group), lk), NEVER, dtype=torch.int64)
-        for row, (first, n, prompt, p) in enumerate(group):
-            own = torch.arange(first, first + n)
-            queries[row, :n] = own
-            query_position[row, :n] = position[own]
-            keys[row, :p] = torch.arange(prompt, prompt + p)
-            keys[row, p : p + n] = own
-            key_position[row, : p + n] = torch.arange(p + n)
-            unbucket[own] = offset + row * lq + torch.arange(n)
-        offset += queries.numel()
-        buckets.append(Bucket(queries, keys, query_position, key_position))
-    return tuple(buckets), unbucket
+        real = torch.zeros(len(group), lq, dtype=torch.bool)
+        for row, (first, n, prompt, before, i) in enumerate(group):
+            queries[row] = torch.arange(first, first + lq).clamp(max=first + n - 1)
+            real[row, :n] = True
+            keys[row, :before] = torch.arange(prompt, prompt + before)
+            keys[row, before : before + i + n] = torch.arange(first - i, first + n)
+            key_position[row, : before + i + n] = torch.arange(before + i + n)
+        buckets.append(Bucket(queries, keys, position[queries], key_position, real))
+    return tuple(buckets)

@@ -25,7 +25,9 @@ def token_logps(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float |
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(c tanh(h Wᵀ / c))[target], a chunk of tokens at a time.
+    """z = c tanh(h Wᵀ / c),  log softmax(z)[y] = z_y - log Σ exp z, a chunk of tokens at a time.
+
+        d/dh = (1 - tanh²_y) W_y - Σ_j softmax(z)_j (1 - tanh²_j) W_j
 
     A token's log-probability depends on its own hidden state alone, so its gradient with respect to h is found
     in the forward pass, while the chunk's logits are at hand, and only scaled in the backward. A head that
@@ -39,10 +41,9 @@ class _TokenLogps(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if keep_gradient else None
         logps = torch.empty(len(hidden), dtype=_precise(hidden.dtype), device=hidden.device)
         for rows in _chunks(hidden, weight):
-            logits, slope = _logits(hidden[rows], weight, softcap, keep_gradient)
-            logps[rows], dlogits = _logps(logits, target[rows], keep_gradient)
+            logps[rows], dlogits = _chunk(hidden[rows], weight, target[rows], softcap, keep_gradient)
             if keep_gradient:
-                gradient[rows] = _matmul(_times_slope(dlogits, slope).to(weight.dtype), weight)
+                gradient[rows] = _matmul(dlogits, weight)
         if ctx.trains_head:
             ctx.save_for_backward(hidden, weight, target)
         elif keep_gradient:
@@ -58,12 +59,30 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, target = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         for rows in _chunks(hidden, weight):
-            logits, slope = _logits(hidden[rows], weight, ctx.softcap, True)
-            _, dlogits = _logps(logits, target[rows], True)
-            dlogits = _times_slope(dlogits, slope).mul_(grad[rows, None]).to(weight.dtype)
+            _, dlogits = _chunk(hidden[rows], weight, target[rows], ctx.softcap, True)
+            dlogits.mul_(grad[rows, None])
             grad_hidden[rows] = _matmul(dlogits, weight)
-            grad_weight += _matmul(dlogits.T, hidden[rows].to(weight.dtype))
+            grad_weight += _matmul(dlogits.T, hidden[rows])
         return grad_hidden, grad_weight, None, None
+
+
+def _chunk(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None, want_gradient: bool):
+    """Log-probabilities [n] of a chunk and, if wanted, their gradient with respect to h Wᵀ, [n, V]; in two buffers."""
+    logits = _matmul(hidden, weight.T, scale=1 / softcap if softcap else 1.0)
+    tanh = logits.tanh_() if softcap else None
+    z = (torch.mul(tanh, softcap) if want_gradient else tanh.mul_(softcap)) if softcap else logits
+    z_target = z.gather(1, target[:, None])
+    # A capped logit is at most c = 30: its exponential needs no maximum taken off first.
+    shift = 0.0 if softcap else z.amax(1, keepdim=True)
+    e = z.sub_(shift).exp_() if not softcap else z.exp_()
+    total = e.sum(1, keepdim=True)
+    logps = (z_target - shift - total.log()).squeeze(1)
+    if not want_gradient:
+        return logps, None
+    gradient = e.div_(-total).scatter_add_(1, target[:, None], torch.ones_like(total))  # onehot - softmax
+    if softcap:
+        gradient.addcmul_(gradient, tanh.square_(), value=-1)  # times 1 - tanh²
+    return logps, gradient
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
@@ -75,37 +94,13 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     return [slice(i, i + step) for i in range(0, len(hidden), step)]
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b accumulated and returned in float32 at least; bfloat16 inputs are not rounded on the way out."""
+def _matmul(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · a @ b in float32 at least: a takes b's dtype for the product, but its result is not rounded to it."""
     with torch.autocast(a.device.type, enabled=False):
-        if a.dtype == b.dtype == torch.bfloat16 and a.is_cuda:
-            return torch.mm(a, b, out_dtype=torch.float32)
+        if b.dtype == torch.bfloat16 and b.is_cuda:
+            return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32).mul_(scale)
         dtype = _precise(torch.promote_types(a.dtype, b.dtype))
-        return a.to(dtype) @ b.to(dtype)
-
-
-def _logits(hidden: Tensor, weight: Tensor, softcap: float | None, want_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """Softcapped logits [n, V] and the softcap's derivative there, 1 - tanh²."""
-    logits = _matmul(hidden.to(weight.dtype), weight.T)
-    if not softcap:
-        return logits, None
-    t = logits.div_(softcap).tanh_()
-    slope = 1 - t.square() if want_slope else None
-    return t.mul_(softcap), slope
-
-
-def _logps(logits: Tensor, target: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities [n] and, written over the logits, their gradient onehot - softmax [n, V]."""
-    logsumexp = logits.logsumexp(dim=-1, keepdim=True)
-    logps = (logits.gather(1, target[:, None]) - logsumexp).squeeze(1)
-    if not want_gradient:
-        return logps, None
-    minus_p = logits.sub_(logsumexp).exp_().neg_()
-    return logps, minus_p.scatter_add_(1, target[:, None], torch.ones_like(minus_p[:, :1]))
-
-
-def _times_slope(dlogits: Tensor, slope: Tensor | None) -> Tensor:
-    return dlogits if slope is None else dlogits.mul_(slope)
+        return (a.to(dtype) * scale) @ b.to(dtype)
 
 
 def mean_logps(logps: Tensor, sequence: Tensor, lengths: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import model as gemma
 from model import PUBLISHED, SLIDING, Gemma2, Gemma2Config
-from packed import pack
+from packed import TILE, pack
 from sources import UserError
 
 
@@ -92,6 +92,26 @@ def test_packed_trees_equal_separate_sequences_with_gradients(seed):
     torch.testing.assert_close(*gradients, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("softcap", [5.0, None])
+@pytest.mark.parametrize("window", [None, 3, 200])
+@pytest.mark.parametrize("seed", range(4))
+def test_plain_attention_equals_the_definition_with_gradients(seed, window, softcap):
+    """Against one masked softmax over the whole stream; stretches longer than a tile included."""
+    packed = pack(ragged(seed, longest=300))
+    T, g = len(packed.tokens), torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(T, heads, 8, generator=g, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    probe = torch.randn(T, 4, 8, generator=g, dtype=torch.float64)
+    ours = gemma.plain_attention(q, k, v, packed, window, 0.7, softcap)
+
+    visible = gemma.tree_mask(packed, window)(0, 0, torch.arange(T)[:, None], torch.arange(T)[None])
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * 0.7
+    scores = gemma.softcap(scores, softcap).masked_fill(~visible, -torch.inf)
+    naive = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(2, 1))
+    torch.testing.assert_close(ours, naive, atol=1e-12, rtol=1e-12)
+    for a, b in zip(*(torch.autograd.grad((y * probe).sum(), (q, k, v)) for y in (ours, naive)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+
+
 @pytest.mark.parametrize("window", [None, 3, 16])
 @pytest.mark.parametrize("seed", range(3))
 def test_flex_attention_equals_plain_attention(seed, window):
@@ -110,10 +130,13 @@ def test_buckets_keep_padding_low_and_few():
     assert len(alike.buckets) <= 4
     for seed in range(20):
         trees = ragged(seed, trees=12, longest=400)
-        seen = sum(len(p) ** 2 + sum(len(c) * (len(p) + len(c)) for c in continuations) for p, continuations in trees)
+        stretches = [(0, len(p)) for p, _ in trees] + [(len(p), len(c)) for p, branches in trees for c in branches]
+        tiles = [(b + i, min(TILE, n - i)) for b, n in stretches for i in range(0, n, TILE)]
+        seen = sum(n * (before + n) for before, n in tiles)
         buckets = pack(trees).buckets
         padded = sum(bucket.queries.numel() * bucket.keys.shape[1] for bucket in buckets)
         assert seen <= padded <= 1.33 * seen + 32_768 * len(buckets)
+        assert sum(int(bucket.real.sum()) for bucket in buckets) == sum(n for _, n in tiles)
 
 
 @pytest.mark.parametrize(
