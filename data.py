@@ -302,21 +302,22 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
     return np.random.default_rng((seed, epoch)).permutation(n).tolist() if shuffle else list(range(n))
 
 
-def microbatches(pairs: list[Pair], tokens_per_microbatch: int) -> list[list[Pair]]:
-    """Distribute pairs over as few micro-batches as first-fit by falling length finds.
+def microbatches(pairs: list[Pair], tokens_per_microbatch: int) -> list[list[int]]:
+    """Distribute pairs, by their indices, over as few micro-batches as first-fit by falling length finds.
 
     Each holds at most tokens_per_microbatch tokens; a pair longer than that stands alone.
     """
-    bins: list[list[Pair]] = []
+    bins: list[list[int]] = []
     room: list[int] = []
-    for pair in sorted(pairs, key=lambda p: -p.tokens):
-        fits = next((i for i, r in enumerate(room) if r >= pair.tokens), None)
+    for index in sorted(range(len(pairs)), key=lambda i: -pairs[i].tokens):
+        tokens = pairs[index].tokens
+        fits = next((i for i, r in enumerate(room) if r >= tokens), None)
         if fits is None:
-            bins.append([pair])
-            room.append(tokens_per_microbatch - pair.tokens)
+            bins.append([index])
+            room.append(tokens_per_microbatch - tokens)
         else:
-            bins[fits].append(pair)
-            room[fits] -= pair.tokens
+            bins[fits].append(index)
+            room[fits] -= tokens
     return bins
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model import Gemma2
+from model import Gemma2, Plan
 from packed import Packed, pack
 from sae import JumpReLUSAE
 from sources import UserError
@@ -121,10 +121,15 @@ class SteeredModel(nn.Module):
                 raise UserError(f"The adapter belongs to {name} {own[name]}; this run has {its[name]}.")
         self.model, self.sae, self.adapter, self.layer = model, sae, adapter, layer
 
-    def forward(self, packed: Packed) -> Steered:
+    @torch.no_grad()  # nothing trainable lies below the adapter
+    def residual(self, packed: Packed, plan: Plan) -> Tensor:
+        """The residual stream that the adapter reads, [T, d]."""
+        return self.model.blocks(self.model.embed(packed.tokens), plan, 0, self.layer + 1)
+
+    def forward(self, packed: Packed, x: Tensor | None = None) -> Steered:
+        """x: the residual stream below the adapter where it is known already (activations.py)."""
         plan = self.model.plan(packed)
-        with torch.no_grad():  # nothing trainable lies below the adapter
-            x = self.model.blocks(self.model.embed(packed.tokens), plan, 0, self.layer + 1)
+        x = self.residual(packed, plan) if x is None else x
         v = self.adapter(x)  # [T, d] -> [T, F]
         x = x + v.to(self.sae.W_dec.dtype) @ self.sae.W_dec  # [T, F] -> [T, d]
         x = self.model.blocks(x, plan, self.layer + 1)

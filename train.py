@@ -17,6 +17,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -32,6 +33,7 @@ import data
 import generate
 import sae as saes
 import simpo
+from activations import Activations
 from cli import flag
 from data import Pair
 from fsrl import Adapter, SteeredModel
@@ -67,6 +69,7 @@ class Settings:
     max_grad_norm: float = flag(1.0, "gradient norm is clipped here; 0: off")
     batch_size: int = flag(32, "pairs per optimiser step, exactly")
     tokens_per_microbatch: int = flag(8192, "tokens per forward pass, the memory knob; no effect on the result")
+    cache_activations: str | None = flag(None, "folder for the residual streams below the adapter, computed once")
     max_length: int = flag(2048, "tokens of prompt + response, at most")
     max_prompt_length: int = flag(1800, "tokens of a truncated prompt")
     adapter: str = flag("relu", "kind of adapter", choices=("relu",))
@@ -93,6 +96,14 @@ class Settings:
 # --- one step -----------------------------------------------------------------------------------------------
 
 
+class Batch(NamedTuple):
+    """Pairs to score together: an optimiser step's, or an evaluation set."""
+
+    pairs: list[Pair]
+    indices: Sequence[int]  # of each pair in the data set, where `activations` looks it up
+    activations: Activations | None = None  # the residual stream below the adapter, cached
+
+
 class Scores(NamedTuple):
     """What a forward pass says about its pairs (P of them) and positions."""
 
@@ -112,10 +123,10 @@ class Scores(NamedTuple):
         return torch.stack([*(x.sum() for x in pairs), self.l1, self.l0]).detach().double()
 
 
-def score(steered: SteeredModel, packed: Packed, s: Settings) -> Scores:
-    """Run the steered model over packed pairs."""
+def score(steered: SteeredModel, packed: Packed, s: Settings, x: Tensor | None = None) -> Scores:
+    """Run the steered model over packed pairs. x: the residual stream below the adapter, where it is cached."""
     head, softcap = steered.model.model.embed_tokens.weight, steered.model.config.final_logit_softcapping
-    hidden, v = steered(packed)
+    hidden, v = steered(packed, x)
     logps = simpo.token_logps(hidden[packed.source], head, packed.target, softcap)
     logps = simpo.mean_logps(logps, packed.sequence, packed.lengths)
     chosen, rejected = logps[0::2], logps[1::2]
@@ -135,35 +146,42 @@ def means(sums: Tensor, pairs: int, positions: int, beta: float) -> dict[str, fl
     )
 
 
-def backward(steered: SteeredModel, batch: list[Pair], alpha: float, s: Settings) -> Tensor:
-    """Add the gradients of one whole step, mean SimPO over pairs + α · mean ‖v‖₁ over positions, micro-batch by
-    micro-batch; the weights of the means are those of the step, so that packing does not matter. Returns the sums
-    of Scores.sums over the step.
+def scores_by_microbatch(steered: SteeredModel, batch: Batch, s: Settings) -> Iterator[tuple[int, Scores]]:
+    """Score a batch a micro-batch at a time: (pairs in it, their scores). One autocast for all, so that a float32
+    master weight is cast to bfloat16 once per step.
     """
-    sums, done, positions = torch.zeros(7, dtype=torch.float64, device=s.device), 0, data.positions(batch)
     with autocast(s):
-        for micro in data.microbatches(batch, s.tokens_per_microbatch):
-            scores = score(steered, data.pack_pairs(micro).to(s.device), s)
-            (scores.loss.sum() / len(batch) + alpha * scores.l1 / positions).backward()
-            sums += scores.sums(s.beta)
-            done += len(micro)
-    assert done == len(batch)
+        for micro in data.microbatches(batch.pairs, s.tokens_per_microbatch):
+            packed = data.pack_pairs([batch.pairs[i] for i in micro]).to(s.device)
+            x = batch.activations([batch.indices[i] for i in micro]).to(s.device) if batch.activations else None
+            yield len(micro), score(steered, packed, s, x)
+
+
+def backward(steered: SteeredModel, batch: Batch, alpha: float, s: Settings) -> Tensor:
+    """Add the gradients of one whole step: mean SimPO over pairs + α · mean ‖v‖₁ over positions.
+
+    The weights of the means are those of the step, so that packing does not matter. Returns the step's Scores.sums.
+    """
+    sums, done, positions = torch.zeros(7, dtype=torch.float64, device=s.device), 0, data.positions(batch.pairs)
+    for n, scores in scores_by_microbatch(steered, batch, s):
+        (scores.loss.sum() / len(batch.pairs) + alpha * scores.l1 / positions).backward()
+        sums += scores.sums(s.beta)
+        done += n
+    assert done == len(batch.pairs)
     return sums
 
 
 @torch.inference_mode()
-def evaluate(steered: SteeredModel, pairs: list[Pair], s: Settings, progress: bool = True) -> dict[str, float]:
-    """Means over all of `pairs`, whatever the packing."""
-    sums = torch.zeros(7, dtype=torch.float64, device=steered.model.device)
-    bar = tqdm(total=len(pairs), desc="evaluating", unit="pair", leave=False, disable=not progress)
-    with autocast(s):
-        for micro in data.microbatches(pairs, s.tokens_per_microbatch):
-            sums += score(steered, data.pack_pairs(micro).to(s.device), s).sums(s.beta)
-            bar.update(len(micro))
-    bar.close()
-    kept = ("loss", "accuracy", "margin", "l1", "l0")
+def evaluate(steered: SteeredModel, batch: Batch, s: Settings, progress: bool = True) -> dict[str, float]:
+    """Means over a whole evaluation set, whatever the packing."""
+    sums, pairs = torch.zeros(7, dtype=torch.float64, device=s.device), batch.pairs
+    with tqdm(total=len(pairs), desc="evaluating", unit="pair", leave=False, disable=not progress) as bar:
+        for n, scores in scores_by_microbatch(steered, batch, s):
+            sums += scores.sums(s.beta)
+            bar.update(n)
     result = means(sums, len(pairs), data.positions(pairs), s.beta)
-    return {k: result[k] for k in kept} | dict(pairs=len(pairs), tokens=sum(p.tokens for p in pairs))
+    kept = {name: result[name] for name in ("loss", "accuracy", "margin", "l1", "l0")}
+    return kept | dict(pairs=len(pairs), tokens=sum(p.tokens for p in pairs))
 
 
 def make_optimizer(trained: list[torch.nn.Parameter], s: Settings) -> torch.optim.AdamW:
@@ -203,12 +221,16 @@ def train(s: Settings) -> Path:
     optimizer = make_optimizer(trained, s)
 
     out = open_run(s, steered)
+    cached = s.cache_activations
+    activations = Activations.open(cached, steered, pairs, s) if cached else None
+    eval_activations = Activations.open(cached, steered, eval_pairs, s) if cached and eval_pairs else None
+    eval_batch = Batch(eval_pairs, range(len(eval_pairs)), eval_activations)
     log = Log(out / "metrics.jsonl")
     started = time.perf_counter()
     shown = list(dict.fromkeys(map(tuple, (p.prompt for p in eval_pairs or pairs))))[:2]
     samples = [(prompt, answer(steered.model, tokenizer, prompt)) for prompt in shown]
     if eval_pairs:
-        log.write(split="eval", step=0, **evaluate(steered, eval_pairs, s))
+        log.write(split="eval", step=0, **evaluate(steered, eval_batch, s))
 
     bar = tqdm(total=steps, desc="training", unit="step")
     for step in range(steps):
@@ -217,14 +239,14 @@ def train(s: Settings) -> Path:
         if k == 0:
             order = data.epoch_order(len(pairs), s.seed, epoch, s.shuffle)
         indices = order[k * s.batch_size : (k + 1) * s.batch_size]
-        batch = [pairs[i] for i in indices]
-        tokens = sum(p.tokens for p in batch)
+        batch = Batch([pairs[i] for i in indices], indices, activations)
+        tokens = sum(p.tokens for p in batch.pairs)
         alpha = s.l1 if step >= s.penalty_warmup_ratio * steps else 0.0
         lr = optimizer.param_groups[0]["lr"] = s.lr * lr_factor(step, steps, s)
 
         sums = backward(steered, batch, alpha, s)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, s.max_grad_norm or math.inf)
-        row = means(sums, len(batch), data.positions(batch), s.beta)  # the step's one wait for the device
+        row = means(sums, s.batch_size, data.positions(batch.pairs), s.beta)  # the step's one wait for the device
         if not (math.isfinite(row["loss"]) and torch.isfinite(grad_norm)):
             raise SystemExit(f"Step {step + 1}: loss {row['loss']}, gradient norm {grad_norm}, in pairs {indices}.")
         optimizer.step()
@@ -235,13 +257,13 @@ def train(s: Settings) -> Path:
         log.write(
             **dict(split="train", step=step + 1, epoch=(step + 1) / steps_per_epoch, **row),
             **dict(penalty=penalty, total=row["loss"] + penalty, lr=lr, grad_norm=float(grad_norm)),
-            **dict(pairs=len(batch), tokens=tokens, tokens_per_second=tokens / seconds, seconds=seconds),
+            **dict(pairs=s.batch_size, tokens=tokens, tokens_per_second=tokens / seconds, seconds=seconds),
         )
         bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.2f}", L0=f"{row['l0']:.0f}", refresh=False)
         bar.update()
         last = step + 1 == steps
         if eval_pairs and (last or s.eval_every and (step + 1) % s.eval_every == 0):
-            log.write(split="eval", step=step + 1, **evaluate(steered, eval_pairs, s))
+            log.write(split="eval", step=step + 1, **evaluate(steered, eval_batch, s))
     bar.close()
 
     adapter.save_pretrained(out / "adapter", identity(s, steered))

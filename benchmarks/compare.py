@@ -56,11 +56,10 @@ def ours(s: Settings, steered, batch, training):
         return scores
 
     train.score = keeping
-    train.backward(steered, batch, training.l1, training)
+    train.backward(steered, train.Batch(batch, range(len(batch))), training.l1, training)
     train.score = real
-    order = [id(p) for micro in data.microbatches(batch, s.tokens_per_microbatch) for p in micro]
-    by_pair = dict(zip(order, torch.cat(losses).tolist(), strict=True))
-    return [by_pair[id(p)] for p in batch]
+    order = [i for micro in data.microbatches(batch, s.tokens_per_microbatch) for i in micro]
+    return [loss for _, loss in sorted(zip(order, torch.cat(losses).tolist(), strict=True))]
 
 
 def plain_model(steered, s: Settings):

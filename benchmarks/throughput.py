@@ -175,14 +175,14 @@ def main() -> None:
     optimizer = train.make_optimizer(trained, training)
     micro = data.microbatches(batch, s.tokens_per_microbatch)
     tokens = sum(p.tokens for p in batch)
-    typical = int(statistics.median(sum(p.tokens for p in m) for m in micro))
+    typical = int(statistics.median(sum(batch[i].tokens for i in m) for m in micro))
 
     seconds, rates = [], []
     for step in range(s.steps + 1):
         rates.append(matmul_rate(config, steered.sae.d_sae, typical, dtype, s.device))
         synchronise(s.device)
         start = time.perf_counter()
-        train.backward(steered, batch, training.l1, training)
+        train.backward(steered, train.Batch(batch, range(len(batch))), training.l1, training)
         torch.nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

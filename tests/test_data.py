@@ -195,8 +195,8 @@ def test_microbatches_hold_every_pair_once_within_the_limit(seed):
     pairs = [Pair(*([i] * int(n) for n in g.integers(1, 200, 3))) for i in range(int(g.integers(1, 40)))]
     limit = int(g.integers(50, 1000))
     batches = data.microbatches(pairs, limit)
-    assert sorted(p.prompt[0] for batch in batches for p in batch) == list(range(len(pairs)))
-    assert all(sum(p.tokens for p in batch) <= limit or len(batch) == 1 for batch in batches)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(pairs)))
+    assert all(sum(pairs[i].tokens for i in batch) <= limit or len(batch) == 1 for batch in batches)
     # First fit leaves no two bins that would share: fewer than twice the bins any packing needs, plus one.
     assert len(batches) <= 2 * sum(min(p.tokens, limit) for p in pairs) / limit + 1
 

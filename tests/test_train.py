@@ -104,6 +104,23 @@ def test_packing_changes_neither_losses_nor_the_adapter(tmp_path):
         assert (weights[0] - weights[1]).norm() <= 1e-4 * weights[0].norm()
 
 
+def test_cached_activations_give_the_same_run_and_are_shared(tmp_path):
+    flags = ("--max-steps", 3, "--lr", 1e-3, "--init-adapter", GOLDEN / "adapter_mid")
+    cache = tmp_path / "cache"
+    assert golden_run(tmp_path / "a", *flags).returncode == 0
+    first = golden_run(tmp_path / "b", *flags, "--cache-activations", cache)
+    assert first.returncode == 0 and first.stderr.count("GB of activations") == 2, first.stderr  # train and test pairs
+    written = {p: p.stat().st_mtime_ns for p in cache.iterdir()}
+    again = golden_run(tmp_path / "c", *flags, "--cache-activations", cache, "--l1", 0.05)
+    assert again.returncode == 0 and "GB of activations" not in again.stderr
+    assert {p: p.stat().st_mtime_ns for p in cache.iterdir()} == written and len(written) == 2
+    for split in ("train", "eval"):
+        for a, b in zip(metrics(tmp_path / "a", split), metrics(tmp_path / "b", split), strict=True):
+            assert all(a[k] == pytest.approx(b[k], rel=1e-4) for k in ("loss", "l1", "l0", "margin"))
+    sizes = sorted(p.stat().st_size for p in written)
+    assert sizes[0] == metrics(tmp_path / "a", "eval")[0]["tokens"] * 64 * 4
+
+
 def test_the_frozen_parts_are_bit_identical_after_training(tmp_path, monkeypatch):
     kept = {}
     real = train.load
@@ -148,9 +165,10 @@ def test_evaluation_is_a_mean_over_pairs_and_positions_whatever_the_packing():
     s = train.Settings(device="cpu", dtype="float32")
     results = []
     for limit in (1, 200, 100_000):
-        results.append(train.evaluate(golden.steered, pairs, train.replace(s, tokens_per_microbatch=limit), False))
+        batch = train.Batch(pairs, range(len(pairs)))
+        results.append(train.evaluate(golden.steered, batch, train.replace(s, tokens_per_microbatch=limit), False))
     for other in results[1:]:
-        assert all(results[0][k] == pytest.approx(v, rel=1e-5) for k, v in other.items())
+        assert all(results[0][k] == pytest.approx(v, rel=1e-5, abs=2e-5) for k, v in other.items())
     with torch.no_grad():
         alone = [train.score(golden.steered, data.pack_pairs([p]), s) for p in pairs]
     assert results[0]["loss"] == pytest.approx(np.mean([x.loss.item() for x in alone]), rel=1e-6)
