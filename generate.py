@@ -13,7 +13,7 @@ from torch import Tensor
 
 @torch.inference_mode()
 def greedy(
-    logits: Callable[[Tensor], Tensor], tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int = 64
+    logits: Callable[[Tensor], Tensor], tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int = 96
 ) -> str:
     """The model's answer to a prompt that ends after a user turn (Pair.prompt): token ids -> text.
 

@@ -31,6 +31,7 @@ class JumpReLUSAE(nn.Module):
                 raise UserError(f"{source}: {name} has shape {tuple(arrays[name].shape)}, {shape} was expected.")
             self.register_buffer(name, arrays[name])
         self.source, self.sae_id, self.sha256 = source, sae_id, digest
+        self.revision = None  # commit of a Hub download, set by from_pretrained
 
     @property
     def d_model(self) -> int:
@@ -66,7 +67,7 @@ class JumpReLUSAE(nn.Module):
             raise UserError(f"--sae-id {sae_id}: must be a path inside the SAE repository.")
         prefix = f"{sae_id}/" if sae_id else ""
         wanted = [prefix + name for name in ("params.npz", "cfg.json", "sae_weights.safetensors")]
-        root, _ = fetch(source, "sae", wanted, revision)
+        root, commit = fetch(source, "sae", wanted, revision)
         if str(source) == "tiny" and sae_id is None:
             from tiny import SAE_ID as sae_id
         folder = root / sae_id if sae_id else root
@@ -80,7 +81,9 @@ class JumpReLUSAE(nn.Module):
             named = f"--sae-id {sae_id}" if sae_id else "the folder"
             raise UserError(f"--sae {source}: {named} holds neither params.npz nor cfg.json + sae_weights.safetensors.")
         arrays = {name: torch.as_tensor(array).to(device=device, dtype=dtype) for name, array in arrays.items()}
-        return cls(arrays, str(source), sae_id, sha256(file))
+        sae = cls(arrays, str(source), sae_id, sha256(file))
+        sae.revision = commit
+        return sae
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:

@@ -33,6 +33,7 @@ import data
 import generate
 import sae as saes
 import simpo
+import tiny
 from activations import Activations
 from cli import flag
 from data import Pair
@@ -42,7 +43,7 @@ from packed import Packed
 from sources import UserError, sha256, write_whole
 
 PRESETS = {  # what --model tiny changes of the defaults below
-    "tiny": dict(sae="tiny", data="tiny", layer=2, lr=2e-3, l1=0.02, epochs=2, eval_every=32),
+    "tiny": dict(sae="tiny", data="tiny", layer=tiny.LAYER, lr=2e-3, epochs=1, eval_every=16),
 }
 
 
@@ -210,7 +211,8 @@ def train(s: Settings) -> Path:
     s = resolve_device(s)
     steered, tokenizer = load(s)
     model, adapter = steered.model, steered.adapter
-    pairs, eval_pairs = load_data(s, tokenizer)
+    preferences = load_data(s, tokenizer)
+    pairs, eval_pairs = preferences.pairs, preferences.eval_pairs
     steps_per_epoch = len(pairs) // s.batch_size
     steps = s.max_steps or s.epochs * steps_per_epoch
 
@@ -220,7 +222,7 @@ def train(s: Settings) -> Path:
     assert {*map(id, frozen)} == {*map(id, model.parameters())}
     optimizer = make_optimizer(trained, s)
 
-    out = open_run(s, steered)
+    out = open_run(s, steered, preferences)
     cached = s.cache_activations
     activations = Activations.open(cached, steered, pairs, s) if cached else None
     eval_activations = Activations.open(cached, steered, eval_pairs, s) if cached and eval_pairs else None
@@ -306,17 +308,31 @@ def load(s: Settings):
     return SteeredModel(model, sae, adapter.to(s.device), s.layer), data.load_tokenizer(model.folder)
 
 
-def load_data(s: Settings, tokenizer) -> tuple[list[Pair], list[Pair]]:
-    limits = (s.max_length, s.max_prompt_length)
-    pairs = data.load_pairs(s.data, tokenizer, *limits, "train", s.data_revision, progress=True)
+class Preferences(NamedTuple):
+    pairs: list[Pair]
+    eval_pairs: list[Pair]
+    files: list[Path]  # that both came from
+    revision: str | None  # commit of a Hub dataset
+
+
+def load_data(s: Settings, tokenizer) -> Preferences:
+    """Training and evaluation pairs. A branch on the Hub is resolved once, so that both come from one commit."""
+
+    def read(source, split, revision):
+        return data.load_pairs(source, tokenizer, s.max_length, s.max_prompt_length, split, revision, progress=True)
+
+    files, commit = data.data_files(s.data, None, s.data_revision)
+    pairs = read(s.data, "train", commit)
     if len(pairs) < s.batch_size:
         raise UserError(f"--data {s.data}: {len(pairs)} training pairs, fewer than --batch-size {s.batch_size}.")
-    eval_pairs = data.load_pairs(s.eval_data or s.data, tokenizer, *limits, "test", s.data_revision, progress=True)
-    if s.eval_data and not eval_pairs:  # a file given for evaluation need not call itself a test split
-        eval_pairs = data.load_pairs(s.eval_data, tokenizer, *limits, None, s.data_revision, progress=True)
+    if s.eval_data is None:
+        eval_pairs = read(s.data, "test", commit)
+    else:  # what is given for evaluation need not call itself a test split
+        more, eval_commit = data.data_files(s.eval_data)
+        eval_pairs, files = read(s.eval_data, "test", eval_commit) or read(s.eval_data, None, eval_commit), files + more
     if not eval_pairs:
         print(f"{s.eval_data or s.data} has no test split: no evaluation (give --eval-data).", file=sys.stderr)
-    return pairs, eval_pairs
+    return Preferences(pairs, eval_pairs, files, commit)
 
 
 # --- what the run leaves behind -----------------------------------------------------------------------------
@@ -334,7 +350,7 @@ class Log:
         self.file.flush()
 
 
-def open_run(s: Settings, steered: SteeredModel) -> Path:
+def open_run(s: Settings, steered: SteeredModel, preferences: Preferences) -> Path:
     """Make the output folder and write config.json: settings, versions, hardware, hashes. Never over another run."""
     if s.out:
         out = Path(s.out)
@@ -343,13 +359,13 @@ def open_run(s: Settings, steered: SteeredModel) -> Path:
     else:
         names = (f"{Path(s.model).name}{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 10_000))])
         out = next(p for p in map(Path("runs").joinpath, names) if not (p / "metrics.jsonl").exists())
-    files = [*sorted(steered.model.folder.glob("*.safetensors")), *data.data_files(s.data, None, s.data_revision)[0]]
+    files = [*sorted(steered.model.folder.glob("*.safetensors")), *preferences.files]
     packages = ("torch", "safetensors", "huggingface-hub", "tokenizers", "numpy", "pyarrow")
     config = dict(
         settings=asdict(s),
         adapter=identity(s, steered),
         sha256={str(f): sha256(f) for f in files},
-        data_revision=data.data_files(s.data, None, s.data_revision)[1],
+        data_revision=preferences.revision,
         versions=dict(python=platform.python_version(), **{p: version(p) for p in packages}),
         hardware=torch.cuda.get_device_name(s.device) if s.device != "cpu" else f"{platform.machine()} CPU",
         threads=torch.get_num_threads(),
@@ -368,7 +384,7 @@ def identity(s: Settings, steered: SteeredModel) -> dict:
     """What an adapter file says about where it belongs."""
     return dict(
         **dict(base_model=s.model, base_model_revision=steered.model.revision, layer=s.layer),
-        **dict(sae=s.sae, sae_id=steered.sae.sae_id, sae_sha256=steered.sae.sha256),
+        **dict(sae=s.sae, sae_id=steered.sae.sae_id, sae_revision=steered.sae.revision, sae_sha256=steered.sae.sha256),
     )
 
 

@@ -53,7 +53,7 @@ def test_throughput_prints_one_line_of_json():
     assert all(json.loads(line)[key] > 0 for key in keys.split())
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="compares with transformers, a dev requirement")
+@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="compares with transformers, a dev library")
 def test_compare_finds_the_same_losses():
     result = script("benchmarks/compare.py", "--shape", "tiny", "--pairs", 4, "--steps", 1)
     assert result.returncode == 0, result.stderr

@@ -1,0 +1,404 @@
+"""The Hub route: the real huggingface-hub client against a loopback server that answers as the Hub does.
+
+`Hub` serves the golden model, SAE and dataset under the default ids of train.py, each at two commits (branch
+main, tag v1) and beside files that nobody should ask for. Runs are subprocesses, because the client reads
+HF_ENDPOINT and HF_HOME when it is imported.
+"""
+
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+from conftest import GOLDEN, SAE_ID, golden_run, metrics, script
+from safetensors.torch import load, save
+
+import sae as saes
+
+MODEL, SAE = "google/gemma-2-2b-it", "google/gemma-scope-2b-pt-res"
+DATA = "princeton-nlp/llama3-ultrafeedback-armorm"
+PAGE = 10  # entries of a listing per answer; the Hub's own pages hold 1,000
+LOWEST, SECOND = "layer_1/width_65k/average_l0_8", "layer_1/width_65k/average_l0_30"  # the first is golden
+SHARD = "model-00003-of-00008.safetensors"
+
+
+# --- a small Hub --------------------------------------------------------------------------------------------
+
+
+class Repo:
+    """Files by commit; a commit is the hash of what it holds. refs: branches and tags."""
+
+    def __init__(self, main: dict[str, bytes], v1: dict[str, bytes] | None = None, gated: bool = False):
+        self.gated, self.commits, self.refs = gated, {}, {}
+        for ref, files in (("main", main), ("v1", v1)):
+            if files is not None:
+                self.refs[ref] = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+                self.commits[self.refs[ref]] = files
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves `repos`, keyed by "models/owner/name" or "datasets/owner/name", and remembers what was asked.
+
+    fault: None, "503" (an answer that is none) or "cut" (the connection closes without one).
+    """
+
+    daemon_threads = True
+
+    def __init__(self, repos: dict[str, Repo]):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repos, self.asked, self.fault = repos, [], None
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
+
+    def close(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def downloads(self) -> set[str]:
+        """repository@commit/path of every file asked for."""
+        files = filter(None, map(Handler.file_of, self.asked))
+        return {f"{repo}@{revision}/{path}" for repo, revision, path in files}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    API = re.compile(r"/api/((?:models|datasets)/[^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?")
+    FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+
+    @classmethod
+    def file_of(cls, path: str) -> tuple[str, str, str] | None:
+        found = cls.FILE.fullmatch(path)
+        return found and ((found[1] or "models/") + found[2], unquote(found[3]), unquote(found[4]))
+
+    def do_GET(self):
+        url = urlsplit(self.path)
+        self.server.asked.append(url.path)
+        if self.server.fault == "cut":
+            self.close_connection = True
+        elif self.server.fault == "503":
+            self.answer(503)
+        elif found := self.API.fullmatch(url.path):
+            repo, question, revision = found[1], found[2], unquote(found[3] or "main")
+            self.with_commit(repo, revision, self.tree if question == "tree" else self.info)
+        elif found := self.file_of(url.path):
+            self.with_commit(found[0], found[1], lambda repo, commit: self.file(repo, commit, found[2]))
+        else:
+            self.answer(404)
+
+    do_HEAD = do_GET
+
+    def with_commit(self, name: str, revision: str, then) -> None:
+        repo = self.server.repos.get(name)
+        if repo is None:
+            return self.refuse(404, "RepoNotFound")
+        commit = repo.refs.get(revision, revision)
+        if commit not in repo.commits:
+            return self.refuse(404, "RevisionNotFound")
+        then(repo, commit)
+
+    def info(self, repo: Repo, commit: str) -> None:
+        name = self.API.fullmatch(urlsplit(self.path).path)[1].split("/", 1)[1]
+        self.answer(200, json.dumps(dict(id=name, sha=commit, gated=repo.gated, private=False)).encode())
+
+    def tree(self, repo: Repo, commit: str) -> None:
+        url, files = urlsplit(self.path), sorted(repo.commits[commit].items())
+        start = int(parse_qs(url.query).get("cursor", ["0"])[0])
+        stop = start + PAGE
+        entries = [dict(type="file", path=p, size=len(b), oid=etag(b)) for p, b in files[start:stop]]
+        more = f'<{self.server.endpoint}{url.path}?recursive=true&cursor={stop}>; rel="next"'
+        self.answer(200, json.dumps(entries).encode(), **(dict(Link=more) if stop < len(files) else {}))
+
+    def file(self, repo: Repo, commit: str, path: str) -> None:
+        if repo.gated:  # who has not accepted a licence sees the listing, not the files
+            return self.refuse(401, "GatedRepo")
+        if path not in repo.commits[commit]:
+            return self.refuse(404, "EntryNotFound")
+        body = repo.commits[commit][path]
+        self.answer(200, body, **{"ETag": f'"{etag(body)}"', "X-Repo-Commit": commit})
+
+    def refuse(self, status: int, code: str) -> None:
+        self.answer(status, json.dumps(dict(error=code)).encode(), **{"X-Error-Code": code})
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def etag(body: bytes) -> str:
+    return hashlib.sha1(body).hexdigest()
+
+
+# --- what it serves -----------------------------------------------------------------------------------------
+
+
+def folder(path: Path) -> dict[str, bytes]:
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def louder(shard: bytes) -> bytes:
+    """The same tensors, each one and a half times as large."""
+    return save({name: 1.5 * tensor for name, tensor in load(shard).items()})
+
+
+UNWANTED = dict.fromkeys(("README.md", ".gitattributes", "pytorch_model.bin", "original/model.pt"), b"unread")
+PAPER = {6: 17, 12: 21, 18: 21, 24: 19}  # layer -> average L0 of the SAE that the paper used
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    model, data = folder(GOLDEN / "model"), folder(GOLDEN / "dataset")
+    del model["config.hub_style.json"]
+    golden_sae = saes.JumpReLUSAE.from_pretrained(GOLDEN / "sae" / SAE_ID)
+    other_npz = tmp_path_factory.mktemp("sae") / "params.npz"
+    saes.save_gemmascope(other_npz, {name: 2 * getattr(golden_sae, name) for name in saes.ARRAYS})
+    others = [f"layer_1/width_{rest}" for rest in ("65k/average_l0_107", "16k/average_l0_5")]
+    others += ["layer_2/width_65k/average_l0_4"]
+    for layer, l0 in PAPER.items():
+        others += [f"layer_{layer}/width_65k/average_l0_{n}" for n in (l0, l0 + 1, 10 * l0, 107)]
+        others += [f"layer_{layer}/width_16k/average_l0_{l0 - 1}"]
+    v1_sae = {f"{SECOND}/params.npz": other_npz.read_bytes()} | UNWANTED
+    sae = v1_sae | {f"{place}/params.npz": other_npz.read_bytes() for place in others}
+    sae |= {"layer_1/width_65k/average_l0_2/notes.txt": b"", "layer_12/width_65k/average_l0_3/notes.txt": b""}
+    sae[f"{LOWEST}/params.npz"] = (GOLDEN / "sae" / SAE_ID / "params.npz").read_bytes()
+    hub = Hub(
+        {
+            f"models/{MODEL}": Repo(model | UNWANTED, model | UNWANTED | {SHARD: louder(model[SHARD])}),
+            f"models/{SAE}": Repo(sae, v1_sae),
+            f"datasets/{DATA}": Repo(data | UNWANTED, data | UNWANTED | {"README.md": b"of v1"}),
+            "models/owner/torn": Repo({name: body for name, body in model.items() if name != SHARD}),
+            "models/owner/gated": Repo(model, gated=True),
+        }
+    )
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope="module")
+def dead() -> SimpleNamespace:
+    """A server that was there and is no more: its port refuses connections."""
+    gone = Hub({})
+    gone.close()
+    return gone
+
+
+def client(hub: Hub, home: Path) -> dict[str, str]:
+    """The environment of a user of this Hub, with all that the client keeps under `home`."""
+    kept = dict(HF_HOME="", HF_HUB_CACHE="hub", HF_XET_CACHE="xet", HF_TOKEN_PATH="token")
+    plain = dict(HF_TOKEN="", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    reach = dict(HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0", no_proxy="127.0.0.1")
+    return reach | plain | {name: str(home / place) for name, place in kept.items()}
+
+
+BRIEF = ("--layer", 1, "--batch-size", 4, "--max-steps", 2, "--eval-every", 0, "--device", "cpu")
+
+
+def hub_run(hub: Hub, home: Path, out: Path, *arguments):
+    """train.py with its default ids: two steps at layer 1."""
+    return script("train.py", *BRIEF, "--out", out, *arguments, env=client(hub, home))
+
+
+def succeeded(result, out: Path) -> SimpleNamespace:
+    """What a run left behind: rows without their timings, config.json, adapter_config.json, adapter bytes."""
+    assert result.returncode == 0, result.stderr
+    timed = ("seconds", "tokens_per_second")
+    rows = [*metrics(out, "train"), *metrics(out, "eval")]
+    rows = [{k: v for k, v in row.items() if k not in timed} for row in rows]
+    assert [row["step"] for row in rows] == [1, 2, 0, 2]
+    return SimpleNamespace(
+        rows=rows,
+        config=json.loads((out / "config.json").read_text()),
+        adapter=json.loads((out / "adapter" / "adapter_config.json").read_text()),
+        weights=(out / "adapter" / "adapter.safetensors").read_bytes(),
+    )
+
+
+@pytest.fixture(scope="module")
+def first(hub, tmp_path_factory) -> SimpleNamespace:
+    """The first run on a new machine, everything by default; `home` then holds its downloads."""
+    home, out = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("first")
+    hub.asked.clear()
+    run = succeeded(hub_run(hub, home, out), out)
+    run.home, run.downloads = home, hub.downloads()
+    return run
+
+
+def expect_sentence(result, *words: str) -> None:
+    """Exit code 2, and the last line on stderr is one sentence with all of `words`."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    sentence = result.stderr.splitlines()[-1]
+    assert sentence.endswith(".")
+    for word in words:
+        assert word in sentence
+
+
+# --- tests --------------------------------------------------------------------------------------------------
+
+
+def test_default_ids_train_as_the_same_files_on_disk_do(first, tmp_path):
+    local = succeeded(golden_run(tmp_path, *BRIEF), tmp_path)
+    assert first.rows == local.rows
+    assert first.weights == local.weights
+    assert first.adapter["sae_sha256"] == local.adapter["sae_sha256"]
+    assert sorted(first.config["sha256"].values()) == sorted(local.config["sha256"].values())
+
+
+def test_a_run_records_ids_and_commits(hub, first):
+    commit = {name: repo.refs["main"] for name, repo in hub.repos.items()}
+    recorded = dict(base_model=MODEL, base_model_revision=commit[f"models/{MODEL}"], sae=SAE, sae_id=LOWEST)
+    assert recorded.items() <= first.adapter.items()
+    assert recorded.items() <= first.config["adapter"].items()
+    assert first.config["data_revision"] == commit[f"datasets/{DATA}"]
+    assert (first.config["settings"]["data"], first.config["settings"]["sae_id"]) == (DATA, None)
+
+
+def test_only_wanted_files_are_downloaded(hub, first):
+    wanted = {
+        f"models/{MODEL}": {*folder(GOLDEN / "model")} - {"config.hub_style.json"},
+        f"models/{SAE}": {f"{LOWEST}/params.npz"},
+        f"datasets/{DATA}": {*folder(GOLDEN / "dataset")},
+    }
+    main = {name: repo.refs["main"] for name, repo in hub.repos.items()}
+    assert first.downloads == {f"{name}@{main[name]}/{path}" for name in wanted for path in wanted[name]}
+
+
+def test_revisions_are_pinned(hub, first, tmp_path):
+    names = (f"models/{MODEL}", f"models/{SAE}", f"datasets/{DATA}")
+    model, _, data = v1 = [hub.repos[name].refs["v1"] for name in names]
+    hub.asked.clear()
+    pins = ("--model-revision", "v1", "--sae-revision", "v1", "--data-revision", data)
+    run = succeeded(hub_run(hub, tmp_path / "home", tmp_path / "out", *pins), tmp_path / "out")
+    assert run.adapter["base_model_revision"] == model != first.adapter["base_model_revision"]
+    assert run.config["data_revision"] == data != first.config["data_revision"]
+    assert run.adapter["sae_id"] == SECOND  # the only one that v1 holds
+    assert run.adapter["sae_sha256"] != first.adapter["sae_sha256"]
+    assert {re.search("@([0-9a-f]{40})/", file)[1] for file in hub.downloads()} == set(v1)
+    sha256 = {Path(path).name: digest for path, digest in run.config["sha256"].items()}
+    assert sha256[SHARD] == hashlib.sha256(hub.repos[names[0]].commits[model][SHARD]).hexdigest()
+    before = [next(r["loss"] for r in rows if r["step"] == 0) for rows in (run.rows, first.rows)]
+    assert abs(before[0] - before[1]) > 1e-3
+
+
+NO_SAE = "layer_1/width_65k/average_l0_9"
+MISTAKES = {  # flags -> what the sentence names
+    ("--model-revision", "v9"): (f"--model {MODEL}", "no revision 'v9'"),
+    ("--model", "owner/nothing"): ("--model owner/nothing", "no such model"),
+    ("--model", "owner/no--id"): ("--model owner/no--id", "'owner/no--id'"),
+    ("--model", "owner/gated"): ("--model owner/gated", "gated", "licence"),
+    ("--model", "owner/torn"): (SHARD, "missing"),
+    ("--sae", "owner/nothing"): ("--sae owner/nothing", "no such model"),
+    ("--sae-id", NO_SAE): (f"--sae {SAE}", f"--sae-id {NO_SAE}"),
+    ("--sae-revision", "v9"): (f"--sae {SAE}", "no revision 'v9'"),
+    ("--layer", "3"): ("--layer 3", SAE, "layer_3/width_65k", "--sae-id"),
+    ("--data", "owner/nothing"): ("--data owner/nothing", "no such dataset"),
+    ("--data-revision", "v9"): (f"--data {DATA}", "no revision 'v9'"),
+}
+SEVERAL = """
+import contextlib, io, json, sys, traceback
+import cli, train
+told = []
+for flags in json.loads(sys.argv[1]):
+    sys.argv[1:], code = flags, 0
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            cli.run(train.main)
+        except SystemExit as e:
+            code = e.code
+        except Exception:
+            code = traceback.print_exc() or 1
+    told.append([code, stderr.getvalue()])
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def mistaken(hub, first, tmp_path_factory) -> dict:
+    """What train.py says to each of MISTAKES: all in one process, to spare eleven imports of torch."""
+    outs = [tmp_path_factory.mktemp("mistake") / "out" for _ in MISTAKES]
+    runs = [[*map(str, BRIEF), "--out", str(out), *flags] for flags, out in zip(MISTAKES, outs, strict=True)]
+    result = script("-c", SEVERAL, json.dumps(runs), env=client(hub, first.home))
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout.splitlines()[-1])
+    ends = [SimpleNamespace(returncode=c, stderr=e, out=out) for (c, e), out in zip(told, outs, strict=True)]
+    return dict(zip(MISTAKES, ends, strict=True))
+
+
+@pytest.mark.parametrize("flags", MISTAKES, ids=" ".join)
+def test_what_the_hub_does_not_have_is_said_in_one_sentence(mistaken, flags):
+    expect_sentence(mistaken[flags], *MISTAKES[flags])
+    assert not mistaken[flags].out.exists()
+
+
+def test_a_dead_server_leaves_the_cached_copy(dead, first, tmp_path):
+    run = succeeded(hub_run(dead, first.home, tmp_path), tmp_path)
+    assert run.rows == first.rows
+    assert run.adapter == first.adapter
+    for key in ("adapter", "data_revision", "sha256"):
+        assert run.config[key] == first.config[key]
+
+
+def test_a_dead_server_and_no_copy_is_said_in_one_sentence(dead, tmp_path):
+    result = hub_run(dead, tmp_path / "home", tmp_path / "out")
+    expect_sentence(result, f"--model {MODEL}", "the Hub did not answer", "no whole copy is cached")
+    assert not (tmp_path / "out").exists()
+
+
+ASK = """
+import json, sys
+import sources
+told = []
+for question, *arguments in json.loads(sys.argv[1]):
+    try:
+        answer = getattr(sources, question)(*arguments)
+        told.append(["ok", answer if question == "list_files" else answer.revision])
+    except sources.UserError as e:
+        told.append(["error", str(e)])
+print(json.dumps(told))
+"""
+
+
+def ask(hub: Hub, home: Path, *questions: tuple) -> list[tuple[str, object]]:
+    """Functions of sources.py, called in one fresh process."""
+    result = script("-c", ASK, json.dumps(questions), env=client(hub, home))
+    assert result.returncode == 0, result.stderr
+    return [tuple(pair) for pair in json.loads(result.stdout)]
+
+
+@pytest.mark.parametrize("fault", ["503", "cut"])
+def test_a_failing_server_never_ends_in_a_traceback(hub, first, tmp_path, fault):
+    fetch, files = ("fetch", SAE, "sae", [f"{LOWEST}/*"]), ("list_files", SAE, "sae")
+    hub.fault = fault
+    try:
+        cached, unknown = ask(hub, first.home, files, fetch), ask(hub, tmp_path, files, fetch)
+    finally:
+        hub.fault = None
+    repo = hub.repos[f"models/{SAE}"]
+    assert cached[0] == ("ok", sorted(repo.commits[repo.refs["main"]]))
+    if fault == "503":
+        assert cached[1] == ("ok", repo.refs["main"])
+    else:
+        assert cached[1][0] == "error" and "--sae" in cached[1][1]
+    for kind, sentence in unknown:
+        assert kind == "error" and sentence.startswith(f"--sae {SAE}: the Hub") and "\n" not in sentence
+
+
+def test_the_papers_sae_of_each_layer_is_the_lowest_l0_of_the_listing(hub, tmp_path, monkeypatch):
+    program = f"import json, sae; print(json.dumps([sae.lowest_l0_id('{SAE}', n) for n in {[*PAPER]}]))"
+    result = script("-c", program, env=client(hub, tmp_path))
+    assert result.returncode == 0, result.stderr
+    paper = [f"layer_{layer}/width_65k/average_l0_{l0}" for layer, l0 in PAPER.items()]
+    assert json.loads(result.stdout) == paper
+    monkeypatch.setattr(saes, "list_files", None)  # these four are known without asking
+    assert [saes.default_id(SAE, layer) for layer in PAPER] == paper
