@@ -168,7 +168,7 @@ def test_evaluation_is_a_mean_over_pairs_and_positions_whatever_the_packing():
         batch = train.Batch(pairs, range(len(pairs)))
         results.append(train.evaluate(golden.steered, batch, train.replace(s, tokens_per_microbatch=limit), False))
     for other in results[1:]:
-        assert all(results[0][k] == pytest.approx(v, rel=1e-5, abs=2e-5) for k, v in other.items())
+        assert all(results[0][k] == pytest.approx(v, rel=1e-5, abs=1e-4) for k, v in other.items())
     with torch.no_grad():
         alone = [train.score(golden.steered, data.pack_pairs([p]), s) for p in pairs]
     assert results[0]["loss"] == pytest.approx(np.mean([x.loss.item() for x in alone]), rel=1e-6)
