@@ -168,7 +168,9 @@ def test_evaluation_is_a_mean_over_pairs_and_positions_whatever_the_packing():
         batch = train.Batch(pairs, range(len(pairs)))
         results.append(train.evaluate(golden.steered, batch, train.replace(s, tokens_per_microbatch=limit), False))
     for other in results[1:]:
-        assert all(results[0][k] == pytest.approx(v, rel=1e-5, abs=1e-4) for k, v in other.items())
+        # A feature whose pre-activation is within rounding of 0 may count on one side and not on the other.
+        assert other.pop("l0") == pytest.approx(results[0]["l0"], rel=1e-3)
+        assert other == pytest.approx({k: v for k, v in results[0].items() if k != "l0"}, rel=1e-5, abs=1e-4)
     with torch.no_grad():
         alone = [train.score(golden.steered, data.pack_pairs([p]), s) for p in pairs]
     assert results[0]["loss"] == pytest.approx(np.mean([x.loss.item() for x in alone]), rel=1e-6)
