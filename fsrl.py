@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from model import Gemma2, Plan
 from packed import Packed, pack
 from sae import JumpReLUSAE
+from simpo import sparsity
 from sources import UserError
 
 FORMAT = "fsrl-adapter-1"
+STEER_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 21}  # of v, computed at once
 INIT_RANGE = 1e-9  # of the weight, from the authors' configuration: training starts at the unsteered model
 
 
@@ -43,7 +45,7 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual stream x [T, d] -> steering v [T, F]."""
-        return F.relu(F.linear(x.to(self.weight.dtype), self.weight, self.bias))
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).relu_()
 
     def save_pretrained(self, folder: str | Path, identity: dict) -> None:
         """Write adapter.safetensors and adapter_config.json, each whole or not at all.
@@ -92,7 +94,8 @@ class Adapter(nn.Module):
 
 class Steered(NamedTuple):
     hidden: Tensor  # [T, d], final states after the last norm
-    v: Tensor  # [T, F], what was turned up, by position
+    l1: Tensor  # [T], ‖v‖₁ of the steering at each position
+    l0: Tensor  # [T], how many features were steered there
 
 
 class SteeredModel(nn.Module):
@@ -130,10 +133,19 @@ class SteeredModel(nn.Module):
         """x: the residual stream below the adapter where it is known already (activations.py)."""
         plan = self.model.plan(packed)
         x = self.residual(packed, plan) if x is None else x
-        v = self.adapter(x)  # [T, d] -> [T, F]
-        x = x + v.to(self.sae.W_dec.dtype) @ self.sae.W_dec  # [T, F] -> [T, d]
+        x, l1, l0 = self.steer(x)
         x = self.model.blocks(x, plan, self.layer + 1)
-        return Steered(self.model.final_norm(x), v)
+        return Steered(self.model.final_norm(x), l1, l0)
+
+    def steer(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x' = x + v W_dec [T, d], and ‖v‖₁ and ‖v‖₀ [T]. Some rows at a time: v [T, F] is wide, and on a CPU a piece
+        that stays in cache is worked on faster and needs no fresh pages.
+        """
+        parts = []
+        for rows in x.split(max(1, STEER_ELEMENTS[x.device.type] // self.sae.d_sae)):
+            v = self.adapter(rows)  # [rows, d] -> [rows, F]
+            parts.append((rows + v.to(self.sae.W_dec.dtype) @ self.sae.W_dec, *sparsity(v)))  # [rows, F] -> [rows, d]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Steered logits of one sequence: int64 [T] -> float32 [T, V]."""

@@ -140,8 +140,30 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(d))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (x * (1 + self.weight.to(x.dtype))).to(self.weight.dtype)
+        return _RMSNorm.apply(x, self.weight, self.eps).to(self.weight.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With its own backward: a third of the passes over memory that the composed operations make.
+
+    r = (mean x² + eps)^(-1/2),  y = r x (1 + w);   with g = dy (1 + w):  dx = r g - x r³ (g · x) / d
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        r = torch.rsqrt(norm.square_() / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, r)
+        return torch.mul(x, r).mul_(1 + weight.to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, r = ctx.saved_tensors
+        grad_weight = (grad * x * r).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        g = grad * (1 + weight.to(x.dtype))
+        along = torch.linalg.vecdot(g, x)[..., None] * r.pow(3) / x.shape[-1]
+        return g.mul_(r).addcmul_(x, along, value=-1), grad_weight, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -48,14 +48,11 @@ class Packed(NamedTuple):
     buckets: tuple[Bucket, ...]  # how the plain attention walks the tree
 
     def to(self, device: torch.device | str) -> "Packed":
-        """The same layout on another device; the copy does not wait when the memory is pinned."""
-
-        def move(x):
-            if isinstance(x, Tensor):
-                return x.to(device, non_blocking=True)
-            return tuple(Bucket(*map(move, bucket)) for bucket in x)
-
-        return Packed(*map(move, self))
+        """The same layout on another device. CUDA needs no buckets: FlexAttention takes the tree as its mask."""
+        if torch.device(device).type == "cpu":
+            return self
+        moved = (x if x is self.buckets else x.to(device, non_blocking=True) for x in self)
+        return Packed(*moved)._replace(buckets=())
 
 
 def pack(trees: Sequence[Tree]) -> Packed:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 26  # logits alive at once: 256 MB in float32, 262 tokens at a vocabulary of 256,000
+# Logits alive at once. On a GPU 256 MB in float32, 262 tokens at a vocabulary of 256,000; on a CPU what stays in cache.
+CHUNK_ELEMENTS = {"cuda": 1 << 26, "cpu": 1 << 22}
 
 
 def token_logps(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
@@ -37,16 +38,18 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, softcap):
         ctx.softcap, ctx.trains_head = softcap, ctx.needs_input_grad[1]
+        if ctx.trains_head:
+            ctx.save_for_backward(hidden, weight, target)
+        weight = _for_products(weight)
         keep_gradient = ctx.needs_input_grad[0] and not ctx.trains_head
         gradient = torch.empty_like(hidden) if keep_gradient else None
         logps = torch.empty(len(hidden), dtype=_precise(hidden.dtype), device=hidden.device)
+        spare = _spare(hidden, weight)
         for rows in _chunks(hidden, weight):
-            logps[rows], dlogits = _chunk(hidden[rows], weight, target[rows], softcap, keep_gradient)
+            logps[rows], dlogits = _chunk(hidden[rows], weight, target[rows], softcap, keep_gradient, spare)
             if keep_gradient:
                 gradient[rows] = _matmul(dlogits, weight)
-        if ctx.trains_head:
-            ctx.save_for_backward(hidden, weight, target)
-        elif keep_gradient:
+        if keep_gradient:
             ctx.save_for_backward(gradient)
         return logps
 
@@ -58,23 +61,31 @@ class _TokenLogps(torch.autograd.Function):
             return (gradient * grad[:, None]).to(gradient.dtype), None, None, None
         hidden, weight, target = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        weight = _for_products(weight)
+        spare = _spare(hidden, weight)
         for rows in _chunks(hidden, weight):
-            _, dlogits = _chunk(hidden[rows], weight, target[rows], ctx.softcap, True)
+            _, dlogits = _chunk(hidden[rows], weight, target[rows], ctx.softcap, True, spare)
             dlogits.mul_(grad[rows, None])
             grad_hidden[rows] = _matmul(dlogits, weight)
-            grad_weight += _matmul(dlogits.T, hidden[rows])
+            grad_weight += _matmul(dlogits.T, hidden[rows].to(weight.dtype))
         return grad_hidden, grad_weight, None, None
 
 
-def _chunk(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None, want_gradient: bool):
-    """Log-probabilities [n] of a chunk and, if wanted, their gradient with respect to h Wᵀ, [n, V]; in two buffers."""
-    logits = _matmul(hidden, weight.T, scale=1 / softcap if softcap else 1.0)
-    tanh = logits.tanh_() if softcap else None
-    z = (torch.mul(tanh, softcap) if want_gradient else tanh.mul_(softcap)) if softcap else logits
+def _chunk(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None, want_gradient: bool, spare):
+    """Log-probabilities [n] of a chunk and, if wanted, their gradient with respect to h Wᵀ, [n, V].
+
+    Works in the two buffers of _spare: fresh memory for every chunk would cost a page fault for every 4 KB.
+    """
+    z, tanh = (buffer[: len(hidden)] for buffer in spare)
+    if softcap:
+        _matmul(hidden, weight.T, out=tanh, scale=1 / softcap).tanh_()
+        torch.mul(tanh, softcap, out=z)
+        shift = 0.0  # a capped logit is at most c = 30: its exponential needs no maximum taken off first
+    else:
+        _matmul(hidden, weight.T, out=z)
+        shift = z.amax(1, keepdim=True)
     z_target = z.gather(1, target[:, None])
-    # A capped logit is at most c = 30: its exponential needs no maximum taken off first.
-    shift = 0.0 if softcap else z.amax(1, keepdim=True)
-    e = z.sub_(shift).exp_() if not softcap else z.exp_()
+    e = z.exp_() if softcap else z.sub_(shift).exp_()
     total = e.sum(1, keepdim=True)
     logps = (z_target - shift - total.log()).squeeze(1)
     if not want_gradient:
@@ -85,22 +96,36 @@ def _chunk(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None
     return logps, gradient
 
 
+def _spare(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Two buffers of a chunk's size, for the logits and for their tanh."""
+    rows = max((s.stop - s.start for s in _chunks(hidden, weight)), default=0)
+    dtype = _precise(torch.promote_types(hidden.dtype, weight.dtype))
+    return tuple(torch.empty(rows, len(weight), dtype=dtype, device=hidden.device) for _ in range(2))
+
+
+def _for_products(weight: Tensor) -> Tensor:
+    """The head in the dtype its products run in: float32 at least on a CPU, which cannot multiply bfloat16 matrices
+    into float32; a GPU can.
+    """
+    return weight if weight.is_cuda else weight.to(_precise(weight.dtype))
+
+
 def _precise(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)  # float64 stays float64, for tests
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    step = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    return [slice(i, i + step) for i in range(0, len(hidden), step)]
+    step = max(1, CHUNK_ELEMENTS[hidden.device.type] // len(weight))
+    return [slice(i, min(i + step, len(hidden))) for i in range(0, len(hidden), step)]
 
 
-def _matmul(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """scale · a @ b in float32 at least: a takes b's dtype for the product, but its result is not rounded to it."""
     with torch.autocast(a.device.type, enabled=False):
         if b.dtype == torch.bfloat16 and b.is_cuda:
-            return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32).mul_(scale)
-        dtype = _precise(torch.promote_types(a.dtype, b.dtype))
-        return (a.to(dtype) * scale) @ b.to(dtype)
+            product = torch.mm(a.to(b.dtype), b, out_dtype=torch.float32).mul_(scale)
+            return product if out is None else out.copy_(product)
+        return torch.mm(a.to(b.dtype) * scale, b, out=out)
 
 
 def mean_logps(logps: Tensor, sequence: Tensor, lengths: Tensor) -> Tensor:
@@ -118,11 +143,16 @@ def simpo_loss(logp_chosen: Tensor, logp_rejected: Tensor, beta: float, gamma_ra
 
 
 class Sparsity(NamedTuple):
-    l1: Tensor  # Σ over positions of ‖v‖₁, each position weighted by its copies; divide by their total
-    l0: Tensor  # the same for the number of v ≠ 0
+    """Norms of the steering at each position."""
+
+    l1: Tensor  # [T], ‖v‖₁
+    l0: Tensor  # [T], how many v ≠ 0
 
 
-def sparsity(v: Tensor, copies: Tensor) -> Sparsity:
-    """Sums over the positions of the unshared sequences: v [T, F], copies [T] as in packed.Packed."""
-    l1 = torch.linalg.vector_norm(v, ord=1, dim=-1, dtype=_precise(v.dtype))
-    return Sparsity(l1 @ copies.to(l1.dtype), (v != 0).sum(-1).to(l1.dtype) @ copies.to(l1.dtype))
+def sparsity(v: Tensor) -> Sparsity:
+    """v [T, F], not negative (a ReLU's output, so that ‖v‖₁ is its sum) -> norms [T] in float32 at least.
+
+    Means over the unshared sequences weight each position by Packed.copies.
+    """
+    dtype = _precise(v.dtype)
+    return Sparsity(v.sum(-1, dtype=dtype), v.detach().count_nonzero(-1).to(dtype))

@@ -132,13 +132,12 @@ class Scores(NamedTuple):
 def score(steered: SteeredModel, packed: Packed, s: Settings, x: Tensor | None = None) -> Scores:
     """Run the steered model over packed pairs. x: the residual stream below the adapter, where it is cached."""
     head, softcap = steered.model.model.embed_tokens.weight, steered.model.config.final_logit_softcapping
-    hidden, v = steered(packed, x)
+    hidden, l1, l0 = steered(packed, x)
     logps = simpo.token_logps(hidden[packed.source], head, packed.target, softcap)
     logps = simpo.mean_logps(logps, packed.sequence, packed.lengths)
     chosen, rejected = logps[0::2], logps[1::2]
-    return Scores(
-        simpo.simpo_loss(chosen, rejected, s.beta, s.gamma_ratio), chosen, rejected, *simpo.sparsity(v, packed.copies)
-    )
+    losses = simpo.simpo_loss(chosen, rejected, s.beta, s.gamma_ratio)
+    return Scores(losses, chosen, rejected, l1 @ packed.copies.to(l1.dtype), l0 @ packed.copies.to(l0.dtype))
 
 
 def means(sums: Tensor, pairs: int, positions: int, beta: float) -> dict[str, float]:

@@ -8,6 +8,7 @@ import torch
 from conftest import GOLDEN, load
 from safetensors.torch import load_file
 
+import fsrl
 from fsrl import INIT_RANGE, Adapter, SteeredModel, steer_long_form
 from sae import JumpReLUSAE
 from sources import UserError
@@ -47,12 +48,26 @@ def test_identity_holds_for_any_v_not_only_relu_outputs():
     torch.testing.assert_close(x + v @ golden.sae.W_dec, steer_long_form(x, golden.sae, v), atol=1e-12, rtol=1e-12)
 
 
+def test_steering_in_pieces_changes_nothing(monkeypatch):
+    golden = load(torch.float64)
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = golden.steered.steer(x)
+    v = golden.adapter(x)
+    torch.testing.assert_close(whole, (x + v @ golden.sae.W_dec, v.abs().sum(1), (v != 0).sum(1).double()))
+    monkeypatch.setitem(fsrl.STEER_ELEMENTS, "cpu", 3 * 256)
+    pieces = golden.steered.steer(x)
+    torch.testing.assert_close(pieces, whole, atol=1e-12, rtol=1e-12)
+    losses = (y[0].square().sum() + y[1].sum() for y in (whole, pieces))
+    gradients = [torch.autograd.grad(loss, golden.adapter.weight)[0] for loss in losses]
+    torch.testing.assert_close(*gradients, atol=1e-11, rtol=1e-11)
+
+
 def test_only_the_adapter_has_gradients_and_trainable_parameters(expected):
     golden = load()
     from packed import pack
 
     out = golden.steered(pack([(expected["a_input_ids"][0].tolist(), [])]))
-    (out.hidden.sum() + out.v.sum()).backward()
+    (out.hidden.sum() + out.l1.sum()).backward()
     trained = {name for name, p in golden.steered.named_parameters() if p.requires_grad}
     assert trained == {"adapter.weight", "adapter.bias"}
     assert all((p.grad is not None) == (name in trained) for name, p in golden.steered.named_parameters())

@@ -112,6 +112,18 @@ def test_plain_attention_equals_the_definition_with_gradients(seed, window, soft
         torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
 
 
+def test_rms_norm_equals_its_definition_with_gradients():
+    norm = gemma.RMSNorm(12, 1e-3).double()
+    g = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(norm.weight, generator=g)
+    x = torch.randn(7, 12, generator=g, dtype=torch.float64, requires_grad=True)
+    probe = torch.randn(7, 12, generator=g, dtype=torch.float64)
+    naive = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * (1 + norm.weight)
+    torch.testing.assert_close(norm(x), naive, atol=1e-12, rtol=1e-12)
+    for a, b in zip(*(torch.autograd.grad((y * probe).sum(), (x, norm.weight)) for y in (norm(x), naive)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.parametrize("window", [None, 3, 16])
 @pytest.mark.parametrize("seed", range(3))
 def test_flex_attention_equals_plain_attention(seed, window):
