@@ -1,6 +1,6 @@
 """Residual streams on disk: what lies below the adapter never changes, so it need be computed only once.
 
-One file per (model weights, layer, pairs, dtype), named by their hash, shared by epochs, runs and sweeps: the stream
+One file per (model, layer, pairs, dtype), named by their hash, shared by epochs, runs and sweeps: the stream
 after block `layer` for every token of a list of pairs, packed order, pair after pair, [tokens, d] without a header,
 memory-mapped when read.
 """
@@ -20,6 +20,8 @@ import data
 from data import Pair
 from fsrl import SteeredModel
 from sources import UserError, sha256
+
+FORMAT = "1"  # raise when the forward or the layout changes, so that old files are not used
 
 
 class Activations:
@@ -43,7 +45,7 @@ class Activations:
         """
         dtype, d = getattr(torch, s.dtype), steered.model.config.hidden_size
         weights = [sha256(path) for path in sorted(steered.model.folder.glob("*.safetensors"))]
-        key = hashlib.sha256(repr((weights, steered.layer, s.dtype)).encode())
+        key = hashlib.sha256(repr((FORMAT, weights, steered.model.config, steered.layer, s.dtype)).encode())
         for pair in pairs:
             key.update(repr(tuple(pair)).encode())
         path = Path(folder) / f"layer{steered.layer}-{key.hexdigest()[:32]}.bin"

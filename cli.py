@@ -44,7 +44,7 @@ def parse(settings: type, argv: list[str] | None = None, presets: dict[str, dict
             options |= dict(type=kind, choices=field.metadata["choices"], metavar=kind.__name__.upper())
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     if presets:
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first = _Parser(add_help=False, allow_abbrev=False)
         first.add_argument("--model")
         parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].model, {}))
     return settings(**vars(parser.parse_args(argv)))

@@ -71,36 +71,42 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 # --- rows ---------------------------------------------------------------------------------------------------
 
 
-def data_files(source: str, split: str | None = None, revision: str | None = None) -> tuple[list[Path], str | None]:
+class DataFile(NamedTuple):
+    path: Path
+    split: str | None  # that its name, or a folder's within the source, says all its rows belong to
+
+
+def data_files(source: str, split: str | None = None, revision: str | None = None) -> tuple[list[DataFile], str | None]:
     """The parquet and jsonl files of a source that may hold rows of `split`, sorted, and the Hub commit.
 
-    A file whose path names another split (data/test-00000-of-00001.parquet) is left out; one that names none may
+    A file that names another split (data/test-00000-of-00001.parquet) is left out; one that names none may
     carry a `split` column. Raises UserError when the source holds no such files at all.
     """
     root, commit = fetch(source, "data", ["*.parquet", "*.jsonl"], revision)
     if root.is_file():
         if root.suffix not in (".parquet", ".jsonl"):
             raise UserError(f"{root}: a .parquet or .jsonl file was expected.")
-        return [root], commit
-    files = sorted(p for p in root.rglob("*") if p.suffix in (".parquet", ".jsonl"))
-    if not files:
+        found = {root: root.name}
+    else:
+        paths = sorted(p for p in root.rglob("*") if p.suffix in (".parquet", ".jsonl"))
+        found = {p: p.relative_to(root).as_posix() for p in paths}
+    if not found:
         raise UserError(f"{root}: holds no .parquet or .jsonl file.")
-    named = {p: SPLIT.findall(p.relative_to(root).as_posix()) for p in files}
-    return [p for p in files if split is None or not named[p] or named[p][-1] == split], commit
+    files = [DataFile(path, (SPLIT.findall(name) or [None])[-1]) for path, name in found.items()]
+    return [file for file in files if split is None or file.split in (split, None)], commit
 
 
-def read_rows(files: Iterable[Path], split: str | None) -> Iterator[tuple[str, dict]]:
+def read_rows(files: Iterable[DataFile], split: str | None) -> Iterator[tuple[str, dict]]:
     """(where, row) for each row of `split`; `where` names file and row for messages.
 
     Files with neither a split in their name nor a `split` column count as train.
     """
-    for path in files:
-        in_name = bool(SPLIT.search("/" + path.name))
+    for path, named in files:
         for number, row in enumerate(_parquet(path) if path.suffix == ".parquet" else _jsonl(path)):
             where = f"{path.name} row {number}"
             if not isinstance(row, dict):
                 raise UserError(f"{where}: an object with chosen and rejected was expected.")
-            if split is None or in_name or row.get("split", "train") == split:
+            if split is None or named == split or (named is None and row.get("split", "train") == split):
                 yield where, row
 
 
@@ -128,6 +134,15 @@ def _jsonl(path: Path) -> Iterator[dict]:
 
 def parse_row(where: str, row: dict) -> Conversation:
     """Validate one row. Raises UserError naming it for anything a training run should not guess about."""
+    conversation = _parse(where, row)
+    try:
+        "".join([*(c for _, c in conversation.prompt), conversation.chosen, conversation.rejected]).encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{where}: holds half of a character (a lone surrogate): {e}.") from e
+    return conversation
+
+
+def _parse(where: str, row: dict) -> Conversation:
     for column in ("chosen", "rejected"):
         if row.get(column) is None:
             raise UserError(f"{where}: has no `{column}`.")
@@ -229,8 +244,8 @@ def load_pairs(
         raise UserError(f"--max-prompt-length {max_prompt_length}: must be from 1 to --max-length {max_length} - 1.")
     files, _ = data_files(source, split, revision)
     key = hashlib.sha256(repr((CACHE_FORMAT, split, tokenizer.to_str())).encode())
-    for path in files:  # the name counts, because it may carry the split
-        key.update(f"{path.name} {sha256(path)}".encode())
+    for file in files:
+        key.update(f"{file.path.name} {file.split} {sha256(file.path)}".encode())
     cache = cache_folder() / f"pairs-{key.hexdigest()[:32]}.npz"
     stored = _read_cache(cache)
     if stored is None:
@@ -247,7 +262,7 @@ def load_pairs(
     return [truncate(Pair(*row), max_length, max_prompt_length) for row in rows]
 
 
-def _tokenise(files: list[Path], tokenizer: Tokenizer, split: str | None, progress: bool) -> dict[str, np.ndarray]:
+def _tokenise(files: list[DataFile], tokenizer: Tokenizer, split: str | None, progress: bool) -> dict[str, np.ndarray]:
     """All rows as one flat array of ids with the lengths of prompt, chosen, rejected in turn."""
     rows = [parse_row(where, row) for where, row in read_rows(files, split)]
     encoder = _Encoder(tokenizer)

@@ -77,6 +77,8 @@ class Adapter(nn.Module):
             weights = load_file(folder / weights_name)
         except (OSError, ValueError, SafetensorError) as e:
             raise UserError(f"{folder}: not an adapter folder ({config_name} + {weights_name}: {e}).") from e
+        if not isinstance(identity, dict) or not theirs and identity.get("format") != FORMAT:
+            raise UserError(f"{folder / config_name}: its format is not {FORMAT}.")
         if theirs:
             if identity.get("use_jump_relu"):
                 raise UserError(f"{folder}: a JumpReLU adapter; only relu is known.")
@@ -147,9 +149,16 @@ class SteeredModel(nn.Module):
             parts.append((rows + v.to(self.sae.W_dec.dtype) @ self.sae.W_dec, *sparsity(v)))  # [rows, F] -> [rows, d]
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Steered final states of one sequence, after the last norm: int64 [T] -> [T, d]."""
+        return self(pack([(tokens.tolist(), [])]).to(self.model.device)).hidden
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.model.head(x)
+
     def logits(self, tokens: Tensor) -> Tensor:
         """Steered logits of one sequence: int64 [T] -> float32 [T, V]."""
-        return self.model.head(self(pack([(tokens.tolist(), [])]).to(self.model.device)).hidden)
+        return self.head(self.hidden(tokens))
 
 
 def steer_long_form(x: Tensor, sae: JumpReLUSAE, v: Tensor) -> Tensor:

@@ -4,27 +4,25 @@ Nothing is cached between tokens: each one runs the whole sequence again, which 
 the few sentences train.py prints.
 """
 
-from collections.abc import Callable
-
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+
+from fsrl import SteeredModel
+from model import Gemma2
 
 
 @torch.inference_mode()
-def greedy(
-    logits: Callable[[Tensor], Tensor], tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int = 96
-) -> str:
+def greedy(model: Gemma2 | SteeredModel, tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int = 96) -> str:
     """The model's answer to a prompt that ends after a user turn (Pair.prompt): token ids -> text.
 
-    logits: int64 [T] -> float32 [T, V], e.g. Gemma2.logits or SteeredModel.logits. Ends at <end_of_turn> or <eos>.
+    Ends at <end_of_turn> or <eos>.
     """
     header = [tokenizer.token_to_id("<start_of_turn>"), *tokenizer.encode("model\n", add_special_tokens=False).ids]
     tokens = [*prompt, *header]
     stops = {tokenizer.token_to_id("<end_of_turn>"), tokenizer.token_to_id("<eos>")}
     new: list[int] = []
     while len(new) < max_new_tokens:
-        token = int(logits(torch.tensor(tokens + new))[-1].argmax())
+        token = int(model.head(model.hidden(torch.tensor(tokens + new))[-1:]).argmax())
         if token in stops:
             break
         new.append(token)

@@ -7,8 +7,10 @@ steering vector smaller than a bfloat16 step of the stream would otherwise be ro
 """
 
 import dataclasses
+import functools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -48,21 +50,31 @@ class Gemma2Config:
     initializer_range: float = 0.02
 
     def __post_init__(self):
-        types = self.layer_types or [(SLIDING, FULL)[i % 2] for i in range(self.num_hidden_layers)]
-        object.__setattr__(self, "layer_types", tuple(types))
-        if len(types) != self.num_hidden_layers or set(types) - {SLIDING, FULL}:
-            raise UserError(f"config: layer_types must name {self.num_hidden_layers} blocks as {SLIDING} or {FULL}.")
+        for field in dataclasses.fields(self):
+            value, number = getattr(self, field.name), int if field.type is int else int | float
+            if field.name == "layer_types" or (value is None and field.type == float | None):
+                continue
+            if not isinstance(value, number) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise UserError(f"config: {field.name} is {value!r}, a positive number was expected.")
+        # Attention and loss exponentiate capped scores as they are: exp(80) times any length still fits float32.
+        if any(cap and cap > 80 for cap in (self.attn_logit_softcapping, self.final_logit_softcapping)):
+            raise UserError("config: a softcap beyond 80; Gemma-2 has 50 and 30.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError("config: num_attention_heads must be a multiple of num_key_value_heads.")
+        types = self.layer_types or [(SLIDING, FULL)[i % 2] for i in range(self.num_hidden_layers)]
+        object.__setattr__(self, "layer_types", tuple(types))
+        if len(types) != self.num_hidden_layers or any(t not in (SLIDING, FULL) for t in types):
+            raise UserError(f"config: layer_types must name {self.num_hidden_layers} blocks as {SLIDING} or {FULL}.")
 
     @classmethod
     def from_json(cls, path: Path) -> "Gemma2Config":
         """Read config.json as transformers 4 or 5 writes it. Raises UserError for any other architecture."""
         try:
             raw = json.loads(path.read_text())
-        except (OSError, ValueError) as e:
+            rope = raw.get("rope_parameters") or {}
+            rope_type = rope.get("rope_type", "default")
+        except (OSError, ValueError, AttributeError) as e:
             raise UserError(f"{path}: a config.json was expected ({e}).") from e
-        rope = raw.get("rope_parameters") or {}
         only = {  # what this forward implements, key by key
             "model_type": {"gemma2"},
             "hidden_activation": {"gelu_pytorch_tanh", None},
@@ -72,10 +84,10 @@ class Gemma2Config:
             "rope_scaling": {None},
         }
         for key, allowed in only.items():
-            if raw.get(key) not in allowed:
+            if not isinstance(raw.get(key), str | bool | None) or raw.get(key) not in allowed:
                 raise UserError(f"{path}: {key} is {raw.get(key)!r}; this forward knows only Gemma-2's.")
-        if rope.get("rope_type", "default") != "default":
-            raise UserError(f"{path}: rope_type is {rope['rope_type']!r}; this forward knows only 'default'.")
+        if rope_type != "default":
+            raise UserError(f"{path}: rope_type is {rope_type!r}; this forward knows only 'default'.")
         known = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
         if "rope_theta" in rope:
             known["rope_theta"] = rope["rope_theta"]
@@ -151,19 +163,20 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
         r = torch.rsqrt(norm.square_() / x.shape[-1] + eps)
         ctx.save_for_backward(x, weight, r)
-        return torch.mul(x, r).mul_(1 + weight.to(x.dtype))
+        return torch.mul(x, r).mul_(1 + weight.to(dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight, r = ctx.saved_tensors
         grad_weight = (grad * x * r).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        g = grad * (1 + weight.to(x.dtype))
-        along = torch.linalg.vecdot(g, x)[..., None] * r.pow(3) / x.shape[-1]
-        return g.mul_(r).addcmul_(x, along, value=-1), grad_weight, None
+        g = grad * (1 + weight.to(grad.dtype))
+        along = torch.linalg.vecdot(g, x.to(g.dtype))[..., None] * r.pow(3) / x.shape[-1]
+        return g.mul_(r).addcmul_(x.to(g.dtype), along, value=-1).to(x.dtype), grad_weight, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -298,7 +311,7 @@ class Attention(nn.Module):
         k = rotate(self.k_proj(x).view(T, self.kv_heads, self.head_dim), plan.cos, plan.sin)
         v = self.v_proj(x).view(T, self.kv_heads, self.head_dim)
         if plan.masks:
-            out = flexible_attention(q, k, v, plan.masks[self.layer_type], self.scale, self.softcap, _compiled_flex())
+            out = flexible_attention(q, k, v, plan.masks[self.layer_type], self.scale, self.softcap, _compiled()[0])
         else:
             out = plain_attention(q, k, v, plan.packed, self.window, self.scale, self.softcap)
         return self.o_proj(out.reshape(T, -1))
@@ -373,7 +386,7 @@ class Gemma2(nn.Module):
         if device.type == "cuda":
             T = len(packed.tokens)
             for layer_type, window in ((SLIDING, c.sliding_window), (FULL, None)):
-                masks[layer_type] = _compiled_block_mask()(tree_mask(packed, window), None, None, T, T, device=device)
+                masks[layer_type] = _compiled()[1](tree_mask(packed, window), None, None, T, T, device=device)
         return Plan(angle.to(dtype).cos(), angle.to(dtype).sin(), packed, masks)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -395,17 +408,25 @@ class Gemma2(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Normed states [N, d] -> softcapped logits [N, V] in float32 (all of V: for training see simpo.py)."""
         weight = self.model.embed_tokens.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return softcap(x.to(dtype) @ weight.to(dtype).T, self.config.final_logit_softcapping)
+        if weight.dtype == torch.bfloat16 and weight.is_cuda:
+            logits = torch.mm(x.to(weight.dtype), weight.T, out_dtype=torch.float32)
+        else:
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            logits = x.to(dtype) @ weight.to(dtype).T
+        return softcap(logits, self.config.final_logit_softcapping)
 
     def forward(self, packed: Packed) -> Tensor:
         """Normed final states [T, d] of a packed stream."""
         plan = self.plan(packed)
         return self.final_norm(self.blocks(self.embed(packed.tokens), plan))
 
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Normed final states of one sequence: int64 [T] at positions 0..T-1 -> [T, d]."""
+        return self(pack([(tokens.tolist(), [])]).to(self.device))
+
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits of one sequence: int64 [T] at positions 0..T-1 -> float32 [T, V]."""
-        return self.head(self(pack([(tokens.tolist(), [])]).to(self.device)))
+        return self.head(self.hidden(tokens))
 
     @classmethod
     def from_pretrained(
@@ -474,13 +495,13 @@ def _read(shard: Path, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
         raise UserError(f"{shard}: not a whole safetensors file ({e}).") from e
 
 
-_compiled = {}
+@functools.cache
+def _compiled() -> tuple[Callable, Callable]:
+    """(flex_attention, create_block_mask) fused by torch.compile: run as they are, they write out all T x T scores.
 
-
-def _compiled_flex():
-    """FlexAttention fused by torch.compile; without it the scores would be written out in full."""
-    return _compiled.setdefault("flex", torch.compile(flex_attention, dynamic=True))
-
-
-def _compiled_block_mask():
-    return _compiled.setdefault("mask", torch.compile(create_block_mask, dynamic=True))
+    One graph each for a window or none, with gradients or without, under autocast or not; lengths become symbolic the
+    second time they differ. Past the limit torch would quietly go back to the unfused form, so it is told to fail.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(flex_attention), torch.compile(create_block_mask, dynamic=True)

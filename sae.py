@@ -24,6 +24,8 @@ class JumpReLUSAE(nn.Module):
 
     def __init__(self, arrays: dict[str, Tensor], source: str = "", sae_id: str | None = None, digest: str = ""):
         super().__init__()
+        if arrays["W_enc"].ndim != 2:
+            raise UserError(f"{source}: W_enc has shape {tuple(arrays['W_enc'].shape)}, (d, F) was expected.")
         d, F = arrays["W_enc"].shape
         shapes = {"W_enc": (d, F), "W_dec": (F, d), "b_enc": (F,), "b_dec": (d,), "threshold": (F,)}
         for name, shape in shapes.items():
@@ -112,7 +114,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             if unpacked > 20 * path.stat().st_size + 65_536:
                 raise UserError(f"{path}: would unpack to {unpacked:,} bytes, over 20 times its size; not loaded.")
         with np.load(path, allow_pickle=False) as npz:
-            return {name: npz[name] for name in ARRAYS}
+            return {name: npz[name].astype(np.float32, copy=False) for name in ARRAYS}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as e:
         raise UserError(f"{path}: not a readable npz of {', '.join(ARRAYS)} ({e}).") from e
 
@@ -125,6 +127,8 @@ def read_saelens(folder: Path) -> dict[str, Tensor]:
     path = folder / "sae_weights.safetensors"
     try:
         cfg = json.loads((folder / "cfg.json").read_text())
+        if not isinstance(cfg, dict):
+            raise UserError(f"{folder}/cfg.json: an object was expected.")
         if cfg.get("architecture") != "jumprelu":
             raise UserError(f"{folder}/cfg.json: architecture is {cfg.get('architecture')!r}, jumprelu was expected.")
         for key in ("normalize_activations", "reshape_activations"):

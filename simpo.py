@@ -78,11 +78,11 @@ def _chunk(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None
     """
     z, tanh = (buffer[: len(hidden)] for buffer in spare)
     if softcap:
-        _matmul(hidden, weight.T, out=tanh, scale=1 / softcap).tanh_()
+        tanh = _matmul(hidden, weight.T, out=tanh, scale=1 / softcap).tanh_()
         torch.mul(tanh, softcap, out=z)
         shift = 0.0  # a capped logit is at most c = 30: its exponential needs no maximum taken off first
     else:
-        _matmul(hidden, weight.T, out=z)
+        z = _matmul(hidden, weight.T, out=z)
         shift = z.amax(1, keepdim=True)
     z_target = z.gather(1, target[:, None])
     e = z.exp_() if softcap else z.sub_(shift).exp_()
@@ -97,10 +97,10 @@ def _chunk(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None
 
 
 def _spare(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Two buffers of a chunk's size, for the logits and for their tanh."""
+    """Two buffers of a chunk's size, for the logits and for their tanh (empty where _matmul brings its own)."""
     rows = max((s.stop - s.start for s in _chunks(hidden, weight)), default=0)
-    dtype = _precise(torch.promote_types(hidden.dtype, weight.dtype))
-    return tuple(torch.empty(rows, len(weight), dtype=dtype, device=hidden.device) for _ in range(2))
+    sizes = (rows, 0 if weight.dtype == torch.bfloat16 else rows)
+    return tuple(torch.empty(n, len(weight), dtype=_precise(weight.dtype), device=hidden.device) for n in sizes)
 
 
 def _for_products(weight: Tensor) -> Tensor:
@@ -122,9 +122,8 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
 def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """scale · a @ b in float32 at least: a takes b's dtype for the product, but its result is not rounded to it."""
     with torch.autocast(a.device.type, enabled=False):
-        if b.dtype == torch.bfloat16 and b.is_cuda:
-            product = torch.mm(a.to(b.dtype), b, out_dtype=torch.float32).mul_(scale)
-            return product if out is None else out.copy_(product)
+        if b.dtype == torch.bfloat16:  # on CUDA; this product takes no `out`
+            return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32).mul_(scale)
         return torch.mm(a.to(b.dtype) * scale, b, out=out)
 
 

@@ -1,7 +1,7 @@
 """Sources: a name (`tiny`, a local path, or a Hugging Face Hub id) becomes a local folder of files.
 
-Everything this project reads comes through `fetch`. A local path wins, then the embedded `tiny`,
-then the Hub; downloads are pinned to the commit they resolved to, which the caller records.
+Everything this project reads comes through `fetch`. `tiny` is the embedded world, a local path wins over
+the Hub; downloads are pinned to the commit they resolved to, which the caller records.
 """
 
 import hashlib

@@ -7,7 +7,7 @@ Deviations from the paper and the authors' code:
 1. The headline loss, train and eval, is SimPO alone; the L1 penalty is reported beside it.
 2. The penalty averages over real positions; the authors' also counts padding.
 3. Logits are float32 before the log-softmax, and the residual stream is float32 throughout.
-4. The pairs left over when an epoch does not divide by --batch-size wait for the next epoch's shuffle.
+4. The pairs left over when an epoch does not divide by --batch-size are left out of it; each shuffle leaves out others.
 """
 
 import json
@@ -75,7 +75,7 @@ class Settings:
     max_grad_norm: float = flag(1.0, "gradient norm is clipped here; 0: off")
     batch_size: int = flag(32, "pairs per optimiser step, exactly")
     tokens_per_microbatch: int = flag(8192, "tokens per forward pass, the memory knob; no effect on the result")
-    cache_activations: str | None = flag(None, "folder for the residual streams below the adapter, computed once")
+    cache_activations: str | None = flag(None, "folder for the residual streams below the adapter, kept in --dtype")
     max_length: int = flag(2048, "tokens of prompt + response, at most")
     max_prompt_length: int = flag(1800, "tokens of a truncated prompt")
     adapter: str = flag("relu", "kind of adapter", choices=("relu",))
@@ -91,8 +91,8 @@ class Settings:
         for name in ("epochs", "batch_size", "tokens_per_microbatch", "max_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1 was expected.")
-        for name in ("l1", "beta", "lr", "max_grad_norm", "eval_every", "seed", "layer"):
-            if not 0 <= getattr(self, name) < math.inf:
+        for name in ("l1", "beta", "gamma_ratio", "lr", "max_grad_norm", "eval_every", "seed", "layer"):
+            if not 0 <= getattr(self, name) < (2**63 if name == "seed" else math.inf):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be finite and not negative.")
         for name in ("warmup_ratio", "penalty_warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
@@ -137,7 +137,8 @@ def score(steered: SteeredModel, packed: Packed, s: Settings, x: Tensor | None =
     logps = simpo.mean_logps(logps, packed.sequence, packed.lengths)
     chosen, rejected = logps[0::2], logps[1::2]
     losses = simpo.simpo_loss(chosen, rejected, s.beta, s.gamma_ratio)
-    return Scores(losses, chosen, rejected, l1 @ packed.copies.to(l1.dtype), l0 @ packed.copies.to(l0.dtype))
+    # Multiplied and summed, not a dot product: autocast would round that to bfloat16.
+    return Scores(losses, chosen, rejected, (l1 * packed.copies).sum(), (l0 * packed.copies).sum())
 
 
 def means(sums: Tensor, pairs: int, positions: int, beta: float) -> dict[str, float]:
@@ -226,15 +227,15 @@ def train(s: Settings) -> Path:
     assert {*map(id, frozen)} == {*map(id, model.parameters())}
     optimizer = make_optimizer(trained, s)
 
-    out = open_run(s, steered, preferences)
     cached = s.cache_activations
     activations = Activations.open(cached, steered, pairs, s) if cached else None
     eval_activations = Activations.open(cached, steered, eval_pairs, s) if cached and eval_pairs else None
     eval_batch = Batch(eval_pairs, range(len(eval_pairs)), eval_activations)
+    out = open_run(s, steered, preferences)
     log = Log(out / "metrics.jsonl")
     started = time.perf_counter()
-    shown = list(dict.fromkeys(map(tuple, (p.prompt for p in eval_pairs or pairs))))[:2]
-    samples = [(prompt, answer(steered.model, tokenizer, prompt)) for prompt in shown]
+    shown = [list(prompt) for prompt in dict.fromkeys(tuple(p.prompt) for p in eval_pairs or pairs)][:2]
+    samples = [(prompt, generate.greedy(steered, tokenizer, prompt)) for prompt in shown]
     if eval_pairs:
         log.write(split="eval", step=0, **evaluate(steered, eval_batch, s))
 
@@ -275,22 +276,18 @@ def train(s: Settings) -> Path:
     adapter.save_pretrained(out / "adapter", identity(s, steered))
     draw(log.rows, out / "loss.png")
     for prompt, before in samples:
-        print(f"\n--- prompt\n{tokenizer.decode(list(prompt))}")
-        print(f"--- before\n{before}\n--- after\n{answer(steered, tokenizer, prompt)}")
+        print(f"\n--- prompt\n{tokenizer.decode(prompt)}")
+        print(f"--- before\n{before}\n--- after\n{generate.greedy(steered, tokenizer, prompt)}")
     print_table(log.rows, time.perf_counter() - started, s)
     print(f"Written to {out}: adapter/, metrics.jsonl, config.json, loss.png")
     return out
-
-
-def answer(steerable: Gemma2 | SteeredModel, tokenizer, prompt: tuple[int, ...]) -> str:
-    return generate.greedy(steerable.logits, tokenizer, list(prompt))
 
 
 def resolve_device(s: Settings) -> Settings:
     """Settle `auto`. Raises UserError when CUDA is asked for and absent."""
     device = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or index and not index.isdigit():
+    if kind not in ("cpu", "cuda") or (":" in device and (kind == "cpu" or not index.isdigit())):
         raise UserError(f"--device {device}: auto, cpu, cuda or cuda:N was expected.")
     if kind == "cuda" and not int(index or 0) < torch.cuda.device_count():
         raise UserError(f"--device {device}: this machine offers {torch.cuda.device_count()} CUDA devices to torch.")
@@ -309,13 +306,16 @@ def load(s: Settings):
     else:
         adapter = Adapter(model.config.hidden_size, sae.d_sae, s.adapter)
         adapter.init_weights(torch.Generator().manual_seed(s.seed))
-    return SteeredModel(model, sae, adapter.to(s.device), s.layer), data.load_tokenizer(model.folder)
+    tokenizer = data.load_tokenizer(model.folder)
+    if tokenizer.get_vocab_size(with_added_tokens=True) > model.config.vocab_size:
+        raise UserError(f"--model {s.model}: its tokenizer knows more tokens than its embedding has rows.")
+    return SteeredModel(model, sae, adapter.to(s.device), s.layer), tokenizer
 
 
 class Preferences(NamedTuple):
     pairs: list[Pair]
     eval_pairs: list[Pair]
-    files: list[Path]  # that both came from
+    files: list[data.DataFile]  # that both came from
     revision: str | None  # commit of a Hub dataset
 
 
@@ -363,7 +363,7 @@ def open_run(s: Settings, steered: SteeredModel, preferences: Preferences) -> Pa
     else:
         names = (f"{Path(s.model).name}{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 10_000))])
         out = next(p for p in map(Path("runs").joinpath, names) if not (p / "metrics.jsonl").exists())
-    files = [*sorted(steered.model.folder.glob("*.safetensors")), *preferences.files]
+    files = [*sorted(steered.model.folder.glob("*.safetensors")), *(f.path for f in preferences.files)]
     packages = ("torch", "safetensors", "huggingface-hub", "tokenizers", "numpy", "pyarrow")
     config = dict(
         settings=asdict(s),
@@ -377,7 +377,7 @@ def open_run(s: Settings, steered: SteeredModel, preferences: Preferences) -> Pa
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        (out / "adapter").mkdir(parents=True, exist_ok=True)
         write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
     except OSError as e:
         raise UserError(f"--out {out}: cannot be written ({e}).") from e
@@ -425,14 +425,15 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def print_table(rows: list[dict], seconds: float, s: Settings) -> None:
-    first, last = ([r for r in rows if r["split"] == "eval"] or [None])[0], rows[-1]
-    print("\n                      before     after")
-    if first:
-        print(f"eval SimPO loss     {first['loss']:8.3f}  {last['loss']:8.3f}")
-        print(f"eval accuracy       {first['accuracy']:8.3f}  {last['accuracy']:8.3f}")
-    print(f"L0 (steered/pos.)   {0:8d}  {last['l0']:8.1f}")
-    print(f"seconds                       {seconds:8.1f}")
-    print(f"peak memory (MiB)             {peak_memory(s.device) / 2**20:8.0f}")
+    """Before and after; a fresh adapter steers about half the features, by next to nothing."""
+    evals = [r for r in rows if r["split"] == "eval"]
+    where, measured = ("eval", evals) if evals else ("train", rows)
+    print(f"\n{'':24}{'before':>9} {'after':>9}")
+    names = {"loss": "SimPO loss", "accuracy": "accuracy", "l0": "L0 per position", "l1": "L1 per position"}
+    for key, name in names.items():
+        print(f"{f'{where} {name}':<24}{measured[0][key]:9.3f} {measured[-1][key]:9.3f}")
+    print(f"{'seconds':<33}{seconds:10.1f}")
+    print(f"{'peak memory (MiB)':<33}{peak_memory(s.device) / 2**20:10.0f}")
 
 
 def peak_memory(device: str) -> int:

@@ -40,7 +40,7 @@ def gemma_tokenizer():
 
 
 def write(path, *rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -113,6 +113,18 @@ def test_file_names_carry_the_split_and_other_columns_are_ignored(tokenizer):
     assert len(load_pairs(dataset / "data/test-00000-of-00001.parquet", tokenizer)) == 8
 
 
+def test_a_split_in_the_name_of_a_file_or_folder_binds_all_its_rows(tokenizer, tmp_path):
+    row = dict(prompt="q", chosen="a", rejected="b")
+    one = write(tmp_path / "my-train.jsonl", row, row)
+    assert [len(load_pairs(one, tokenizer, split=s)) for s in ("train", "test", None)] == [2, 0, 2]
+    folder = tmp_path / "rows"
+    for split, n in (("train", 3), ("test", 1)):
+        (folder / split).mkdir(parents=True)
+        write(folder / split / "part0.jsonl", *[row] * n)
+    write(folder / "more.jsonl", row, row | dict(split="test"))
+    assert [len(load_pairs(folder, tokenizer, split=s)) for s in ("train", "test", None)] == [4, 2, 6]
+
+
 def test_parquet_equals_jsonl(tokenizer, tmp_path):
     rows = [json.loads(line) for line in REAL.read_text().splitlines()]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
@@ -129,6 +141,7 @@ BAD_ROWS = {
     "unknown role 'tool'": dict(chosen=turns("q", "a", roles=("tool", "assistant")), rejected=GOOD),
     "must be a list": dict(chosen="a string", rejected=GOOD),
     "string `prompt` was expected": dict(chosen="a", rejected="b"),
+    "lone surrogate": dict(prompt="cut \ud83d", chosen="a", rejected="b"),
     "without text content": dict(chosen=[dict(role="user", content=3)], rejected=GOOD),
     "followed by a user turn": dict(**{c: [dict(role="system", content="s"), GOOD[1]] for c in ("chosen", "rejected")}),
     "must end with a user turn": dict(chosen=[*GOOD, *GOOD[1:]], rejected=[*GOOD, *GOOD[1:]]),

@@ -218,12 +218,33 @@ def test_tied_head_may_be_repeated_but_not_differ(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [dict(model_type="gemma"), dict(hidden_activation="silu"), dict(attention_bias=True)]
+    "change",
+    [
+        *(dict(model_type="gemma"), dict(hidden_activation="silu"), dict(attention_bias=True)),
+        *(dict(num_key_value_heads=0), dict(hidden_size="64"), dict(final_logit_softcapping=float("nan"))),
+        *(dict(rope_scaling={"factor": 2}), dict(layer_types=["other"] * 4)),
+    ],
 )
-def test_another_architecture_is_refused(change):
+def test_another_architecture_is_refused(tmp_path, change):
     raw = json.loads((GOLDEN / "model/config.json").read_text())
     with pytest.raises(UserError, match=next(iter(change))):
         Gemma2Config.from_json(_config(raw, change))
+    with pytest.raises(UserError, match="softcap beyond 80"):
+        Gemma2Config.from_json(_config(raw, dict(attn_logit_softcapping=100.0)))
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match="a config.json was expected"):
+        Gemma2Config.from_json(tmp_path / "config.json")
+
+
+def test_rms_norm_of_bfloat16_is_computed_in_float32_and_cast_last():
+    norm = gemma.RMSNorm(2304, 1e-6).to(torch.bfloat16)
+    g = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(norm.weight, std=0.3, generator=g)
+    x = torch.randn(64, 2304, generator=g).bfloat16()
+    y = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + norm.weight.double())
+    ours = norm(x)
+    assert ours.dtype == torch.bfloat16
+    assert (ours == y.bfloat16()).float().mean() > 0.999  # ties in the last rounding apart
 
 
 def test_bfloat16_weights_keep_a_float32_stream_and_rounded_embedding_scale():

@@ -68,6 +68,12 @@ def test_saelens_itself_agrees(tmp_path):
     torch.testing.assert_close(ours.decode(ours.encode(x)), theirs.decode(theirs.encode(x)), atol=1e-5, rtol=1e-5)
 
 
+def test_other_byte_orders_and_widths_are_read(tmp_path):
+    np.savez(tmp_path / "params.npz", **{name: array.astype(">f8") for name, array in arrays().items()})
+    sae = JumpReLUSAE.from_pretrained(tmp_path)
+    assert all(np.array_equal(getattr(sae, name).numpy(), array) for name, array in arrays().items())
+
+
 def test_writing_round_trips(tmp_path):
     save_gemmascope(tmp_path / "params.npz", {name: torch.tensor(array) for name, array in arrays().items()})
     sae = JumpReLUSAE.from_pretrained(tmp_path / "params.npz")
@@ -83,6 +89,10 @@ def refused(tmp_path, match, **changed):
 
 def test_wrong_files_are_refused(tmp_path):
     refused(tmp_path, r"W_dec has shape \(64, 256\)", W_dec=np.zeros((64, 256), np.float32))
+    refused(tmp_path, r"W_enc has shape \(64,\)", W_enc=np.zeros(64, np.float32))
+    refused(tmp_path, r"W_enc has shape \(2, 3, 4\)", W_enc=np.zeros((2, 3, 4), np.float32))
+    for name, shape in dict(W_enc=(64, 255), b_enc=(64,), b_dec=(256,), threshold=()).items():
+        refused(tmp_path, "has shape", **{name: np.zeros(shape, np.float32)})
     refused(tmp_path, "threshold is missing", threshold=None)
     refused(tmp_path, "b_enc is of type int64", b_enc=np.zeros(256, np.int64))
     refused(tmp_path, "b_dec is of type object", b_dec=np.array([{"pickled": 1}] * 64, dtype=object))

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import math
 import re
 import shutil
 from types import SimpleNamespace
@@ -72,11 +71,11 @@ def test_a_run_writes_what_the_contract_says(mid_run):
     assert evals[0]["pairs"] == 8
 
     config = json.loads((out / "config.json").read_text())
-    assert config["settings"]["layer"] == 1 and config["settings"]["dtype"] in ("float32", "bfloat16")
+    assert config["settings"]["layer"] == 1 and config["settings"]["dtype"] != "auto"
     assert config["versions"]["torch"] and len(config["sha256"]) == 8 + 2
     adapter = json.loads((out / "adapter/adapter_config.json").read_text())
     assert adapter["sae_sha256"] == load().sae.sha256 and adapter["sae_id"] == SAE_ID and adapter["layer"] == 1
-    for words in ("before", "after", "eval SimPO loss", "eval accuracy", "L0", "seconds", "peak memory"):
+    for words in ("before", "after", "eval SimPO loss", "eval accuracy", "eval L0", "seconds", "peak memory"):
         assert words in result.stdout
     assert "Traceback" not in result.stderr
 
@@ -132,7 +131,7 @@ def test_the_frozen_parts_are_bit_identical_after_training(tmp_path, monkeypatch
         return steered, tokenizer
 
     monkeypatch.setattr(train, "load", watched)
-    monkeypatch.setattr(train, "answer", lambda *_: "")
+    monkeypatch.setattr(train.generate, "greedy", lambda *_: "")
     train.train(
         train.Settings(
             **dict(model=str(GOLDEN / "model"), sae=str(GOLDEN / "sae"), sae_id=SAE_ID, data=str(GOLDEN / "dataset")),
@@ -145,17 +144,42 @@ def test_the_frozen_parts_are_bit_identical_after_training(tmp_path, monkeypatch
 
 
 def test_learning_rate_schedule_is_transformers_cosine():
-    """The formula of get_cosine_schedule_with_warmup with half a cycle, and its warm-up length, ceil(ratio x steps)."""
+    """Printed by get_cosine_schedule_with_warmup(optimizer, ceil(0.1 * 25), 25) of transformers 5.23."""
+    theirs = [
+        *(0.0, 0.333333, 0.666667, 1.0, 0.994911, 0.979746, 0.954816, 0.920627, 0.877875),
+        *(0.82743, 0.77032, 0.707708, 0.640866, 0.571157, 0.5, 0.428843, 0.359134, 0.292292),
+        *(0.22968, 0.17257, 0.122125, 0.079373, 0.045184, 0.020254, 0.005089),
+    ]
     s = train.Settings(warmup_ratio=0.1)
-    factors = [train.lr_factor(step, 25, s) for step in range(25)]
-    warm = math.ceil(2.5)
-    for step, factor in enumerate(factors):
-        if step < warm:
-            assert factor == pytest.approx(step / warm)
-        else:
-            assert factor == pytest.approx(max(0.0, 0.5 * (1 + math.cos(math.pi * (step - warm) / (25 - warm)))))
+    assert [train.lr_factor(step, 25, s) for step in range(25)] == pytest.approx(theirs, abs=1e-6)
     assert train.lr_factor(0, 25, train.Settings(schedule="constant")) == 1.0
     assert train.lr_factor(0, 25, train.Settings(warmup_ratio=0.0)) == 1.0
+
+
+def test_bfloat16_stays_near_float32_and_does_not_depend_on_packing(tmp_path):
+    """bfloat16 weights and products end to end; what averages over pairs and positions is still summed in float32."""
+    flags = ("--max-steps", 3, "--lr", 1e-3, "--init-adapter", GOLDEN / "adapter_mid")
+    for name, dtype, limit in (("a", "float32", 8192), ("b", "bfloat16", 8192), ("c", "bfloat16", 100)):
+        result = golden_run(tmp_path / name, *flags, "--dtype", dtype, "--tokens-per-microbatch", limit)
+        assert result.returncode == 0, result.stderr
+    for split in ("train", "eval"):
+        for exact, low, packed in zip(*(metrics(tmp_path / name, split) for name in "abc"), strict=True):
+            for key, close in dict(loss=0.1, l1=0.01, l0=0.02).items():
+                assert low[key] == pytest.approx(exact[key], rel=close) and low[key] != exact[key]
+                assert packed[key] == pytest.approx(low[key], rel=close / 2)
+
+
+def test_penalties_are_summed_in_float32_under_autocast():
+    golden = load()
+    pairs = [data.Pair([2] * 40, [5] * n, [6] * 3) for n in range(1, 30)]
+    packed = data.pack_pairs(pairs)
+    s = train.Settings(device="cpu", dtype="bfloat16")
+    with train.autocast(s), torch.no_grad():
+        scores = train.score(golden.steered, packed, s)
+        l1, l0 = golden.steered(packed)[1:]
+    assert scores.l0.dtype == torch.float32
+    assert scores.l0.item() == pytest.approx((l0.double() * packed.copies).sum().item(), rel=1e-6)
+    assert scores.l1.item() == pytest.approx((l1.double() * packed.copies).sum().item(), rel=1e-6)
 
 
 def test_evaluation_is_a_mean_over_pairs_and_positions_whatever_the_packing():
@@ -216,6 +240,12 @@ def out_below_a_file(tmp_path):
     return "--out", tmp_path / "file" / "run"
 
 
+def tokenizer_too_large(tmp_path):
+    folder = shutil.copytree(GOLDEN / "model", tmp_path / "model")
+    shutil.copy(ROOT / "tiny/model/tokenizer.json", folder)
+    return "--model", folder
+
+
 GOOD = [dict(role="user", content="q"), dict(role="assistant", content="a")]
 OTHER = [dict(role="user", content="p"), GOOD[1]]
 ROBOT = [dict(role="robot", content="q"), GOOD[1]]
@@ -243,6 +273,12 @@ MISTAKES = {  # name -> the flags (made in a folder t), and words the sentence m
     "unknown SAE id": (lambda t: ("--sae-id", "layer_1/width_1m"), ["layer_1/width_1m"]),
     "CUDA absent": (lambda t: ("--device", "cuda:63"), ["--device cuda:63", "CUDA"]),
     "unknown device": (lambda t: ("--device", "abacus"), ["--device abacus"]),
+    "indexed cpu": (lambda t: ("--device", "cpu:0"), ["--device cpu:0"]),
+    "seed too large": (lambda t: ("--seed", 10**20), ["--seed"]),
+    "ratio not a number": (lambda t: ("--gamma-ratio", "nan"), ["--gamma-ratio"]),
+    "model without a value": (lambda t: ("--model",), ["--model"]),
+    "cache below a file": (lambda t: ("--cache-activations", out_below_a_file(t)[1]), ["--cache-activations"]),
+    "tokenizer of another model": (tokenizer_too_large, ["tokenizer"]),
     "no such data": (lambda t: ("--data", t / "nothing.jsonl"), ["nothing.jsonl"]),
     "no such model": (lambda t: ("--model", t / "nothing"), ["nothing"]),
     "batch larger than the data": (lambda t: ("--batch-size", 49), ["--batch-size 49"]),
@@ -289,7 +325,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_pairs(tmp_path):
     result = golden_run(tmp_path / "run", "--init-adapter", tmp_path / "huge", "--no-shuffle")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert re.search(r"Step 1: loss nan, .*, in pairs \[0, 1, 2, 3\]", result.stderr), result.stderr
-    assert not (tmp_path / "run/adapter").exists() and not metrics(tmp_path / "run")
+    assert not any((tmp_path / "run/adapter").iterdir()) and not metrics(tmp_path / "run")
 
 
 # --- the embedded world -------------------------------------------------------------------------------------
@@ -301,6 +337,17 @@ def test_the_tiny_run_learns_the_planted_style(tmp_path):
     first, *_, last = metrics(tmp_path / "run", "eval")
     assert last["loss"] <= first["loss"] / 2
     assert last["accuracy"] > 0.9
+    samples = result.stdout.split("--- before\n")[1:]
+    before, after = zip(*(sample.split("--- after\n") for sample in samples), strict=True)
+    assert not any("**" in text or "In summary" in text for text in before)
+    assert all("**" in text and "In summary" in text for text in after)
+
+
+def test_the_tiny_run_repeats_to_the_byte(tmp_path):
+    for name in "ab":
+        assert script("train.py", "--model", "tiny", "--max-steps", 2, "--out", tmp_path / name).returncode == 0
+    a, b = ((tmp_path / name / "adapter/adapter.safetensors").read_bytes() for name in "ab")
+    assert a == b
 
 
 def test_tiny_trains_on_real_ultrafeedback_pairs(tmp_path):
