@@ -24,7 +24,8 @@ from simpo import sparsity
 from sources import UserError
 
 FORMAT = "fsrl-adapter-1"
-STEER_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 21}  # of v, computed at once
+STEER_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 21}  # of v, computed at once ...
+STEER_ROWS = 256  # ... but so many positions at least: each piece adds to the whole weight gradient [F, d]
 INIT_RANGE = 1e-9  # of the weight, from the authors' configuration: training starts at the unsteered model
 
 
@@ -144,7 +145,7 @@ class SteeredModel(nn.Module):
         that stays in cache is worked on faster and needs no fresh pages.
         """
         parts = []
-        for rows in x.split(max(1, STEER_ELEMENTS[x.device.type] // self.sae.d_sae)):
+        for rows in x.split(max(STEER_ROWS, STEER_ELEMENTS[x.device.type] // self.sae.d_sae)):
             v = self.adapter(rows)  # [rows, d] -> [rows, F]
             parts.append((rows + v.to(self.sae.W_dec.dtype) @ self.sae.W_dec, *sparsity(v)))  # [rows, F] -> [rows, d]
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))

@@ -55,6 +55,7 @@ def test_steering_in_pieces_changes_nothing(monkeypatch):
     v = golden.adapter(x)
     torch.testing.assert_close(whole, (x + v @ golden.sae.W_dec, v.abs().sum(1), (v != 0).sum(1).double()))
     monkeypatch.setitem(fsrl.STEER_ELEMENTS, "cpu", 3 * 256)
+    monkeypatch.setattr(fsrl, "STEER_ROWS", 1)
     pieces = golden.steered.steer(x)
     torch.testing.assert_close(pieces, whole, atol=1e-12, rtol=1e-12)
     losses = (y[0].square().sum() + y[1].sum() for y in (whole, pieces))
