@@ -1,4 +1,4 @@
-"""Preference rows -> rendered text -> token ids -> packed micro-batches (METHOD section 3).
+"""Preference rows -> rendered text -> token ids -> packed micro-batches, as the authors' code scores them.
 
     prompt    <bos><start_of_turn>user\\n{content}<end_of_turn>\\n            (earlier turns alike)
     response  <start_of_turn>model\\n{content}<end_of_turn>\\n<eos>           (every token of it is scored)
@@ -215,7 +215,9 @@ class _Encoder:
 
 
 def truncate(pair: Pair, max_length: int, max_prompt_length: int) -> Pair:
-    """METHOD section 3: first the prompt keeps its last tokens, then the responses their first."""
+    """Where prompt + longer response exceed max_length, the prompt keeps its last max_prompt_length tokens; where
+    that is not enough, each response keeps its first max_length - max_prompt_length.
+    """
     prompt, chosen, rejected = pair
     longer = max(len(chosen), len(rejected))
     if len(prompt) + longer > max_length:
@@ -342,5 +344,5 @@ def pack_pairs(pairs: list[Pair]) -> Packed:
 
 
 def positions(pairs: list[Pair]) -> int:
-    """Positions of the unshared sequences: a prompt's count once for each response (METHOD section 3)."""
+    """Positions of the unshared sequences: a prompt's count once for each response."""
     return sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)

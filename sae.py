@@ -44,7 +44,7 @@ class JumpReLUSAE(nn.Module):
         return self.W_enc.shape[1]
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [T, d] -> features f [T, F]; b_dec is not subtracted from x (METHOD section 1, GemmaScope)."""
+        """x [T, d] -> features f [T, F]; b_dec is not subtracted from x, as in GemmaScope."""
         z = x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
         return z * (z > self.threshold)
 

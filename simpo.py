@@ -2,7 +2,7 @@
 
     ℓ(y) = (1/|y|) Σ_t log π(y_t | p, y_<t)                      mean over the response's tokens
     L    = -log σ( β (ℓ(w) - ℓ(l) - ρ) ),  ρ = γ/β               SimPO, arXiv 2405.14734
-    total = mean over pairs of L + α · mean over positions of ‖v‖₁            (METHOD section 3)
+    total = mean over pairs of L + α · mean over positions of ‖v‖₁            FSRL, arXiv 2509.12934
 """
 
 from typing import NamedTuple

@@ -78,7 +78,7 @@ def test_a_users_words_cannot_become_markup(tokenizer, tmp_path):
 
 
 def whole_string_ids(tokenizer, row) -> list[list[int]]:
-    """The rendered strings of METHOD section 3, tokenised in one piece each."""
+    """The strings that the docstring of data.py renders, tokenised in one piece each."""
     *prompt, _ = row["chosen"]
     role = {"user": "user", "assistant": "model"}
     rendered = (f"<start_of_turn>{role[t['role']]}\n{t['content'].strip()}<end_of_turn>\n" for t in prompt)

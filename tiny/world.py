@@ -280,7 +280,7 @@ class Text:
 
     @property
     def spans(self) -> list[Span]:
-        """The whole text, as METHOD section 3 renders it, <bos> to <eos>."""
+        """The whole text, as data.py renders it, <bos> to <eos>."""
         return self.prompt_spans + self.response_spans
 
     @property
