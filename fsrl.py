@@ -21,9 +21,13 @@ from model import Gemma2, Plan
 from packed import Packed, pack
 from sae import JumpReLUSAE
 from simpo import sparsity
-from sources import UserError
+from sources import UserError, fetch
 
 FORMAT = "fsrl-adapter-1"
+ADAPTER_FILES = (  # (config, weights): ours, and the authors'
+    ("adapter_config.json", "adapter.safetensors"),
+    ("fsrl_adapter_config.json", "adapter_weights.safetensors"),
+)
 STEER_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 21}  # of v, computed at once ...
 STEER_ROWS = 256  # ... but so many positions at least: each piece adds to the whole weight gradient [F, d]
 INIT_RANGE = 1e-9  # of the weight, from the authors' configuration: training starts at the unsteered model
@@ -60,19 +64,18 @@ class Adapter(nn.Module):
         weights = {"weight": self.weight.detach().cpu(), "bias": self.bias.detach().cpu()}
         save_file(weights, folder / "adapter.safetensors.part")
         (folder / "adapter_config.json.part").write_text(json.dumps(own | identity, indent=2) + "\n")
-        for name in ("adapter.safetensors", "adapter_config.json"):
+        for name in ADAPTER_FILES[0]:
             os.replace(folder / f"{name}.part", folder / name)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Adapter":
-        """Read our adapter folder, or the authors' (adapter_weights.safetensors + fsrl_adapter_config.json).
+    def from_pretrained(cls, source: str | Path) -> "Adapter":
+        """Read an adapter folder or Hub repository, ours or the authors' (see ADAPTER_FILES).
 
         Raises UserError for anything missing or misshapen. Which SAE it belongs to is checked by SteeredModel.
         """
-        folder = Path(folder)
-        theirs = (folder / "fsrl_adapter_config.json").is_file()
-        names = ("fsrl_adapter_config.json", "adapter_weights.safetensors")
-        config_name, weights_name = names if theirs else ("adapter_config.json", "adapter.safetensors")
+        folder = fetch(source, "init-adapter", [name for names in ADAPTER_FILES for name in names]).path
+        theirs = (folder / ADAPTER_FILES[1][0]).is_file()
+        config_name, weights_name = ADAPTER_FILES[theirs]
         try:
             identity = json.loads((folder / config_name).read_text())
             weights = load_file(folder / weights_name)

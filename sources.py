@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 TINY = Path(__file__).resolve().parent / "tiny"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-REPO_TYPE = {"model": "model", "sae": "model", "data": "dataset"}
+REPO_TYPE = {"model": "model", "sae": "model", "data": "dataset", "init-adapter": "model", "run": "model"}
 
 
 class UserError(Exception):
@@ -29,12 +29,12 @@ class Source(NamedTuple):
 def fetch(name: str | Path, kind: str, patterns: list[str], revision: str | None = None) -> Source:
     """Make the files of `name` that match `patterns` available locally.
 
-    kind: "model", "sae" or "data"; it picks the folder of the embedded `tiny` and the Hub's repository type.
+    kind: a key of REPO_TYPE; it is the flag's name, and picks the folder of the embedded `tiny`.
     revision: branch, tag or commit on the Hub; ignored for local paths.
     Raises UserError when the name is neither a path nor a Hub id, or when the Hub cannot serve it.
     """
     path = Path(name).expanduser()
-    if str(name) == "tiny":
+    if str(name) == "tiny" and (TINY / kind).is_dir():
         return Source(TINY / kind, None)
     if path.exists():
         return Source(path, None)

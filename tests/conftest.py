@@ -34,6 +34,15 @@ def report() -> dict:
     return json.loads((GOLDEN / "expected.json").read_text())
 
 
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """What a short training on the small world leaves: enough steps for a sparse policy that lowers the loss."""
+    out = tmp_path_factory.mktemp("tiny") / "run"
+    result = script("train.py", "--model", "tiny", "--max-steps", 24, "--eval-every", 0, "--out", out)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
 def load(dtype: torch.dtype = torch.float32, adapter: str = "mid") -> SimpleNamespace:
     """The golden model, SAE, adapter, and the steered model made of them."""
     from fsrl import Adapter, SteeredModel

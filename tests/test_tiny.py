@@ -1,12 +1,12 @@
 """The small world says what it claims to say, and the built files are what their labels and provenance state."""
 
-import json
 from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from labels import read_rows
 from sae import JumpReLUSAE
 from sources import sha256
 from tiny import DATA_DIR, LABELS_DIR, LAYER, MODEL_DIR, ROOT, SAE_DIR, SAE_ID, WIDTH, build, measure, world
@@ -95,12 +95,11 @@ def test_an_unknown_cause_is_refused():
 
 
 def test_built_files_agree_with_their_provenance():
-    provenance = json.loads((LABELS_DIR / "provenance.json").read_text())
-    assert provenance["sae_id"] == SAE_ID
-    assert provenance["sae_sha256"] == sha256(SAE_DIR / SAE_ID / "params.npz")
-    assert provenance["model_sha256"] == sha256(MODEL_DIR / "model.safetensors")
     for kind in ("fires", "promotes"):
-        rows = [json.loads(line) for line in (LABELS_DIR / f"{kind}.jsonl").open()]
+        header, rows = read_rows(LABELS_DIR / f"{kind}.jsonl")
+        assert (header["kind"], header["sae_id"]) == (kind, SAE_ID)
+        assert header["sae_sha256"] == sha256(SAE_DIR / SAE_ID / "params.npz")
+        assert header["model_sha256"] == sha256(MODEL_DIR / "model.safetensors")
         assert [row["index"] for row in rows] == [str(k) for k in range(WIDTH)]
         assert {row["category"] for row in rows} <= {*world.LABELS, None}
         assert all(row["description"] for row in rows)
@@ -139,7 +138,7 @@ def test_quality_holds_and_notices_a_shuffled_sae(built):
 
 def test_firing_labels_hold_on_other_texts(built):
     model, tokenizer, sae = built
-    rows = [json.loads(line) for line in (LABELS_DIR / "fires.jsonl").open()]
+    rows = read_rows(LABELS_DIR / "fires.jsonl")[1]
     fires = measure.firing(model, sae, tokenizer, world.corpus(150, 7), LAYER)
     clear = [row for row in rows if row["purity"] >= 0.8 and fires.count[int(row["index"])] >= 10]
     agree = [world.LABELS[int(fires.label[int(row["index"])].argmax())] == row["category"] for row in clear]

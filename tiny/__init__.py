@@ -17,4 +17,4 @@ SAE_ID = "layer_2/width_1k/average_l0_8"
 MODEL_DIR = ROOT / "model"  # Hugging Face layout
 SAE_DIR = ROOT / "sae"  # GemmaScope layout: SAE_DIR / SAE_ID / params.npz
 DATA_DIR = ROOT / "data"  # train-… and test-….parquet, columns prompt_id, prompt, chosen, rejected
-LABELS_DIR = ROOT / "labels"  # fires.jsonl, promotes.jsonl, provenance.json
+LABELS_DIR = ROOT / "labels"  # fires.jsonl, promotes.jsonl

@@ -25,6 +25,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 from tqdm import tqdm
 
+import labels
 from model import Gemma2, Gemma2Config
 from packed import pack
 from sae import JumpReLUSAE, save_gemmascope
@@ -265,19 +266,17 @@ def write_labels(model: Gemma2, tokenizer: Tokenizer, sae: JumpReLUSAE, folder: 
     fires = measure.firing(model, sae, tokenizer, sample, LAYER)
     promotes = measure.promotion(model, sae, tokenizer, sample, fires, LAYER)
     tables = measure.label_rows(tokenizer, fires, promotes, MODEL_ID, f"{LAYER}-tiny-res-1k")
-    for kind, rows in tables.items():
-        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    provenance = {
-        "modelId": MODEL_ID,
-        "layer": f"{LAYER}-tiny-res-1k",
+    about = {
         "sae": "tiny",
         "sae_id": SAE_ID,
         "sae_sha256": sha256(sae_path(LAYER, SAE_DIR)),
         "model_sha256": sha256(MODEL_DIR / "model.safetensors"),
+        "judge": "the grammar",
         "texts": texts,
         "promotion_strength": measure.STRENGTH,
     }
-    (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+    for kind, rows in tables.items():
+        labels.write_labels(folder / f"{kind}.jsonl", {"kind": kind} | about, rows)
 
 
 # --- samples ----------------------------------------------------------------------------------------------------
@@ -362,7 +361,7 @@ def check(texts: int = 2000) -> None:
     model, tokenizer = load()
     sae = JumpReLUSAE.from_pretrained("tiny", SAE_ID)
     q = measure.quality(model, sae, tokenizer, world.corpus(texts, SEEDS["check"]), LAYER)
-    rows = {kind: [json.loads(r) for r in (LABELS_DIR / f"{kind}.jsonl").open()] for kind in ("fires", "promotes")}
+    rows = {kind: labels.read_rows(LABELS_DIR / f"{kind}.jsonl")[1] for kind in ("fires", "promotes")}
     built = [file for folder in (MODEL_DIR, SAE_DIR, DATA_DIR, LABELS_DIR) for file in folder.rglob("*")]
     size = sum(file.stat().st_size for file in built if file.is_file())
     table = [
