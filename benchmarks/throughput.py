@@ -5,7 +5,8 @@
 Runs whole optimiser steps (train.backward, clipping, AdamW) on random weights of a given shape and on token lengths
 that follow UltraFeedback, and prints one line of JSON. The limit is the time that the floating-point operations which
 the step cannot avoid (`step_flops` below, counted from shapes) would take at the rate of plain matrix products of the
-model's own shapes, measured between the steps of the same run: fraction_of_limit = that time / the step's time.
+model's own shapes, measured between the steps of the same run: fraction_of_limit = that time / the step's time. An
+evaluation of the same pairs (train.evaluate) is measured alike.
 """
 
 import json
@@ -98,8 +99,9 @@ def visible(n: int, before: int, window: int | None) -> int:
     return int(seen.sum() if window is None else np.minimum(seen, window).sum())
 
 
-def step_flops(config: Gemma2Config, d_sae: int, layer: int, pairs: list[Pair]) -> int:
-    """Floating-point operations of one optimiser step that no arrangement avoids (a multiply-add counts 2).
+def step_flops(config: Gemma2Config, d_sae: int, layer: int, pairs: list[Pair], training: bool = True) -> int:
+    """Floating-point operations of one optimiser step that no arrangement avoids (a multiply-add counts 2), or of an
+    evaluation of the same pairs, which is the forward alone.
 
     T packed tokens, N response tokens, A query-key pairs that attention must look at:
       a block forward             2 T (d (H + 2 KV) hd + H hd d + 3 d ffn) + 4 A H hd
@@ -121,8 +123,8 @@ def step_flops(config: Gemma2Config, d_sae: int, layer: int, pairs: list[Pair]) 
             seen += visible(len(p.prompt), 0, window)
             seen += sum(visible(len(r), len(p.prompt), window) for r in (p.chosen, p.rejected))
         linear, attention = 2 * T * weights, 4 * seen * c.num_attention_heads * c.head_dim
-        total += linear + attention if i <= layer else 2 * linear + 3 * attention
-    return total + 8 * T * d * d_sae + 4 * N * d * c.vocab_size
+        total += linear + attention if i <= layer or not training else 2 * linear + 3 * attention
+    return total + (8 if training else 4) * T * d * d_sae + (4 if training else 2) * N * d * c.vocab_size
 
 
 def matmul_rate(config: Gemma2Config, d_sae: int, tokens: int, dtype: torch.dtype, device: str) -> float:
@@ -174,24 +176,28 @@ def main() -> None:
     trained = list(steered.adapter.parameters())
     optimizer = train.make_optimizer(trained, training)
     micro = data.microbatches(batch, s.tokens_per_microbatch)
-    tokens = sum(p.tokens for p in batch)
+    tokens, whole = sum(p.tokens for p in batch), train.Batch(batch, range(len(batch)))
     typical = int(statistics.median(sum(batch[i].tokens for i in m) for m in micro))
 
-    seconds, rates = [], []
+    seconds, rates, evaluating = [], [], []
     for step in range(s.steps + 1):
         rates.append(matmul_rate(config, steered.sae.d_sae, typical, dtype, s.device))
         synchronise(s.device)
         start = time.perf_counter()
-        train.backward(steered, train.Batch(batch, range(len(batch))), training.l1, training)
+        train.backward(steered, whole, training.l1, training)
         torch.nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         synchronise(s.device)
         seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        train.evaluate(steered, whole, training, progress=False)  # ends by reading its sums: the device is done
+        evaluating.append(time.perf_counter() - start)
         print(f"step {step}: {seconds[-1]:.2f} s, matmul {rates[-1] / 1e9:.0f} GFLOP/s", file=sys.stderr)
-    seconds, rates = seconds[1:], rates[1:]
-    flops = step_flops(config, steered.sae.d_sae, steered.layer, batch)
+    seconds, rates, evaluating = seconds[1:], rates[1:], evaluating[1:]
+    flops, eval_flops = (step_flops(config, steered.sae.d_sae, steered.layer, batch, t) for t in (True, False))
     fractions = [flops / rate / second for rate, second in zip(rates, seconds, strict=True)]
+    eval_fractions = [eval_flops / rate / second for rate, second in zip(rates, evaluating, strict=True)]
     result = dict(
         **dict(shape=s.shape, dtype=s.dtype, device=s.device, pairs=len(batch), tokens=tokens, microbatches=len(micro)),
         pairs_per_second=len(batch) / statistics.median(seconds),
@@ -201,6 +207,9 @@ def main() -> None:
         step_flops=flops,
         matmul_flops_per_second=statistics.median(rates),
         fraction_of_limit=statistics.median(fractions),
+        evaluation_seconds=evaluating,
+        evaluation_flops=eval_flops,
+        evaluation_fraction_of_limit=statistics.median(eval_fractions),
     )
     print(json.dumps(result))
 
