@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from packed import Bucket, Packed, pack
 from sources import UserError, fetch
@@ -361,6 +362,7 @@ class Gemma2(nn.Module):
         self.config = config
         self.source, self.revision = None, None  # where the weights came from, set by from_pretrained
         self.folder = None  # Path of the loaded checkpoint, for its tokenizer
+        self.recompute = False  # activation checkpointing: a block keeps only its input and runs again in the backward
         self.model = Body(config)
 
     @property
@@ -399,7 +401,7 @@ class Gemma2(nn.Module):
     def blocks(self, x: Tensor, plan: Plan, start: int = 0, stop: int | None = None) -> Tensor:
         """Run blocks start..stop-1 on the residual stream [T, d]."""
         for block in self.model.layers[start:stop]:
-            x = block(x, plan)
+            x = checkpoint(block, x, plan, use_reentrant=False) if self.recompute else block(x, plan)
         return x
 
     def final_norm(self, x: Tensor) -> Tensor:
@@ -458,12 +460,16 @@ class Gemma2(nn.Module):
         model.source, model.revision, model.folder = str(source), commit, folder
         return model.requires_grad_(False)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors as transformers reads them (the tied head is not repeated)."""
+    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write config.json and model.safetensors as transformers reads them (the tied head is not repeated).
+
+        state: the weights where the model's own are spread over processes (distributed.gather).
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.to_json(folder / "config.json", self.model.norm.weight.dtype)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        state = self.state_dict() if state is None else state
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
