@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.checkpoint import checkpoint
 
 from packed import Bucket, Packed, pack
-from sources import UserError, fetch
+from sources import UserError, fetch, read_json
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -57,6 +57,10 @@ class Gemma2Config:
                 continue
             if not isinstance(value, number) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise UserError(f"config: {field.name} is {value!r}, a positive number was expected.")
+            if number is int and value > (1024 if field.name == "num_hidden_layers" else 1 << 24):
+                raise UserError(f"config: {field.name} is {value}, more than any Gemma-2 has; not loaded.")
+        if self.head_dim % 2:
+            raise UserError(f"config: head_dim is {self.head_dim}; rotary embedding turns pairs of components.")
         # Attention and loss exponentiate capped scores as they are: exp(80) times any length still fits float32.
         if any(cap and cap > 80 for cap in (self.attn_logit_softcapping, self.final_logit_softcapping)):
             raise UserError("config: a softcap beyond 80; Gemma-2 has 50 and 30.")
@@ -71,7 +75,7 @@ class Gemma2Config:
     def from_json(cls, path: Path) -> "Gemma2Config":
         """Read config.json as transformers 4 or 5 writes it. Raises UserError for any other architecture."""
         try:
-            raw = json.loads(path.read_text())
+            raw = read_json(path)
             rope = raw.get("rope_parameters") or {}
             rope_type = rope.get("rope_type", "default")
         except (OSError, ValueError, AttributeError) as e:
@@ -482,8 +486,8 @@ def _shards(folder: Path) -> list[Path]:
     if not index.exists():
         return [folder / "model.safetensors"]
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"{index}: not an index of safetensors shards ({e!r}).") from e
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
