@@ -31,7 +31,7 @@ from sources import UserError, fetch, sha256
 
 ROLES = {"system": "system", "user": "user", "assistant": "model", "model": "model"}
 SPLIT = re.compile(r"(?:^|[/._-])(train|test|validation)(?=[/._-])")
-CACHE_FORMAT = "1"  # raise when rendering or tokenising changes, so that old caches are not used
+CACHE_FORMAT = "2"  # raise when rendering or tokenising changes, so that old caches are not used
 
 
 class Pair(NamedTuple):
@@ -96,17 +96,19 @@ def data_files(source: str, split: str | None = None, revision: str | None = Non
     return [file for file in files if split is None or file.split in (split, None)], commit
 
 
-def read_rows(files: Iterable[DataFile], split: str | None) -> Iterator[tuple[str, dict]]:
-    """(where, row) for each row of `split`; `where` names file and row for messages.
+def read_rows(files: Iterable[DataFile], split: str | None) -> Iterator[tuple[str, dict | UserError]]:
+    """(where, row) for each row of `split`; `where` names file and row for messages. A row that is no object is the
+    mistake to raise.
 
     Files with neither a split in their name nor a `split` column count as train.
     """
     for path, named in files:
         for number, row in enumerate(_parquet(path) if path.suffix == ".parquet" else _jsonl(path)):
             where = f"{path.name} row {number}"
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: an object with chosen and rejected was expected.")
-            if split is None or named == split or (named is None and row.get("split", "train") == split):
+            if isinstance(row, bytes):
+                row = _json_row(where, row)
+            itself = row.get("split", "train") if isinstance(row, dict) else "train"
+            if split is None or named == split or (named is None and itself == split):
                 yield where, row
 
 
@@ -120,20 +122,26 @@ def _parquet(path: Path) -> Iterator[dict]:
         raise UserError(f"{path}: not a readable parquet file ({e}).") from e
 
 
-def _jsonl(path: Path) -> Iterator[dict]:
+def _jsonl(path: Path) -> Iterator[bytes]:
     try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines):
-                try:
-                    yield json.loads(line)
-                except (ValueError, RecursionError) as e:
-                    raise UserError(f"{path.name} row {number}: not a line of json ({e}).") from e
-    except (OSError, UnicodeDecodeError) as e:
+        with open(path, "rb") as lines:
+            yield from lines
+    except OSError as e:
         raise UserError(f"{path}: not a readable jsonl file ({e}).") from e
 
 
-def parse_row(where: str, row: dict) -> Conversation:
+def _json_row(where: str, line: bytes) -> dict | UserError:
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError) as e:
+        return UserError(f"{where}: not a line of json ({e}).")
+    return row if isinstance(row, dict) else UserError(f"{where}: an object with chosen and rejected was expected.")
+
+
+def parse_row(where: str, row: dict | UserError) -> Conversation:
     """Validate one row. Raises UserError naming it for anything a training run should not guess about."""
+    if isinstance(row, UserError):
+        raise row
     conversation = _parse(where, row)
     try:
         "".join([*(c for _, c in conversation.prompt), conversation.chosen, conversation.rejected]).encode()
@@ -236,25 +244,30 @@ def load_pairs(
     split: str | None = None,
     revision: str | None = None,
     progress: bool = False,
+    on_bad_row: str = "error",
 ) -> list[Pair]:
     """Preference pairs of a source as token ids, truncated. split: "train", "test", or None for all rows.
 
     Untruncated ids are cached on disk under the hash of the files' and the tokenizer's content. Raises UserError
-    naming the row for anything malformed, and for limits that leave a response no token.
+    naming the row for anything malformed (on_bad_row "skip": leaves it out, and says how many and where), and for
+    limits that leave a response no token.
     """
     if not 0 < max_prompt_length < max_length:
         raise UserError(f"--max-prompt-length {max_prompt_length}: must be from 1 to --max-length {max_length} - 1.")
     files, _ = data_files(source, split, revision)
-    key = hashlib.sha256(repr((CACHE_FORMAT, split, tokenizer.to_str())).encode())
+    key = hashlib.sha256(repr((CACHE_FORMAT, split, on_bad_row, tokenizer.to_str())).encode())
     for file in files:
         key.update(f"{file.path.name} {file.split} {sha256(file.path)}".encode())
     cache = cache_folder() / f"pairs-{key.hexdigest()[:32]}.npz"
     stored = _read_cache(cache)
     if stored is None:
-        stored = _tokenise(files, tokenizer, split, progress)
+        stored = _tokenise(files, tokenizer, split, progress, on_bad_row)
         _write_cache(cache, stored)
     if stored["empty"] and progress:
         print(f"{source}: {stored['empty']} responses are empty; their markup alone is scored.", file=sys.stderr)
+    if len(bad := stored["bad"]) and progress:
+        where = ", ".join(bad[:10].tolist()) + (", ..." if len(bad) > 10 else "")
+        print(f"{source}: {len(bad)} malformed rows are left out: {where}.", file=sys.stderr)
     # Lists of shared int objects: 8 bytes a token, where fresh ones would take 36.
     shared = list(range(tokenizer.get_vocab_size(with_added_tokens=True)))
     ids = [shared[i] for i in stored["ids"]]
@@ -264,9 +277,18 @@ def load_pairs(
     return [truncate(Pair(*row), max_length, max_prompt_length) for row in rows]
 
 
-def _tokenise(files: list[DataFile], tokenizer: Tokenizer, split: str | None, progress: bool) -> dict[str, np.ndarray]:
-    """All rows as one flat array of ids with the lengths of prompt, chosen, rejected in turn."""
-    rows = [parse_row(where, row) for where, row in read_rows(files, split)]
+def _tokenise(
+    files: list[DataFile], tokenizer: Tokenizer, split: str | None, progress: bool, on_bad_row: str
+) -> dict[str, np.ndarray]:
+    """All rows as one flat array of ids with the lengths of prompt, chosen, rejected in turn; bad: rows left out."""
+    rows, bad = [], []
+    for where, row in read_rows(files, split):
+        try:
+            rows.append(parse_row(where, row))
+        except UserError:
+            if on_bad_row == "error":
+                raise
+            bad.append(where)
     encoder = _Encoder(tokenizer)
     texts = ["\n"]
     for row in rows:
@@ -281,6 +303,7 @@ def _tokenise(files: list[DataFile], tokenizer: Tokenizer, split: str | None, pr
         "ids": np.fromiter(chain.from_iterable(parts), dtype=np.int32),
         "lengths": np.array([len(part) for part in parts], dtype=np.int32),
         "empty": np.array(sum((not r.chosen) + (not r.rejected) for r in rows)),
+        "bad": np.array(bad, dtype=np.str_),
     }
 
 
@@ -293,7 +316,7 @@ def cache_folder() -> Path:
 def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as npz:
-            stored = {name: npz[name] for name in ("ids", "lengths", "empty")}
+            stored = {name: npz[name] for name in ("ids", "lengths", "empty", "bad")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # absent or damaged: it is made again
     return stored if stored["lengths"].sum() == len(stored["ids"]) else None
@@ -336,6 +359,19 @@ def microbatches(pairs: list[Pair], tokens_per_microbatch: int) -> list[list[int
             bins[fits].append(index)
             room[fits] -= tokens
     return bins
+
+
+def shares(pairs: list[Pair], processes: int) -> list[list[int]]:
+    """Which pairs, by their indices, each process scores: by falling length, each to the one with the fewest tokens.
+
+    Where the pairs are fewer than the processes, some get none.
+    """
+    shares, tokens = [[] for _ in range(processes)], [0] * processes
+    for index in sorted(range(len(pairs)), key=lambda i: -pairs[i].tokens):
+        least = tokens.index(min(tokens))
+        shares[least].append(index)
+        tokens[least] += pairs[index].tokens
+    return shares
 
 
 def pack_pairs(pairs: list[Pair]) -> Packed:

@@ -21,7 +21,7 @@ from model import Gemma2, Plan
 from packed import Packed, pack
 from sae import JumpReLUSAE
 from simpo import sparsity
-from sources import UserError, fetch
+from sources import UserError, fetch, read_json
 
 FORMAT = "fsrl-adapter-1"
 ADAPTER_FILES = (  # (config, weights): ours, and the authors'
@@ -77,11 +77,11 @@ class Adapter(nn.Module):
         theirs = (folder / ADAPTER_FILES[1][0]).is_file()
         config_name, weights_name = ADAPTER_FILES[theirs]
         try:
-            identity = json.loads((folder / config_name).read_text())
+            identity = read_json(folder / config_name)
             weights = load_file(folder / weights_name)
         except (OSError, ValueError, SafetensorError) as e:
             raise UserError(f"{folder}: not an adapter folder ({config_name} + {weights_name}: {e}).") from e
-        if not isinstance(identity, dict) or not theirs and identity.get("format") != FORMAT:
+        if not theirs and identity.get("format") != FORMAT:
             raise UserError(f"{folder / config_name}: its format is not {FORMAT}.")
         if theirs:
             if identity.get("use_jump_relu"):

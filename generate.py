@@ -11,7 +11,7 @@ from fsrl import SteeredModel
 from model import Gemma2
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, whose tensors FSDP2 could not train on afterwards
 def greedy(model: Gemma2 | SteeredModel, tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int = 96) -> str:
     """The model's answer to a prompt that ends after a user turn (Pair.prompt): token ids -> text.
 

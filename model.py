@@ -21,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from packed import Bucket, Packed, pack
-from sources import UserError, fetch
+from sources import UserError, fetch, read_json
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -56,6 +57,10 @@ class Gemma2Config:
                 continue
             if not isinstance(value, number) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise UserError(f"config: {field.name} is {value!r}, a positive number was expected.")
+            if number is int and value > (1024 if field.name == "num_hidden_layers" else 1 << 24):
+                raise UserError(f"config: {field.name} is {value}, more than any Gemma-2 has; not loaded.")
+        if self.head_dim % 2:
+            raise UserError(f"config: head_dim is {self.head_dim}; rotary embedding turns pairs of components.")
         # Attention and loss exponentiate capped scores as they are: exp(80) times any length still fits float32.
         if any(cap and cap > 80 for cap in (self.attn_logit_softcapping, self.final_logit_softcapping)):
             raise UserError("config: a softcap beyond 80; Gemma-2 has 50 and 30.")
@@ -70,7 +75,7 @@ class Gemma2Config:
     def from_json(cls, path: Path) -> "Gemma2Config":
         """Read config.json as transformers 4 or 5 writes it. Raises UserError for any other architecture."""
         try:
-            raw = json.loads(path.read_text())
+            raw = read_json(path)
             rope = raw.get("rope_parameters") or {}
             rope_type = rope.get("rope_type", "default")
         except (OSError, ValueError, AttributeError) as e:
@@ -361,6 +366,7 @@ class Gemma2(nn.Module):
         self.config = config
         self.source, self.revision = None, None  # where the weights came from, set by from_pretrained
         self.folder = None  # Path of the loaded checkpoint, for its tokenizer
+        self.recompute = False  # activation checkpointing: a block keeps only its input and runs again in the backward
         self.model = Body(config)
 
     @property
@@ -399,7 +405,7 @@ class Gemma2(nn.Module):
     def blocks(self, x: Tensor, plan: Plan, start: int = 0, stop: int | None = None) -> Tensor:
         """Run blocks start..stop-1 on the residual stream [T, d]."""
         for block in self.model.layers[start:stop]:
-            x = block(x, plan)
+            x = checkpoint(block, x, plan, use_reentrant=False) if self.recompute else block(x, plan)
         return x
 
     def final_norm(self, x: Tensor) -> Tensor:
@@ -458,12 +464,16 @@ class Gemma2(nn.Module):
         model.source, model.revision, model.folder = str(source), commit, folder
         return model.requires_grad_(False)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors as transformers reads them (the tied head is not repeated)."""
+    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write config.json and model.safetensors as transformers reads them (the tied head is not repeated).
+
+        state: the weights where the model's own are spread over processes (distributed.gather).
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.to_json(folder / "config.json", self.model.norm.weight.dtype)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        state = self.state_dict() if state is None else state
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -476,8 +486,8 @@ def _shards(folder: Path) -> list[Path]:
     if not index.exists():
         return [folder / "model.safetensors"]
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"{index}: not an index of safetensors shards ({e!r}).") from e
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:

@@ -4,9 +4,11 @@
     x̂ = f W_dec + b_dec                                                 f [T, F] -> x̂ [T, d]
 """
 
-import json
+import math
 import re
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sources import UserError, fetch, list_files, sha256
+from sources import UserError, fetch, list_files, read_json, sha256
 
 ARRAYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
@@ -91,8 +93,9 @@ class JumpReLUSAE(nn.Module):
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The five arrays of a GemmaScope params.npz, compressed or not.
 
-    Headers are checked before any array is read: nothing is unpickled, and a file that unpacks to more than 20
-    times its size is refused (float32 weights compress by about a tenth). Raises UserError.
+    Headers are checked before any array is read, and the arrays are read from the very members that were checked:
+    nothing is unpickled, and a file that unpacks to more than 20 times its size is refused (float32 weights compress by
+    about a tenth). Raises UserError.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -110,12 +113,18 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                     shape, _, dtype = getattr(np.lib.format, header)(f)
                 if dtype.hasobject or dtype.kind != "f":
                     raise UserError(f"{path}: {name} is of type {dtype}, floating point was expected; not loaded.")
-                unpacked += int(np.prod(shape, dtype=np.float64)) * dtype.itemsize
+                if min(shape, default=0) < 0:
+                    raise UserError(f"{path}: {name} claims the shape {shape}; not loaded.")
+                unpacked += math.prod(shape) * dtype.itemsize
             if unpacked > 20 * path.stat().st_size + 65_536:
                 raise UserError(f"{path}: would unpack to {unpacked:,} bytes, over 20 times its size; not loaded.")
-        with np.load(path, allow_pickle=False) as npz:
-            return {name: npz[name].astype(np.float32, copy=False) for name in ARRAYS}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as e:
+            arrays = {}
+            for name in ARRAYS:
+                with archive.open(members[name]) as f:
+                    arrays[name] = np.lib.format.read_array(f, allow_pickle=False).astype(np.float32, copy=False)
+            return arrays
+    # zipfile raises the last four where it cannot unpack something or was told lies.
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, OverflowError) as e:
         raise UserError(f"{path}: not a readable npz of {', '.join(ARRAYS)} ({e}).") from e
 
 
@@ -126,9 +135,7 @@ def read_saelens(folder: Path) -> dict[str, Tensor]:
     """
     path = folder / "sae_weights.safetensors"
     try:
-        cfg = json.loads((folder / "cfg.json").read_text())
-        if not isinstance(cfg, dict):
-            raise UserError(f"{folder}/cfg.json: an object was expected.")
+        cfg = read_json(folder / "cfg.json")
         if cfg.get("architecture") != "jumprelu":
             raise UserError(f"{folder}/cfg.json: architecture is {cfg.get('architecture')!r}, jumprelu was expected.")
         for key in ("normalize_activations", "reshape_activations"):

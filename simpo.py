@@ -62,7 +62,8 @@ class _TokenLogps(torch.autograd.Function):
             (gradient,) = ctx.saved_tensors
             return (gradient * grad[:, None]).to(gradient.dtype), None, None, None
         hidden, weight, target = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        # Chunks add up in float32; autograd rounds the sum to the weight's dtype, once.
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=_precise(weight.dtype))
         with _products(weight) as weight:
             spare = _spare(hidden, weight)
             for rows in _chunks(hidden, weight):

@@ -5,6 +5,7 @@ the Hub; downloads are pinned to the commit they resolved to, which the caller r
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TINY = Path(__file__).resolve().parent / "tiny"
+LARGEST_JSON = 64 << 20  # bytes; a 27B model's index has 50 thousand
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 REPO_TYPE = {"model": "model", "sae": "model", "data": "dataset", "init-adapter": "model", "run": "model"}
 
@@ -95,6 +97,23 @@ def sha256(path: Path) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def read_json(path: Path) -> dict:
+    """The object in a small json file. Raises OSError, or ValueError for anything else: what comes from others may be
+    nested without end, or too large to be what it says.
+    """
+    with open(path, "rb") as f:
+        text = f.read(LARGEST_JSON + 1)
+    if len(text) > LARGEST_JSON:
+        raise ValueError(f"larger than {LARGEST_JSON >> 20} MB")
+    try:
+        value = json.loads(text.decode())
+    except RecursionError as e:
+        raise ValueError("nested too deeply") from e
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -2,6 +2,9 @@
 
     python train.py --model tiny                  the embedded world, minutes on a laptop
     python train.py --layer 12 --l1 0.02          the paper's run: Gemma-2-2B-it, GemmaScope, UltraFeedback
+    python train.py --full                        its baseline: every weight of the model trained, no SAE
+    torchrun --nproc-per-node 8 train.py ...      the same run on 8 GPUs; --shard where one cannot hold the model
+    python train.py ... --out OUT --resume        goes on where OUT's last checkpoint is
 
 Deviations from the paper and the authors' code:
 1. The headline loss, train and eval, is SimPO alone; the L1 penalty is reported beside it.
@@ -10,16 +13,19 @@ Deviations from the paper and the authors' code:
 4. The pairs left over when an epoch does not divide by --batch-size are left out of it; each shuffle leaves out others.
 """
 
+import fcntl
 import json
 import math
 import os
 import platform
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,11 +36,17 @@ from typing import NamedTuple
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
-from torch import Tensor
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import checkpoint
 import cli
 import data
+import distributed
 import generate
 import sae as saes
 import simpo
@@ -42,6 +54,7 @@ import tiny
 from activations import Activations
 from cli import flag
 from data import Pair
+from distributed import ALONE, Ranks
 from fsrl import Adapter, SteeredModel
 from model import Gemma2
 from packed import Packed
@@ -50,6 +63,8 @@ from sources import UserError, sha256, write_whole
 PRESETS = {  # what --model tiny changes of the defaults below
     "tiny": dict(sae="tiny", data="tiny", layer=tiny.LAYER, lr=2e-3, epochs=1, eval_every=16),
 }
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+TOKENIZER_FILES += ("chat_template.jinja", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,7 @@ class Settings:
     gamma_ratio: float = flag(0.5, "ρ = γ/β of SimPO")
     epochs: int = flag(2, "passes over the pairs")
     max_steps: int | None = flag(None, "optimiser steps; overrides --epochs")
-    lr: float = flag(5e-7, "peak learning rate")
+    lr: float | None = flag(None, "peak learning rate; unset: 5e-7, with --full 2e-7")
     warmup_ratio: float = flag(0.1, "share of the steps in which the cosine schedule rises")
     schedule: str = flag("cosine", "cosine (with warm-up) or constant (without)", choices=("cosine", "constant"))
     max_grad_norm: float = flag(1.0, "gradient norm is clipped here; 0: off")
@@ -80,23 +95,38 @@ class Settings:
     max_prompt_length: int = flag(1800, "tokens of a truncated prompt")
     adapter: str = flag("relu", "kind of adapter", choices=("relu",))
     init_adapter: str | None = flag(None, "adapter folder (ours or the authors') to start from")
+    full: bool = flag(False, "train every weight of the model instead of an adapter; no SAE is read")
     shuffle: bool = flag(True, "a new order each epoch, from --seed; --no-shuffle: file order")
     seed: int = flag(0, "seed of the order of the pairs and of the initial weights")
     dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16"))
     device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
     eval_every: int = flag(200, "steps between evaluations; 0: only at start and end")
+    zero: bool = flag(False, "under torchrun: each process keeps the optimiser's state of some weights (ZeRO-1)")
+    shard: bool = flag(False, "under torchrun: each process keeps a slice of every weight (FSDP2)")
+    timeout: float = flag(30.0, "under torchrun: minutes a process waits for the others before all end")
+    on_bad_row: str = flag("error", "what a malformed row of the data does", choices=("error", "skip"))
+    checkpoint_every: int = flag(200, "steps between checkpoints, of which the newest two are kept; 0: none")
+    resume: bool = flag(False, "go on from the last checkpoint in --out; the other flags as when it was started")
     out: str | None = flag(None, "folder to write; unset: runs/NAME of the model, with a number if taken")
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "tokens_per_microbatch", "max_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1 was expected.")
-        for name in ("l1", "beta", "gamma_ratio", "lr", "max_grad_norm", "eval_every", "seed", "layer"):
+        if self.lr is None:
+            object.__setattr__(self, "lr", 2e-7 if self.full else 5e-7)
+        counted = ("eval_every", "checkpoint_every", "seed", "layer")
+        for name in ("l1", "beta", "gamma_ratio", "lr", "max_grad_norm", "timeout", *counted):
             if not 0 <= getattr(self, name) < (2**63 if name == "seed" else math.inf):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be finite and not negative.")
         for name in ("warmup_ratio", "penalty_warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: a share between 0 and 1.")
+        for one, other in (("full", "init_adapter"), ("full", "cache_activations"), ("zero", "shard")):
+            if getattr(self, one) and getattr(self, other):
+                raise UserError(f"--{one} and --{other.replace('_', '-')} exclude each other.")
+        if self.resume and not self.out:
+            raise UserError("--resume: name the run to go on with, --out FOLDER.")
 
 
 # --- one step -----------------------------------------------------------------------------------------------
@@ -129,10 +159,19 @@ class Scores(NamedTuple):
         return torch.stack([*(x.sum() for x in pairs), self.l1, self.l0]).detach().double()
 
 
-def score(steered: SteeredModel, packed: Packed, s: Settings, x: Tensor | None = None) -> Scores:
-    """Run the steered model over packed pairs. x: the residual stream below the adapter, where it is cached."""
-    head, softcap = steered.model.model.embed_tokens.weight, steered.model.config.final_logit_softcapping
-    hidden, l1, l0 = steered(packed, x)
+def score(model: nn.Module, packed: Packed, s: Settings, x: Tensor | None = None) -> Scores:
+    """Run a model over packed pairs: a SteeredModel, a Gemma2 (whose l1 and l0 are 0), or either within
+    DistributedDataParallel. x: the residual stream below the adapter, where it is cached.
+    """
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    base = inner if isinstance(inner, Gemma2) else inner.model
+    if inner is base:
+        hidden, l1, l0 = model(packed), *torch.zeros(2, len(packed.tokens), device=packed.tokens.device)
+    else:
+        hidden, l1, l0 = model(packed, x)
+    head, softcap = base.model.embed_tokens.weight, base.config.final_logit_softcapping
+    if s.dtype == "bfloat16":  # of float32 masters (--full) too: the head's products are the largest of all
+        head = head.to(torch.bfloat16)
     logps = simpo.token_logps(hidden[packed.source], head, packed.target, softcap)
     logps = simpo.mean_logps(logps, packed.sequence, packed.lengths)
     chosen, rejected = logps[0::2], logps[1::2]
@@ -152,46 +191,71 @@ def means(sums: Tensor, pairs: int, positions: int, beta: float) -> dict[str, fl
     )
 
 
-def scores_by_microbatch(steered: SteeredModel, batch: Batch, s: Settings) -> Iterator[tuple[int, Scores]]:
-    """Score a batch a micro-batch at a time: (pairs in it, their scores). One autocast for all, so that a float32
-    master weight is cast to bfloat16 once per step.
+def scores_by_microbatch(model: nn.Module, batch: Batch, s: Settings, ranks: Ranks) -> Iterator[tuple[int, Scores]]:
+    """Score this process's share of a batch a micro-batch at a time: (pairs in it, their scores). One autocast for all,
+    so that a float32 master weight is cast to bfloat16 once per step.
+
+    Every process makes as many rounds as the busiest, with a pair that does not count (0 pairs) where it has no other:
+    what the processes do together, inside a forward or a backward, must meet. DistributedDataParallel sends gradients
+    in the last round alone.
     """
+    shares = data.shares(batch.pairs, ranks.world)
+    plans = [data.microbatches([batch.pairs[i] for i in share], s.tokens_per_microbatch) for share in shares]
+    rounds = max(map(len, plans))
     with autocast(s):
-        for micro in data.microbatches(batch.pairs, s.tokens_per_microbatch):
-            packed = data.pack_pairs([batch.pairs[i] for i in micro]).to(s.device)
-            x = batch.activations([batch.indices[i] for i in micro]).to(s.device) if batch.activations else None
-            yield len(micro), score(steered, packed, s, x)
+        for i in range(rounds):
+            micro = [shares[ranks.rank][j] for j in plans[ranks.rank][i]] if i < len(plans[ranks.rank]) else []
+            packed = data.pack_pairs([batch.pairs[j] for j in micro] or [Pair([0], [0], [0])]).to(s.device)
+            cached = batch.activations and micro
+            x = batch.activations([batch.indices[j] for j in micro]).to(s.device) if cached else None
+            if isinstance(model, DistributedDataParallel):
+                model.require_backward_grad_sync = i + 1 == rounds
+            yield len(micro), score(model, packed, s, x)
 
 
-def backward(steered: SteeredModel, batch: Batch, alpha: float, s: Settings) -> Tensor:
-    """Add the gradients of one whole step: mean SimPO over pairs + α · mean ‖v‖₁ over positions.
+def backward(model: nn.Module, batch: Batch, alpha: float, s: Settings, ranks: Ranks = ALONE) -> Tensor:
+    """Add the gradients of one whole step: mean SimPO over pairs + α · mean over positions of ‖v‖₁.
 
-    The weights of the means are those of the step, so that packing does not matter. Returns the step's Scores.sums.
+    The weights of the means are those of the step, so that neither packing nor the number of processes matters: each
+    adds its share, times their number, since DDP and FSDP2 average. Returns the step's Scores.sums over all of them.
     """
     sums, done, positions = torch.zeros(7, dtype=torch.float64, device=s.device), 0, data.positions(batch.pairs)
-    for n, scores in scores_by_microbatch(steered, batch, s):
-        (scores.loss.sum() / len(batch.pairs) + alpha * scores.l1 / positions).backward()
-        sums += scores.sums(s.beta)
+    for n, scores in scores_by_microbatch(model, batch, s, ranks):
+        counts = ranks.world if n else 0
+        (counts * (scores.loss.sum() / len(batch.pairs) + alpha * scores.l1 / positions)).backward()
+        sums += scores.sums(s.beta) if n else 0
         done += n
-    assert done == len(batch.pairs)
-    return sums
+    assert done == len(data.shares(batch.pairs, ranks.world)[ranks.rank])
+    return distributed.total(ranks, sums)
 
 
-@torch.inference_mode()
-def evaluate(steered: SteeredModel, batch: Batch, s: Settings, progress: bool = True) -> dict[str, float]:
-    """Means over a whole evaluation set, whatever the packing."""
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batch: Batch,
+    s: Settings,
+    progress: bool = True,
+    ranks: Ranks = ALONE,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Means over a whole evaluation set, whatever the packing. None when stop() said so on the way."""
     sums, pairs = torch.zeros(7, dtype=torch.float64, device=s.device), batch.pairs
     with tqdm(total=len(pairs), desc="evaluating", unit="pair", leave=False, disable=not progress) as bar:
-        for n, scores in scores_by_microbatch(steered, batch, s):
-            sums += scores.sums(s.beta)
+        for n, scores in scores_by_microbatch(model, batch, s, ranks):
+            sums += scores.sums(s.beta) if n else 0
             bar.update(n)
-    result = means(sums, len(pairs), data.positions(pairs), s.beta)
+            if stop():
+                return None
+    result = means(distributed.total(ranks, sums), len(pairs), data.positions(pairs), s.beta)
     kept = {name: result[name] for name in ("loss", "accuracy", "margin", "l1", "l0")}
     return kept | dict(pairs=len(pairs), tokens=sum(p.tokens for p in pairs))
 
 
-def make_optimizer(trained: list[torch.nn.Parameter], s: Settings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+def make_optimizer(trained: list[nn.Parameter], s: Settings, ranks: Ranks = ALONE) -> torch.optim.Optimizer:
+    settings = dict(lr=s.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+    if s.zero and ranks.world > 1:
+        return ZeroRedundancyOptimizer(trained, torch.optim.AdamW, **settings)
+    return torch.optim.AdamW(trained, **settings)
 
 
 def autocast(s: Settings):
@@ -213,37 +277,64 @@ def lr_factor(step: int, steps: int, s: Settings) -> float:
 
 
 def train(s: Settings) -> Path:
-    s = resolve_device(s)
-    steered, tokenizer = load(s)
-    model, adapter = steered.model, steered.adapter
-    preferences = load_data(s, tokenizer)
+    ranks = distributed.ranks_here()
+    s = resolve_device(s, ranks)
+    with distributed.joined(s.device, s.timeout):
+        return train_on(s, ranks)
+
+
+def train_on(s: Settings, ranks: Ranks) -> Path:
+    out = distributed.on_first(ranks, lambda: choose_out(s, ranks))
+    model, tokenizer = distributed.together(ranks, lambda: load(s))
+    steered = model if isinstance(model, SteeredModel) else None
+    preferences = distributed.one_by_one(ranks, lambda: load_data(s, tokenizer, progress=ranks.first))
     pairs, eval_pairs = preferences.pairs, preferences.eval_pairs
     steps_per_epoch = len(pairs) // s.batch_size
     steps = s.max_steps or s.epochs * steps_per_epoch
 
-    trained = [p for p in steered.parameters() if p.requires_grad]
-    frozen = [p for p in steered.parameters() if not p.requires_grad]
-    assert {*map(id, trained)} == {*map(id, adapter.parameters())}, "the adapter, and nothing else, trains"
-    assert {*map(id, frozen)} == {*map(id, model.parameters())}
-    optimizer = make_optimizer(trained, s)
-
     cached = s.cache_activations
-    activations = Activations.open(cached, steered, pairs, s) if cached else None
-    eval_activations = Activations.open(cached, steered, eval_pairs, s) if cached and eval_pairs else None
+    activations, eval_activations = distributed.one_by_one(
+        ranks, lambda: [Activations.open(cached, steered, p, s) if cached and p else None for p in (pairs, eval_pairs)]
+    )
     eval_batch = Batch(eval_pairs, range(len(eval_pairs)), eval_activations)
-    out = open_run(s, steered, preferences)
-    log = Log(out / "metrics.jsonl")
+
+    wrapped = spread(model, s, ranks)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if steered:
+        assert {*map(id, trained.values())} == {*map(id, steered.adapter.parameters())}, "the adapter alone trains"
+    else:
+        assert len(trained) == len([*model.parameters()]), "every weight trains"
+    optimizer = make_optimizer([*trained.values()], s, ranks)
+
+    log = distributed.together(ranks, lambda: open_run(out, s, model, preferences, ranks))
     started = time.perf_counter()
     shown = [list(prompt) for prompt in dict.fromkeys(tuple(p.prompt) for p in eval_pairs or pairs)][:2]
-    samples = [(prompt, generate.greedy(steered, tokenizer, prompt)) for prompt in shown]
-    if eval_pairs:
-        log.write(split="eval", step=0, **evaluate(steered, eval_batch, s))
+    samples = [(prompt, generate.greedy(model, tokenizer, prompt)) for prompt in shown]
 
-    bar = tqdm(total=steps, desc="training", unit="step")
-    for step in range(steps):
+    first = restore(out, model, trained, optimizer, log, s, ranks)
+    step, saved = first, first
+    stop = Interrupts(ranks)
+    bar = tqdm(total=steps, initial=first, desc="training", unit="step", disable=not ranks.first)
+    while True:  # here the state is that after `step` updates, and this is where a resumed run comes in
+        stopping = stop()
+        if step > saved and (stopping or s.checkpoint_every and step % s.checkpoint_every == 0):
+            log.sync()
+            checkpoint.save(out / "checkpoints", step, checkpoint.state(trained, optimizer, step), ranks)
+            saved = step
+        if stopping:
+            bar.close()
+            stop.leave(step, steps, out)
+        if eval_pairs and (step in (0, steps) or s.eval_every and step % s.eval_every == 0):
+            row = evaluate(wrapped, eval_batch, s, ranks.first, ranks, stop)
+            if row is None:
+                continue
+            log.write(split="eval", step=step, **row)
+        if step == steps:
+            break
+
         step_started = time.perf_counter()
         epoch, k = divmod(step, steps_per_epoch)
-        if k == 0:
+        if k == 0 or step == first:
             order = data.epoch_order(len(pairs), s.seed, epoch, s.shuffle)
         indices = order[k * s.batch_size : (k + 1) * s.batch_size]
         batch = Batch([pairs[i] for i in indices], indices, activations)
@@ -251,41 +342,103 @@ def train(s: Settings) -> Path:
         alpha = s.l1 if step >= s.penalty_warmup_ratio * steps else 0.0
         lr = optimizer.param_groups[0]["lr"] = s.lr * lr_factor(step, steps, s)
 
-        sums = backward(steered, batch, alpha, s)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, s.max_grad_norm or math.inf)
+        sums = backward(wrapped, batch, alpha, s, ranks)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), s.max_grad_norm or math.inf)
+        grad_norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
         row = means(sums, s.batch_size, data.positions(batch.pairs), s.beta)  # the step's one wait for the device
-        if not (math.isfinite(row["loss"]) and torch.isfinite(grad_norm)):
-            raise SystemExit(f"Step {step + 1}: loss {row['loss']}, gradient norm {grad_norm}, in pairs {indices}.")
+        if not (math.isfinite(row["loss"]) and math.isfinite(grad_norm)):
+            message = f"Step {step + 1}: loss {row['loss']}, gradient norm {grad_norm}, in pairs {indices}."
+            raise SystemExit(message if ranks.first else 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        step += 1
 
         seconds = time.perf_counter() - step_started
         penalty = alpha * row["l1"]
         log.write(
-            **dict(split="train", step=step + 1, epoch=(step + 1) / steps_per_epoch, **row),
-            **dict(penalty=penalty, total=row["loss"] + penalty, lr=lr, grad_norm=float(grad_norm)),
+            **dict(split="train", step=step, epoch=step / steps_per_epoch, **row),
+            **dict(penalty=penalty, total=row["loss"] + penalty, lr=lr, grad_norm=grad_norm),
             **dict(pairs=s.batch_size, tokens=tokens, tokens_per_second=tokens / seconds, seconds=seconds),
         )
         bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.2f}", L0=f"{row['l0']:.0f}", refresh=False)
         bar.update()
-        last = step + 1 == steps
-        if eval_pairs and (last or s.eval_every and (step + 1) % s.eval_every == 0):
-            log.write(split="eval", step=step + 1, **evaluate(steered, eval_batch, s))
     bar.close()
+    stop.restore()
 
-    adapter.save_pretrained(out / "adapter", identity(s, steered))
-    draw(log.rows, out / "loss.png")
-    for prompt, before in samples:
-        print(f"\n--- prompt\n{tokenizer.decode(prompt)}")
-        print(f"--- before\n{before}\n--- after\n{generate.greedy(steered, tokenizer, prompt)}")
-    print_table(log.rows, time.perf_counter() - started, s)
-    print(f"Written to {out}: adapter/, metrics.jsonl, config.json, loss.png")
+    distributed.together(ranks, lambda: save(out, model, s, ranks))
+    after = [generate.greedy(model, tokenizer, prompt) for prompt in shown]
+    if ranks.first:
+        draw(log.rows, out / "loss.png", s)
+        for (prompt, before), now in zip(samples, after, strict=True):
+            print(f"\n--- prompt\n{tokenizer.decode(prompt)}")
+            print(f"--- before\n{before}\n--- after\n{now}")
+        print_table(log.rows, time.perf_counter() - started, s)
+        print(f"Written to {out}: {'model' if s.full else 'adapter'}/, metrics.jsonl, config.json, loss.png")
     return out
 
 
-def resolve_device(s: Settings) -> Settings:
-    """Settle `auto`. Raises UserError when CUDA is asked for and absent."""
+def spread(model: nn.Module, s: Settings, ranks: Ranks) -> nn.Module:
+    """The model over the processes, as it is to be called: a copy on each, or with --shard a slice on each."""
+    if not s.shard or ranks.world == 1:
+        return distributed.replicate(model.to(s.device), ranks)
+    base, own = (model, None) if isinstance(model, Gemma2) else (model.model, model.adapter)
+    distributed.shard(model, base.model.layers, own, s.device, getattr(torch, s.dtype))
+    return model
+
+
+def restore(out: Path, model, trained: dict, optimizer, log: "Log", s: Settings, ranks: Ranks) -> int:
+    """With --resume, load the newest whole checkpoint: the number of steps done, 0 where there is none."""
+    path = checkpoint.newest(out / "checkpoints", ranks) if resumes(s, ranks) else None
+    if path is None:
+        log.keep(0)
+        return 0
+    step = checkpoint.load(path, checkpoint.state(trained, optimizer, 0), ranks)
+    checkpoint.state(trained, optimizer, step)  # Adam counts steps, too
+    distributed.forget_gathered(model)
+    log.keep(step)
+    return step
+
+
+def resumes(s: Settings, ranks: Ranks) -> bool:
+    """Also what torchrun --max-restarts started again."""
+    return s.resume or ranks.restarts > 0
+
+
+class Interrupts:
+    """SIGTERM and Ctrl-C ask the run to save and end. Called, says whether any process was asked; a second Ctrl-C ends
+    it at once.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.asked = ranks, False
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _ask(self, number, frame) -> None:
+        self.asked = True
+        self.restore()
+
+    def __call__(self) -> bool:
+        return distributed.any_of(self.ranks, self.asked)
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def leave(self, step: int, steps: int, out: Path) -> None:
+        self.restore()
+        if self.ranks.first:
+            print(f"Saved after step {step} of {steps}; the same command with --resume --out {out} goes on from there.")
+        raise SystemExit(0)
+
+
+def resolve_device(s: Settings, ranks: Ranks = ALONE) -> Settings:
+    """Settle `auto`; of several processes, each takes the GPU of its own. Raises UserError when CUDA is asked for and
+    absent.
+    """
     device = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.world > 1 and device.startswith("cuda:"):
+        raise UserError(f"--device {device}: under torchrun each process takes its own GPU; cuda was expected.")
+    device = f"cuda:{ranks.local}" if ranks.world > 1 and device == "cuda" else device
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda") or (":" in device and (kind == "cpu" or not index.isdigit())):
         raise UserError(f"--device {device}: auto, cpu, cuda or cuda:N was expected.")
@@ -295,21 +448,27 @@ def resolve_device(s: Settings) -> Settings:
     return replace(s, device=device, dtype=dtype)
 
 
-def load(s: Settings):
-    """Model, SAE and adapter -> SteeredModel, and the model's tokenizer."""
-    dtype = getattr(torch, s.dtype)
-    model = Gemma2.from_pretrained(s.model, dtype, s.device, s.model_revision)
+def load(s: Settings) -> tuple[SteeredModel | Gemma2, Tokenizer]:
+    """Model, SAE and adapter -> SteeredModel (with --full the Gemma2 alone, float32, trainable), and its tokenizer.
+
+    What will be sharded stays on the CPU until then: it need not fit one device.
+    """
+    dtype, device = getattr(torch, s.dtype), "cpu" if s.shard else s.device
+    model = Gemma2.from_pretrained(s.model, torch.float32 if s.full else dtype, device, s.model_revision)
+    tokenizer = data.load_tokenizer(model.folder)
+    if tokenizer.get_vocab_size(with_added_tokens=True) > model.config.vocab_size:
+        raise UserError(f"--model {s.model}: its tokenizer knows more tokens than its embedding has rows.")
+    if s.full:
+        model.recompute = True
+        return model.requires_grad_(True), tokenizer
     sae_id = s.sae_id or saes.default_id(s.sae, s.layer, s.sae_revision)
-    sae = saes.JumpReLUSAE.from_pretrained(s.sae, sae_id, dtype, s.device, s.sae_revision)
+    sae = saes.JumpReLUSAE.from_pretrained(s.sae, sae_id, dtype, device, s.sae_revision)
     if s.init_adapter:
         adapter = Adapter.from_pretrained(s.init_adapter)
     else:
         adapter = Adapter(model.config.hidden_size, sae.d_sae, s.adapter)
         adapter.init_weights(torch.Generator().manual_seed(s.seed))
-    tokenizer = data.load_tokenizer(model.folder)
-    if tokenizer.get_vocab_size(with_added_tokens=True) > model.config.vocab_size:
-        raise UserError(f"--model {s.model}: its tokenizer knows more tokens than its embedding has rows.")
-    return SteeredModel(model, sae, adapter.to(s.device), s.layer), tokenizer
+    return SteeredModel(model, sae, adapter.to(device), s.layer), tokenizer
 
 
 class Preferences(NamedTuple):
@@ -319,11 +478,12 @@ class Preferences(NamedTuple):
     revision: str | None  # commit of a Hub dataset
 
 
-def load_data(s: Settings, tokenizer) -> Preferences:
+def load_data(s: Settings, tokenizer: Tokenizer, progress: bool = True) -> Preferences:
     """Training and evaluation pairs. A branch on the Hub is resolved once, so that both come from one commit."""
 
     def read(source, split, revision):
-        return data.load_pairs(source, tokenizer, s.max_length, s.max_prompt_length, split, revision, progress=True)
+        limits = s.max_length, s.max_prompt_length
+        return data.load_pairs(source, tokenizer, *limits, split, revision, progress, s.on_bad_row)
 
     files, commit = data.data_files(s.data, None, s.data_revision)
     pairs = read(s.data, "train", commit)
@@ -334,7 +494,7 @@ def load_data(s: Settings, tokenizer) -> Preferences:
     else:  # what is given for evaluation need not call itself a test split
         more, eval_commit = data.data_files(s.eval_data)
         eval_pairs, files = read(s.eval_data, "test", eval_commit) or read(s.eval_data, None, eval_commit), files + more
-    if not eval_pairs:
+    if not eval_pairs and progress:
         print(f"{s.eval_data or s.data} has no test split: no evaluation (give --eval-data).", file=sys.stderr)
     return Preferences(pairs, eval_pairs, files, commit)
 
@@ -343,45 +503,169 @@ def load_data(s: Settings, tokenizer) -> Preferences:
 
 
 class Log:
-    """metrics.jsonl: one object per optimiser step and per evaluation, on disk as soon as it is known."""
+    """metrics.jsonl: one object per optimiser step and per evaluation, written as soon as it is known, by rank 0 alone.
 
-    def __init__(self, path: Path):
-        self.file, self.rows = open(path, "w"), []
+    Locked as long as it is open, so that two runs cannot share a folder. Raises UserError where that is so, and where
+    it cannot be written.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks):
+        self.path, self.rows, self.file = path, [], None
+        if ranks.first:
+            with writing(path.parent):
+                self.file = open(path, "ab+")
+                lock(self.file, path.parent)
+
+    def keep(self, step: int) -> None:
+        """Only the rows that the state after `step` updates has behind it stay: not its own evaluation, which follows.
+
+        Also cuts off what a crash tore: rows are kept up to the first that is not whole.
+        """
+        if self.file is None:
+            return
+        self.file.seek(0)
+        end = 0
+        for line in self.file:
+            row = _row(line)
+            if row is None or not (row["step"] < step or row["step"] == step and row["split"] == "train"):
+                break
+            self.rows.append(row)
+            end += len(line)
+        missing = step - sum(row["split"] == "train" for row in self.rows)
+        if missing:
+            print(f"{self.path}: the rows of {missing} steps are lost; training goes on without them.", file=sys.stderr)
+        with writing(self.path.parent):
+            self.file.truncate(end)
 
     def write(self, **row) -> None:
         self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        if self.file is not None:
+            with writing(self.path.parent):
+                self.file.write(json.dumps(row).encode() + b"\n")
+                self.file.flush()
+
+    def sync(self) -> None:
+        """On disk before the checkpoint that counts on it."""
+        if self.file is not None:
+            with writing(self.path.parent):
+                os.fsync(self.file.fileno())
 
 
-def open_run(s: Settings, steered: SteeredModel, preferences: Preferences) -> Path:
-    """Make the output folder and write config.json: settings, versions, hardware, hashes. Never over another run."""
-    if s.out:
-        out = Path(s.out)
-        if (out / "metrics.jsonl").exists():
-            raise UserError(f"--out {out}: holds a run already; choose another folder or remove it.")
-    else:
+def _row(line: bytes) -> dict | None:
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+        return row if isinstance(row, dict) and isinstance(row.get("step"), int) and "split" in row else None
+    except ValueError:
+        return None
+
+
+def lock(file, out: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise UserError(f"--out {out}: another run is writing there.") from e
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """A full disk or a folder that may not be written is a sentence."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"--out {out}: cannot be written ({e}).") from e
+
+
+def choose_out(s: Settings, ranks: Ranks) -> Path:
+    """The folder to write. Raises UserError, before anything loads, where it holds another run or cannot be made."""
+    if not s.out:
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+            raise UserError("--out: torchrun --max-restarts needs a folder to find the run in again.")
         names = (f"{Path(s.model).name}{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 10_000))])
-        out = next(p for p in map(Path("runs").joinpath, names) if not (p / "metrics.jsonl").exists())
-    files = [*sorted(steered.model.folder.glob("*.safetensors")), *(f.path for f in preferences.files)]
+        return next(p for p in map(Path("runs").joinpath, names) if not (p / "metrics.jsonl").exists())
+    out = Path(s.out)
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: cannot be written ({there} is not a folder that lets you).")
+    if (out / "metrics.jsonl").exists():
+        if not resumes(s, ranks):
+            raise UserError(f"--out {out}: holds a run already; choose another folder, remove it, or add --resume.")
+        with writing(out), open(out / "metrics.jsonl", "ab") as file:
+            lock(file, out)
+    return out
+
+
+# Settings that may differ when a run is resumed: they change neither losses nor weights, to float tolerance at most.
+FREE = ("out", "resume", "eval_every", "checkpoint_every", "device", "timeout", "cache_activations")
+FREE += ("zero", "shard", "tokens_per_microbatch")
+
+
+def open_run(out: Path, s: Settings, model: SteeredModel | Gemma2, preferences: Preferences, ranks: Ranks) -> Log:
+    """Lock the output folder and write config.json: settings, versions, hardware, hashes. Never over another run.
+
+    A run that is resumed keeps its config.json. Raises UserError where its settings or files were others.
+    """
+    if not ranks.first:
+        return Log(out / "metrics.jsonl", ranks)
+    base = model if isinstance(model, Gemma2) else model.model
+    files = [*sorted(base.folder.glob("*.safetensors")), *(f.path for f in preferences.files)]
     packages = ("torch", "safetensors", "huggingface-hub", "tokenizers", "numpy", "pyarrow")
     config = dict(
         settings=asdict(s),
-        adapter=identity(s, steered),
+        adapter=None if s.full else identity(s, model),
         sha256={str(f): sha256(f) for f in files},
         data_revision=preferences.revision,
         versions=dict(python=platform.python_version(), **{p: version(p) for p in packages}),
         hardware=torch.cuda.get_device_name(s.device) if s.device != "cpu" else f"{platform.machine()} CPU",
+        processes=ranks.world,
         threads=torch.get_num_threads(),
         code=code_revision(),
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
+    with writing(out):
+        (out / ("model" if s.full else "adapter")).mkdir(parents=True, exist_ok=True)
+    log = Log(out / "metrics.jsonl", ranks)
+    if resumes(s, ranks) and (out / "config.json").exists():
+        _same_run(out, config)
+    else:
+        with writing(out):
+            write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
+    return log
+
+
+def _same_run(out: Path, config: dict) -> None:
     try:
-        (out / "adapter").mkdir(parents=True, exist_ok=True)
-        write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
-    except OSError as e:
-        raise UserError(f"--out {out}: cannot be written ({e}).") from e
-    return out
+        before = json.loads((out / "config.json").read_text())
+        theirs, hashes = dict(before["settings"]), dict(before["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{out}/config.json: not the config.json of a run ({e!r}).") from e
+    for name, value in config["settings"].items():
+        if name not in FREE and theirs.get(name) != value:
+            flag = name.replace("_", "-")
+            raise UserError(f"--resume: {out} was started with --{flag} {theirs.get(name)}, now it is {value}.")
+    changed = sorted(name for name in config["sha256"].items() ^ hashes.items())
+    if changed:
+        raise UserError(f"--resume: {changed[0][0]} is not the file that {out} was started with.")
+
+
+def save(out: Path, model: SteeredModel | Gemma2, s: Settings, ranks: Ranks) -> None:
+    """OUT/adapter, or with --full OUT/model: float32 weights and the tokenizer's files, whole or not at all."""
+    if isinstance(model, SteeredModel):
+        with distributed.whole(model.adapter):
+            if ranks.first:
+                with writing(out):
+                    model.adapter.save_pretrained(out / "adapter", identity(s, model))
+        return
+    state = distributed.gather(model, ranks)
+    if ranks.first:
+        part = out / "model.part"
+        with writing(out):
+            shutil.rmtree(part, ignore_errors=True)
+            model.save_pretrained(part, state)
+            for path in model.folder.iterdir():
+                if path.name in TOKENIZER_FILES:
+                    shutil.copyfile(path, part / path.name)
+            shutil.rmtree(out / "model", ignore_errors=True)
+            os.replace(part, out / "model")
 
 
 def identity(s: Settings, steered: SteeredModel) -> dict:
@@ -401,13 +685,14 @@ def code_revision() -> str | None:
         return None
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """loss.png: SimPO loss (train and eval) and L0 against steps."""
+def draw(rows: list[dict], path: Path, s: Settings) -> None:
+    """loss.png: SimPO loss (train and eval) and L0 (with --full, where nothing is steered, accuracy) against steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    key, name = ("accuracy", "accuracy") if s.full else ("l0", "L0: features steered per position")
     train_rows = [r for r in rows if r["split"] == "train"]
     eval_rows = [r for r in rows if r["split"] == "eval"]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
@@ -415,9 +700,9 @@ def draw(rows: list[dict], path: Path) -> None:
     top.plot([r["step"] for r in eval_rows], [r["loss"] for r in eval_rows], color="C1", marker="o", label="eval")
     top.set(ylabel="SimPO loss", ylim=(0, None))
     top.legend(frameon=False)
-    bottom.plot([r["step"] for r in train_rows], [r["l0"] for r in train_rows], color="C0", alpha=0.5)
-    bottom.plot([r["step"] for r in eval_rows], [r["l0"] for r in eval_rows], color="C1", marker="o")
-    bottom.set(xlabel="optimiser step", ylabel="L0: features steered per position", ylim=(0, None))
+    bottom.plot([r["step"] for r in train_rows], [r[key] for r in train_rows], color="C0", alpha=0.5)
+    bottom.plot([r["step"] for r in eval_rows], [r[key] for r in eval_rows], color="C1", marker="o")
+    bottom.set(xlabel="optimiser step", ylabel=name, ylim=(0, None))
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -429,7 +714,8 @@ def print_table(rows: list[dict], seconds: float, s: Settings) -> None:
     evals = [r for r in rows if r["split"] == "eval"]
     where, measured = ("eval", evals) if evals else ("train", rows)
     print(f"\n{'':24}{'before':>9} {'after':>9}")
-    names = {"loss": "SimPO loss", "accuracy": "accuracy", "l0": "L0 per position", "l1": "L1 per position"}
+    names = {"loss": "SimPO loss", "accuracy": "accuracy"}
+    names |= {} if s.full else {"l0": "L0 per position", "l1": "L1 per position"}
     for key, name in names.items():
         print(f"{f'{where} {name}':<24}{measured[0][key]:9.3f} {measured[-1][key]:9.3f}")
     print(f"{'seconds':<33}{seconds:10.1f}")

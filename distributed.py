@@ -1,0 +1,196 @@
+"""One process or many: who we are, what the processes tell each other, and how a finished model is spread over them.
+
+    torchrun --nproc-per-node 8 train.py --layer 12 --l1 0.02            a copy of the model on each GPU
+    torchrun --nproc-per-node 8 train.py ... --shard                     a slice of each block on each GPU
+
+The model's code knows nothing of this: DistributedDataParallel and FSDP2 are put around it here.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from sources import UserError
+
+T = TypeVar("T")
+
+
+class Ranks(NamedTuple):
+    """Which process this is. Rank 0 alone writes and prints."""
+
+    rank: int = 0
+    world: int = 1  # how many processes
+    local: int = 0  # rank on this host: the index of its GPU
+    restarts: int = 0  # how often torchrun has started all of them again
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+ALONE = Ranks()
+
+
+def ranks_here() -> Ranks:
+    """What torchrun says in the environment; ALONE without it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
+    try:
+        return Ranks(*(int(os.environ.get(name, default)) for name, default in zip(names, ALONE, strict=True)))
+    except ValueError as e:
+        raise UserError(f"The environment's {', '.join(names)}: torchrun's whole numbers were expected ({e}).") from e
+
+
+@contextmanager
+def joined(device: str, minutes: float) -> Iterator[Ranks]:
+    """Join the processes that torchrun started. minutes: how long one waits for the others before it gives up.
+
+    A process that loses the others ends with a line of its own and exit code 1: the reason is what the one that failed
+    has printed.
+    """
+    ranks = ranks_here()
+    if ranks.world == 1:
+        yield ranks
+        return
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(device)  # NCCL sends from the current device
+    try:
+        # gloo beside NCCL for what lives on the CPU: errors, wishes to stop, checkpoints' plans.
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        yield ranks
+        dist.destroy_process_group()  # not after a failure: it would wait for those that hang
+    except RuntimeError as e:
+        if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            raise
+        why = str(e).strip().splitlines()[0]
+        print(f"Rank {ranks.rank} ends: it lost the others or waited {minutes:g} minutes ({why}).", file=sys.stderr)
+        # Not through the interpreter's usual end, where threads of the backend may still wait for the others.
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def together(ranks: Ranks, work: Callable[[], T]) -> T:
+    """work() on every process; a person's mistake in any of them ends all, in one sentence printed once.
+
+    Also a barrier: nobody goes on before all are done.
+    """
+    result, mistake = None, None
+    try:
+        result = work()
+    except UserError as e:
+        mistake = e
+    if ranks.world > 1:
+        mistakes = [None] * ranks.world
+        dist.all_gather_object(mistakes, None if mistake is None else str(mistake))
+        speaker = next((rank for rank, text in enumerate(mistakes) if text is not None), None)
+        if speaker is not None and speaker != ranks.rank:
+            raise SystemExit(2)
+    if mistake is not None:
+        raise mistake
+    return result
+
+
+def one_by_one(ranks: Ranks, work: Callable[[], T]) -> T:
+    """together(), but the first process of each host goes before the others, which find what it has cached."""
+    if ranks.local == 0:
+        result = together(ranks, work)
+        together(ranks, lambda: None)
+    else:
+        together(ranks, lambda: None)
+        result = together(ranks, work)
+    return result
+
+
+def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
+    """together(), for what rank 0 alone does: its result, on every process."""
+    box = [together(ranks, lambda: work() if ranks.first else None)]
+    if ranks.world > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def any_of(ranks: Ranks, flag: bool) -> bool:
+    """Whether any process says yes: all get the same answer at the same point of the run."""
+    if ranks.world == 1:
+        return flag
+    said = torch.tensor([flag], dtype=torch.int32)
+    dist.all_reduce(said, dist.ReduceOp.MAX)
+    return bool(said)
+
+
+def total(ranks: Ranks, x: Tensor) -> Tensor:
+    """Sum over the processes."""
+    if ranks.world > 1:
+        dist.all_reduce(x)
+    return x
+
+
+# --- around the model ---------------------------------------------------------------------------------------
+
+
+def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """The same weights on every process, gradients averaged over them during the last backward of a step.
+
+    The processes read the same files and draw from the same seed, so nothing needs to be sent at the start.
+    """
+    if ranks.world == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
+
+
+def shard(model: nn.Module, blocks: nn.ModuleList, own: nn.Module | None, device: str, dtype: torch.dtype) -> None:
+    """FSDP2, in place: each process keeps a slice of every weight, and a block is whole only while it runs.
+
+    What stands outside the blocks (the embedding, which is the head too) stays whole from forward to backward, since
+    the head is used between them. own: a module with a group of its own, always in the dtype of its weights
+    (the adapter, float32). dtype: what all other weights are gathered in; gradients are summed in float32.
+    """
+    kind = device.split(":")[0]
+    mesh = init_device_mesh(kind, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else None
+    low = dict(mp_policy=policy) if policy else {}
+    for block in blocks:
+        fully_shard(block, mesh=mesh, **low)
+    if own is not None:
+        fully_shard(own, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, **low)
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """After weights were written from outside (a checkpoint): drop whole copies that a forward has left."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Inside, the weights of one module are whole on every process."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    yield
+    module.reshard()
+
+
+def gather(module: nn.Module, ranks: Ranks) -> dict[str, Tensor] | None:
+    """A module's whole state on the CPU of rank 0, tensor by tensor; None on the others, who must call it too."""
+    state = {}
+    for name, tensor in module.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if ranks.first:
+            state[name] = whole.detach().cpu()
+    return state if ranks.first else None

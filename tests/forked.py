@@ -1,0 +1,102 @@
+"""train.py in one process or several, forked from one that has torch loaded already: a run costs no imports."""
+
+import multiprocessing
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from conftest import GOLDEN, ROOT, SAE_ID
+
+GOLDEN_FLAGS = ("--model", GOLDEN / "model", "--sae", GOLDEN / "sae", "--sae-id", SAE_ID, "--layer", 1)
+GOLDEN_FLAGS += ("--data", GOLDEN / "dataset", "--batch-size", 4, "--eval-every", 0)
+
+
+class Ended(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Run:
+    """Processes that were started, as torchrun would start them when there are several."""
+
+    def __init__(self, argv, processes: int = 1, env: dict | None = None, call=None):
+        context = multiprocessing.get_context("forkserver")
+        if "PYTHONPATH" not in os.environ:  # read by the server when it starts
+            os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        context.set_forkserver_preload(["train", "torch.distributed.checkpoint", "matplotlib.pyplot", "forked"])
+        self.folder, self.processes = Path(tempfile.mkdtemp()), []
+        env = dict(env or {}, FSRL_CACHE=os.environ["FSRL_CACHE"])
+        if processes > 1:
+            env |= dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        for rank in range(processes):
+            own = env | (dict(RANK=str(rank), LOCAL_RANK=str(rank)) if processes > 1 else {})
+            arguments = ([*map(str, argv)], own, str(self.folder / str(rank)), call)
+            self.processes.append(context.Process(target=_main, args=arguments, daemon=True))
+            self.processes[-1].start()
+
+    def kill(self, *ranks: int) -> None:
+        for rank in ranks or range(len(self.processes)):
+            self.processes[rank].kill()
+
+    def text(self, rank: int = 0) -> str:
+        return self._read(rank, "err") + self._read(rank, "out")
+
+    def _read(self, rank: int, kind: str) -> str:
+        path = self.folder / f"{rank}.{kind}"
+        return path.read_text() if path.exists() else ""
+
+    def wait(self, timeout: float = 120) -> list[Ended]:
+        end = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        late = [process for process in self.processes if process.exitcode is None]
+        for process in late:
+            process.kill()
+            process.join()
+        ended = [
+            Ended(process.exitcode, self._read(rank, "out"), self._read(rank, "err"))
+            for rank, process in enumerate(self.processes)
+        ]
+        shutil.rmtree(self.folder)
+        assert not late, f"did not end in {timeout} s: {ended}"
+        return ended
+
+
+def golden(out: Path, *flags, processes: int = 1, timeout: float = 120, **options) -> list[Ended]:
+    """A run of train.py on the golden model to its end, by rank."""
+    return Run([*GOLDEN_FLAGS, "--out", out, *flags], processes, **options).wait(timeout)
+
+
+def good(ended: list[Ended]) -> Ended:
+    """What rank 0 said, after all went well."""
+    assert all(end.returncode == 0 for end in ended), ended
+    return ended[0]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _main(argv: list[str], env: dict, files: str, call) -> None:
+    os.environ.update(env)
+    for number, kind in ((1, "out"), (2, "err")):
+        opened = os.open(f"{files}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(opened, number)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.argv = ["train.py", *argv]
+    import cli
+    import train
+
+    train.generate.greedy = lambda *_: "(not sampled)"  # most of a short run's time
+    if call is not None:  # to change something in this process first
+        call()
+    cli.run(train.main)

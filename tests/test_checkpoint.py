@@ -1,0 +1,288 @@
+"""Runs that survive: the same bytes after any interruption, and a sentence for whatever the disk does.
+
+The loop of random SIGKILLs is short here; FSRL_KILLS=25 in the environment makes it long.
+"""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN, metrics
+from forked import GOLDEN_FLAGS, Run, golden, good
+from safetensors.torch import load_file
+from test_distributed import wait_for
+
+import checkpoint
+import train
+from distributed import ALONE
+
+KILLS = int(os.environ.get("FSRL_KILLS", "4"))
+FLAGS = ("--max-steps", 12, "--lr", 1e-3, "--checkpoint-every", 2, "--eval-every", 5)
+FLAGS += ("--init-adapter", GOLDEN / "adapter_mid")
+RESUME = (*FLAGS, "--resume")
+
+
+def adapter(out: Path) -> bytes:
+    return (out / "adapter/adapter.safetensors").read_bytes()
+
+
+def rows(out: Path, split: str) -> list[dict]:
+    timing = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in row.items() if k not in timing} for row in metrics(out, split)]
+
+
+def same(out: Path, other: Path) -> bool:
+    return adapter(out) == adapter(other) and all(rows(out, s) == rows(other, s) for s in ("train", "eval"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    good(golden(out, *FLAGS))
+    return out
+
+
+@pytest.fixture
+def stopped(tmp_path, whole):
+    """A run of 12 steps as it stands after a kill during step 9 or so: checkpoints of steps 6 and 8."""
+    out = shutil.copytree(whole, tmp_path / "stopped")
+    kept = [line for line in (out / "metrics.jsonl").read_text().splitlines(True) if json.loads(line)["step"] <= 9]
+    (out / "metrics.jsonl").write_text("".join(kept))
+    shutil.rmtree(out / "adapter")
+    newest = {"8": "00000010", "6": "00000012"}  # made again by a run that ends there
+    for step in newest.values():
+        shutil.rmtree(out / f"checkpoints/step-{step}")
+    for step in (6, 8):
+        shutil.copytree(whole.parent / f"at{step}", out / f"checkpoints/step-0000000{step}")
+    return out
+
+
+@pytest.fixture(scope="module", autouse=True)
+def earlier_checkpoints(whole):
+    """Those of steps 6 and 8, which the whole run has deleted: of a run that is stopped after step 8."""
+    out = whole.parent / "eight"
+    run = Run([*GOLDEN_FLAGS, "--out", out, *FLAGS], call=stop_after_eight)
+    ended = run.wait()
+    assert ended[0].returncode == 0 and "--resume" in ended[0].stdout, ended
+    for step in (6, 8):
+        shutil.copytree(out / f"checkpoints/step-0000000{step}", whole.parent / f"at{step}")
+
+
+def stop_after_eight():
+    """SIGTERM in the middle of step 8."""
+    real, steps = train.backward, []
+
+    def backward(*arguments):
+        steps.append(1)
+        if len(steps) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    train.backward = backward
+
+
+# --- stopping and going on ----------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(whole, stopped):
+    said = good(golden(stopped, *RESUME))
+    assert same(stopped, whole) and "Written to" in said.stdout
+    assert [p.name for p in checkpoint.saved(stopped / "checkpoints")] == ["step-00000012", "step-00000010"]
+    good(golden(stopped, *RESUME))  # a finished run may be resumed too: nothing is left to do
+    assert same(stopped, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_end_it_saves_and_says_how_to_go_on(tmp_path, whole, number):
+    out = tmp_path / "run"
+    run = Run([*GOLDEN_FLAGS, "--out", out, *FLAGS, "--checkpoint-every", 0])
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) >= 3)
+    os.kill(run.processes[0].pid, number)
+    (ended,) = run.wait()
+    assert ended.returncode == 0 and ended.stdout.count("\n") == 1, ended
+    step = int(re.fullmatch(r"Saved after step (\d+) of 12; .* --resume --out .*\n", ended.stdout)[1])
+    assert [p.name for p in checkpoint.saved(out / "checkpoints")] == [f"step-{step:08d}"]
+    good(golden(out, *RESUME))
+    assert same(out, whole)
+
+
+def test_killed_at_random_moments_nothing_is_lost_beyond_the_last_checkpoint(tmp_path, whole):
+    """SIGKILL, writes of checkpoints included: a checkpoint after every step, and half of the kills aimed at one."""
+    out, reached, kills, rng = tmp_path / "run", 0, 0, random.Random(0)
+    folder = out / "checkpoints"
+    flags = (*RESUME, "--checkpoint-every", 1)
+    while kills < KILLS:
+        run = Run([*GOLDEN_FLAGS, "--out", out, *flags])
+        alive = run.processes[0].is_alive
+        if kills % 2:  # while a checkpoint is being written
+            wait_for(lambda alive=alive: any(folder.glob("*.part")) or not alive())
+            time.sleep(rng.uniform(0, 0.02))
+        else:
+            time.sleep(rng.uniform(0.2, 1.5))
+        alive = alive()
+        run.kill()
+        (ended,) = run.wait()
+        assert "damaged" not in ended.stderr and (ended.returncode in (0, -signal.SIGKILL)), ended
+        now = checkpoint.newest(folder, ALONE)
+        step = int(now.name.removeprefix("step-")) if now else 0
+        assert step >= reached and all(checkpoint._damage(p) is None for p in checkpoint.saved(folder))
+        reached = step
+        kills += alive
+        if not alive or reached == 12:  # it came to its end: from the start again
+            assert reached != 12 or same_after_all(out, flags, whole)
+            shutil.rmtree(out)
+            reached = 0
+    assert same_after_all(out, flags, whole)
+
+
+def same_after_all(out, flags, whole) -> bool:
+    good(golden(out, *flags))
+    return same(out, whole)
+
+
+# --- other numbers of processes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before, after", [(("--shard",), 1), (("--shard",), 3), (("--zero",), 1), ((), 3)])
+def test_what_two_processes_saved_others_resume(tmp_path, whole, before, after):
+    out = tmp_path / "run"
+    run = Run([*GOLDEN_FLAGS, "--out", out, *FLAGS, *before], processes=2, call=stop_after_eight)
+    ended = run.wait()
+    assert [end.returncode for end in ended] == [0, 0] and "Saved after step 8" in ended[0].stdout, ended
+    good(golden(out, *RESUME, *(before if after > 1 else ()), processes=after))
+    one, other = (load_file(path / "adapter/adapter.safetensors")["weight"] for path in (whole, out))
+    moved = one - load_file(GOLDEN / "adapter_mid/adapter.safetensors")["weight"]
+    assert (one - other).norm() <= 2e-3 * moved.norm()
+    assert [row["step"] for row in metrics(out)] == [*range(1, 13)]
+
+
+def test_a_full_run_saved_in_slices_is_resumed_by_one(tmp_path):
+    flags = ("--full", "--max-steps", 10, "--lr", 1e-3, "--schedule", "constant")
+    run = Run([*GOLDEN_FLAGS, "--out", tmp_path / "a", *flags, "--shard"], processes=2, call=stop_after_eight)
+    assert [end.returncode for end in run.wait()] == [0, 0]
+    good(golden(tmp_path / "a", *flags, "--resume"))
+    good(golden(tmp_path / "b", *flags))
+    a, b = (load_file(tmp_path / name / "model/model.safetensors") for name in "ab")
+    assert all((a[name] - b[name]).norm() <= 1e-3 * b[name].norm() + 1e-4 for name in b)
+
+
+# --- what a disk and a person can do ------------------------------------------------------------------------
+
+
+def shorten(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - 5)
+
+
+def test_a_truncated_checkpoint_is_passed_over(whole, stopped):
+    shorten(next((stopped / "checkpoints/step-00000008").glob("*.safetensors")))
+    said = good(golden(stopped, *RESUME))
+    assert re.search("step-00000008: .* is damaged", said.stderr) and same(stopped, whole)
+
+
+def test_nothing_but_damaged_checkpoints_is_a_sentence(stopped):
+    shorten(next((stopped / "checkpoints/step-00000008").glob("*.safetensors")))
+    (stopped / "checkpoints/step-00000006/progress.json").write_text("{")
+    (ended,) = golden(stopped, *RESUME)
+    assert ended.returncode == 2 and ended.stderr.splitlines()[-1].startswith("--resume: no checkpoint in")
+
+
+def test_a_torn_last_line_of_the_metrics_is_cut_off(whole, stopped):
+    with open(stopped / "metrics.jsonl", "a") as file:
+        file.write('{"split": "train", "step": 10, "lo')
+    good(golden(stopped, *RESUME))
+    assert same(stopped, whole)
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    out = tmp_path / "run"
+    first = Run([*GOLDEN_FLAGS, "--out", out, *FLAGS, "--max-steps", 100_000])
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 1)
+    (second,) = golden(out, *RESUME, "--max-steps", 100_000)
+    first.kill()
+    first.wait()
+    assert second.returncode == 2 and "another run is writing there" in second.stderr
+
+
+def small_files():
+    """A disk with room for the metrics and not for a checkpoint."""
+    real = checkpoint.save
+
+    def save(folder, step, *rest):
+        if step > 2:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        real(folder, step, *rest)
+
+    checkpoint.save = save
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_the_last_checkpoint(tmp_path, whole):
+    out = tmp_path / "run"
+    (ended,) = golden(out, *FLAGS, call=small_files)
+    assert ended.returncode == 2 and "cannot be written" in ended.stderr.splitlines()[-1], ended
+    assert "Traceback" not in ended.stderr
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000002"]
+    good(golden(out, *RESUME))
+    assert same(out, whole)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_model_loads(tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    refused = [tmp_path / "file/run"] + ([locked / "run"] if os.geteuid() else [])
+    (tmp_path / "file").write_text("")
+    for out in refused:
+        (ended,) = golden(out, "--model", tmp_path / "no model")
+        assert ended.returncode == 2 and "--out" in ended.stderr and "no model" not in ended.stderr, ended
+    (ended,) = golden(Path("/proc/run"))  # where even root cannot
+    assert ended.returncode == 2 and "--out /proc/run" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_resuming_with_other_settings_or_data_is_refused(tmp_path, stopped):
+    (ended,) = golden(stopped, *RESUME, "--lr", 0.002)
+    assert ended.returncode == 2 and "--lr 0.001, now it is 0.002" in ended.stderr
+    config = json.loads((stopped / "config.json").read_text())
+    config["sha256"][next(name for name in config["sha256"] if "dataset" in name)] = "0" * 64
+    (stopped / "config.json").write_text(json.dumps(config))
+    (ended,) = golden(stopped, *RESUME)
+    assert ended.returncode == 2 and "is not the file that" in ended.stderr
+    (ended,) = golden(stopped, *FLAGS)
+    assert ended.returncode == 2 and "holds a run already" in ended.stderr
+
+
+def test_resume_without_a_run_starts_one(tmp_path, whole):
+    good(golden(tmp_path / "run", *RESUME))
+    assert same(tmp_path / "run", whole)
+
+
+def explode():
+    """A gradient that is not finite in step 4."""
+    real, steps = train.backward, []
+
+    def backward(model, *rest):
+        steps.append(1)
+        sums = real(model, *rest)
+        if len(steps) == 4:
+            next(p for p in model.parameters() if p.requires_grad).grad[0] = torch.inf
+        return sums
+
+    train.backward = backward
+
+
+def test_what_is_not_finite_stops_and_leaves_the_last_checkpoint(tmp_path, whole):
+    out = tmp_path / "run"
+    (ended,) = golden(out, *FLAGS, call=explode)
+    assert ended.returncode == 1 and re.search(r"Step 4: .* norm (inf|nan), in pairs \[", ended.stderr), ended
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000002"]
+    good(golden(out, *RESUME))
+    assert same(out, whole)

@@ -1,0 +1,269 @@
+"""Several processes give the run of one; --full trains every weight with the gradients of plain autograd."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GOLDEN, ROOT, metrics
+from forked import GOLDEN_FLAGS, Run, free_port, golden, good
+from safetensors.torch import load_file
+
+import data
+import distributed
+import model as models
+import simpo
+import train
+from sources import UserError
+
+# Several micro-batches a step, of unequal number on the processes; an adapter that steers from the first step.
+STEPS = ("--max-steps", 4, "--lr", 1e-3, "--tokens-per-microbatch", 150)
+ADAPTER = (*STEPS, "--init-adapter", GOLDEN / "adapter_mid")
+FULL = (*STEPS, "--full", "--schedule", "constant")
+
+
+def weights(out):
+    path = out / "model/model.safetensors"
+    return load_file(path if path.exists() else out / "adapter/adapter.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Runs of one process, by their flags: made once each."""
+    made = {}
+
+    def run(*flags):
+        if flags not in made:
+            made[flags] = tmp_path_factory.mktemp("alone") / "run"
+            good(golden(made[flags], *flags))
+        return made[flags]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "processes, flags, spread",
+    [
+        (2, ADAPTER, ()),
+        (3, ADAPTER, ()),  # 4 pairs on 3 processes
+        (3, (*ADAPTER, "--batch-size", 2), ()),  # one process has none
+        (2, ADAPTER, ("--zero",)),
+        (3, ADAPTER, ("--shard",)),
+        (2, FULL, ()),
+        (2, FULL, ("--zero",)),
+        (3, (*FULL, "--batch-size", 2), ("--shard",)),
+    ],
+)
+def test_any_number_of_processes_gives_the_run_of_one(tmp_path, alone, processes, flags, spread):
+    one, many = alone(*flags), tmp_path / "run"
+    said = good(golden(many, *flags, *spread, processes=processes))
+    for split in ("train", "eval"):
+        for a, b in zip(metrics(one, split), metrics(many, split), strict=True):
+            assert a["pairs"] == b["pairs"] and a["tokens"] == b["tokens"]
+            close = dict(loss=1e-5, l1=1e-5, l0=1e-3, accuracy=0, margin=1e-4, grad_norm=1e-4)
+            assert all(a[k] == pytest.approx(b[k], rel=close[k], abs=1e-6) for k in close if k in a), (a, b)
+    start = weights(alone(*flags, "--lr", 0))
+    for name, weight in weights(one).items():
+        moved = (weight - start[name]).norm()
+        assert moved > 0 and (weights(many)[name] - weight).norm() <= 2e-3 * moved, name
+    assert said.stdout.count("--- before") == 2 and "Written to" in said.stdout
+
+
+def test_only_the_first_process_prints(tmp_path):
+    first, second = golden(tmp_path / "run", *ADAPTER, processes=2)
+    assert "Written to" in first.stdout and "training" in first.stderr
+    assert second.stdout == second.stderr == ""
+
+
+def test_a_mistake_is_said_once_by_whoever_makes_it(tmp_path):
+    ends = golden(tmp_path / "run", "--data", tmp_path / "nothing.jsonl", processes=2)
+    assert [end.returncode for end in ends] == [2, 2]
+    assert sorted(end.stderr.count("nothing.jsonl") for end in ends) == [0, 1]
+    ends = golden(tmp_path / "run", processes=2, call=fail_on_rank_1)
+    assert [end.returncode for end in ends] == [2, 2] and ends[0].stderr == ""
+    assert ends[1].stderr == "rank 1's own trouble.\n"
+
+
+def fail_on_rank_1():
+    real = train.load
+
+    def load(s):
+        if os.environ["RANK"] == "1":
+            raise UserError("rank 1's own trouble.")
+        return real(s)
+
+    train.load = load
+
+
+def test_when_one_process_dies_the_others_end_and_say_so(tmp_path):
+    run = Run([*GOLDEN_FLAGS, "--out", tmp_path / "run", *ADAPTER, "--max-steps", 100_000], processes=2)
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and len(metrics(tmp_path / "run")) > 2)
+    run.kill(1)
+    ended = run.wait(30)
+    assert ended[0].returncode == 1 and "Rank 0 ends" in ended[0].stderr and "Traceback" not in ended[0].stderr
+
+
+def test_a_process_that_hangs_ends_all_after_the_timeout(tmp_path):
+    flags = ("--max-steps", 100_000, "--timeout", 0.03)  # minutes
+    run = Run([*GOLDEN_FLAGS, "--out", tmp_path / "run", *ADAPTER, *flags], processes=2)
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and len(metrics(tmp_path / "run")) > 2)
+    os.kill(run.processes[1].pid, signal.SIGSTOP)
+    run.processes[0].join(30)
+    said = run.text(0)
+    run.kill()
+    run.wait()
+    assert "Rank 0 ends" in said and "waited 0.03 minutes" in said
+
+
+def wait_for(condition, timeout=60):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_two_hosts_survive_the_loss_of_a_process(tmp_path, alone):
+    """Two torchrun agents on two loopback addresses meet by c10d; one worker is killed, both start again and resume."""
+    out, port = tmp_path / "run", free_port()
+    flags = (*ADAPTER, "--max-steps", 30, "--checkpoint-every", 1)
+    agents = []
+    for host in ("127.0.0.1", "127.0.0.2"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1]
+        command += ["--max-restarts", 1, "--monitor-interval", 0.1, "--rdzv-backend", "c10d", "--rdzv-id", "7"]
+        command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", host, "train.py"]
+        command = [*map(str, (*command, *GOLDEN_FLAGS, "--out", out, *flags))]
+        env = os.environ | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        agents.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipes))
+    try:
+        wait_for(lambda: len([*out.glob("checkpoints/step-????????")]) == 2 or agents[0].poll() is not None, 120)
+        os.kill(worker_of(agents[1].pid), signal.SIGKILL)
+        said = [agent.communicate(timeout=120)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert [row["step"] for row in metrics(out)] == [*range(1, 31)]
+    one, many = weights(alone(*flags)), weights(out)
+    assert all((many[name] - w).norm() <= 1e-4 * w.norm() for name, w in one.items())
+
+
+def worker_of(agent: int) -> int:
+    with open(f"/proc/{agent}/task/{agent}/children") as f:
+        return int(f.read().split()[0])
+
+
+# --- what is shared out -------------------------------------------------------------------------------------
+
+
+def test_shares_hold_every_pair_once_and_are_even_in_tokens():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 400, (33,), generator=generator).tolist()
+    pairs = [data.Pair([0] * n, [0], [0]) for n in lengths]
+    for processes in (1, 2, 3, 8, 40):
+        shares = data.shares(pairs, processes)
+        assert sorted(chain(*shares)) == [*range(33)] and len(shares) == processes
+        tokens = [sum(pairs[i].tokens for i in share) for share in shares]
+        assert max(tokens) - min(tokens) <= 402
+    assert data.shares(pairs[:2], 3)[2] == []
+
+
+def test_what_torchrun_says_is_read(monkeypatch):
+    for name, value in dict(RANK="3", WORLD_SIZE="8", LOCAL_RANK="1", TORCHELASTIC_RESTART_COUNT="2").items():
+        monkeypatch.setenv(name, value)
+    assert distributed.ranks_here() == (3, 8, 1, 2)
+    monkeypatch.setenv("RANK", "third")
+    with pytest.raises(UserError, match="torchrun"):
+        distributed.ranks_here()
+
+
+# --- full fine-tuning ---------------------------------------------------------------------------------------
+
+
+def naive_norm(self, x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+
+def naive_attention(q, k, v, packed, window, scale, softcap):
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = softcap * torch.tanh(torch.einsum("qhd,khd->hqk", q, k) * scale / softcap)
+    i = torch.arange(len(q))
+    visible = models.tree_mask(packed, window)(0, 0, i[:, None], i[None, :])
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+
+
+def naive_logps(hidden, weight, target, softcap):
+    logits = softcap * torch.tanh(hidden @ weight.T / softcap)
+    return -F.cross_entropy(logits, target, reduction="none")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_of_every_weight_are_those_of_plain_autograd(monkeypatch, recompute):
+    """Norms, tied embedding, attention, MLP in float64, against the same model with nothing but torch's own ops."""
+    model = models.Gemma2.from_pretrained(GOLDEN / "model", torch.float64).requires_grad_(True)
+    with torch.no_grad():  # norms that do something
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(p.numel()))
+    pairs = data.load_pairs(GOLDEN / "dataset", data.load_tokenizer(GOLDEN / "model"), split="train")[:3]
+    s = train.Settings(device="cpu", dtype="float32", tokens_per_microbatch=200, full=True)
+    batch = train.Batch(pairs, range(3))
+    model.recompute = recompute
+    sums = train.backward(model, batch, 0.0, s)
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    monkeypatch.setattr(models.RMSNorm, "forward", naive_norm)
+    monkeypatch.setattr(models, "plain_attention", naive_attention)
+    monkeypatch.setattr(simpo, "token_logps", naive_logps)
+    model.recompute = False
+    naive = train.backward(model, batch, 0.0, s)
+    assert torch.allclose(sums, naive, rtol=1e-9)
+    for name, p in model.named_parameters():
+        # The rotary angles and SimPO's lengths are float32 on both sides.
+        assert (ours[name] - p.grad).norm() <= 1e-8 * p.grad.norm() and p.grad.norm() > 0, name
+
+
+def test_gradients_of_every_weight_are_those_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        GOLDEN / "model", dtype=torch.float32, attn_implementation="eager"
+    )
+    model = models.Gemma2.from_pretrained(GOLDEN / "model").requires_grad_(True)
+    pair = data.load_pairs(GOLDEN / "dataset", data.load_tokenizer(GOLDEN / "model"), split="train")[0]
+    s = train.Settings(device="cpu", dtype="float32", full=True)
+    train.backward(model, train.Batch([pair], [0]), 0.0, s)
+    means = []
+    for response in (pair.chosen, pair.rejected):
+        logits = theirs(torch.tensor([pair.prompt + response])).logits[0, len(pair.prompt) - 1 : -1]
+        means.append(-F.cross_entropy(logits, torch.tensor(response)))
+    (-F.logsigmoid(s.beta * (means[0] - means[1] - s.gamma_ratio))).backward()
+    own = dict(model.named_parameters())
+    for name, p in theirs.named_parameters():
+        assert (own[name].grad - p.grad).norm() <= 1e-4 * p.grad.norm(), name
+
+
+def test_a_full_run_leaves_a_model_that_other_code_reads(tmp_path, alone):
+    out = alone(*FULL)
+    start, end = metrics(out)[0], metrics(out)[-1]
+    assert end["loss"] < start["loss"] and start["l1"] == start["penalty"] == 0
+    saved = models.Gemma2.from_pretrained(out / "model")
+    assert saved.model.norm.weight.dtype == torch.float32
+    assert {"tokenizer.json", "config.json"} <= {p.name for p in (out / "model").iterdir()}
+    assert not (out / "adapter").exists() and not [*out.glob("*.part")]
+    pairs = data.load_pairs(GOLDEN / "dataset", data.load_tokenizer(out / "model"), split="test")
+    again = train.evaluate(saved, train.Batch(pairs, range(len(pairs))), train.Settings(device="cpu", dtype="float32"))
+    assert again["loss"] == pytest.approx(metrics(out, "eval")[-1]["loss"], rel=1e-6)
+
+
+def test_what_a_full_run_leaves_loads_in_transformers(alone):
+    transformers = pytest.importorskip("transformers")
+    out = alone(*FULL)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model", attn_implementation="eager")
+    tokens = torch.arange(3, 40)
+    ours = models.Gemma2.from_pretrained(out / "model").logits(tokens)
+    assert (theirs(tokens[None]).logits[0].float() - ours).abs().max() <= 1e-4
+    assert transformers.AutoTokenizer.from_pretrained(out / "model")("a")["input_ids"]
