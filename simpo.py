@@ -108,8 +108,8 @@ def _spare(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _products(weight: Tensor) -> Iterator[Tensor]:
-    """The head as its products take it. A GPU multiplies bfloat16 matrices into float32. A CPU does not, but its library
-    can be told to round float32 factors to bfloat16 on the way in: exact for a head that is bfloat16, and faster.
+    """The head as its products take it. A GPU multiplies bfloat16 matrices into float32. A CPU does not, but its
+    library can be told to round float32 factors to bfloat16 on the way in: exact for a head that is bfloat16, and fast.
     """
     if weight.is_cuda or weight.dtype != torch.bfloat16:
         yield weight.to(weight.dtype if weight.is_cuda else _precise(weight.dtype))
