@@ -147,7 +147,7 @@ def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
     """
     if ranks.world == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
+    return DistributedDataParallel(model, forward_sync_buffers=False, init_sync=False)
 
 
 def shard(model: nn.Module, blocks: nn.ModuleList, own: nn.Module | None, device: str, dtype: torch.dtype) -> None:
