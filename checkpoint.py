@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -25,6 +26,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from distributed import Ranks, on_first, together
 from sources import UserError, sha256
+
+# What it says to a run of one process is what is meant.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 FORMAT = "fsrl-checkpoint-1"
 KEPT = 2

@@ -118,7 +118,7 @@ def _parquet(path: Path) -> Iterator[dict]:
             wanted = [c for c in ("prompt", "chosen", "rejected", "split") if c in file.schema_arrow.names]
             for batch in file.iter_batches(columns=wanted):
                 yield from batch.to_pylist()
-    except (OSError, pa.ArrowException) as e:
+    except (OSError, ValueError, pa.ArrowException) as e:  # ValueError: text that is not UTF-8
         raise UserError(f"{path}: not a readable parquet file ({e}).") from e
 
 

@@ -71,6 +71,10 @@ def joined(device: str, minutes: float) -> Iterator[Ranks]:
         dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
         yield ranks
         dist.destroy_process_group()  # not after a failure: it would wait for those that hang
+    except SystemExit as e:
+        if not e.code:
+            dist.destroy_process_group()
+        raise
     except RuntimeError as e:
         if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
@@ -147,7 +151,7 @@ def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
     """
     if ranks.world == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
+    return DistributedDataParallel(model, forward_sync_buffers=False, init_sync=False, gradient_as_bucket_view=True)
 
 
 def shard(model: nn.Module, blocks: nn.ModuleList, own: nn.Module | None, device: str, dtype: torch.dtype) -> None:
@@ -159,13 +163,13 @@ def shard(model: nn.Module, blocks: nn.ModuleList, own: nn.Module | None, device
     """
     kind = device.split(":")[0]
     mesh = init_device_mesh(kind, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else None
-    low = dict(mp_policy=policy) if policy else {}
+    # Weights alone change their dtype: the residual stream between blocks stays float32.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=mesh, **low)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     if own is not None:
         fully_shard(own, mesh=mesh, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, **low)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
 
 
 def forget_gathered(model: nn.Module) -> None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from sources import UserError, fetch, list_files, read_json, sha256
 
+# where it cannot unpack something, or was told lies
+ZIPFILE_RAISES = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, OverflowError)
 ARRAYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
 
@@ -123,8 +125,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                 with archive.open(members[name]) as f:
                     arrays[name] = np.lib.format.read_array(f, allow_pickle=False).astype(np.float32, copy=False)
             return arrays
-    # zipfile raises the last four where it cannot unpack something or was told lies.
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, OverflowError) as e:
+    except (OSError, ValueError, EOFError, KeyError, *ZIPFILE_RAISES) as e:
         raise UserError(f"{path}: not a readable npz of {', '.join(ARRAYS)} ({e}).") from e
 
 

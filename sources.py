@@ -109,6 +109,8 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"larger than {LARGEST_JSON >> 20} MB")
     try:
         value = json.loads(text.decode())
+    except UnicodeDecodeError as e:
+        raise ValueError(str(e)) from e  # its repr holds the whole text
     except RecursionError as e:
         raise ValueError("nested too deeply") from e
     if not isinstance(value, dict):

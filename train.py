@@ -122,9 +122,11 @@ class Settings:
         for name in ("warmup_ratio", "penalty_warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: a share between 0 and 1.")
-        for one, other in (("full", "init_adapter"), ("full", "cache_activations"), ("zero", "shard")):
-            if getattr(self, one) and getattr(self, other):
-                raise UserError(f"--{one} and --{other.replace('_', '-')} exclude each other.")
+        exclude = dict(full=("init_adapter", "cache_activations"), shard=("zero", "cache_activations"))
+        for one, others in exclude.items():
+            for other in others:
+                if getattr(self, one) and getattr(self, other):
+                    raise UserError(f"--{one} and --{other.replace('_', '-')} exclude each other.")
         if self.resume and not self.out:
             raise UserError("--resume: name the run to go on with, --out FOLDER.")
 

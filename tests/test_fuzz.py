@@ -204,7 +204,7 @@ def test_safetensors_headers_that_lie_are_refused(tmp_path, lie):
     if content.startswith(b"{"):
         header = content.rstrip(b" ")
         content = len(header).to_bytes(8, "little") + content
-    (folder / "adapter.safetensors").write_bytes(content)
+    (folder / "adapter_weights.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="not an adapter folder"):
         Adapter.from_pretrained(folder)
 
@@ -213,7 +213,7 @@ def test_nothing_is_unpickled(tmp_path):
     """A torch.save file, which is a pickle, in the place of each file of weights."""
     for make, read, name in (
         (*READERS["npz"], "params.npz"),
-        (*READERS["adapter"], "adapter.safetensors"),
+        (*READERS["adapter"], "adapter_weights.safetensors"),
         (*READERS["model"], "model-00001-of-00008.safetensors"),
         (*READERS["checkpoint"], next(n for n in a_checkpoint() if n.endswith(".safetensors"))),
     ):
@@ -248,7 +248,7 @@ def test_a_config_of_absurd_sizes_is_refused_at_once(tmp_path, changed):
 
 
 def test_json_nested_without_end_is_refused(tmp_path):
-    for name, read in (("adapter_config.json", Adapter.from_pretrained), ("config.json", Gemma2.from_pretrained)):
+    for name, read in (("fsrl_adapter_config.json", Adapter.from_pretrained), ("config.json", Gemma2.from_pretrained)):
         (tmp_path / name).write_text("[" * 200_000)
         with pytest.raises(UserError):
             read(tmp_path)
@@ -279,7 +279,7 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path, capsys):
         pairs = data.load_pairs(tmp_path / "rows.jsonl", tokenizer, progress=True, on_bad_row="skip")
         said = capsys.readouterr().err.splitlines()[-1]
         assert len(pairs) == 3 and "18 malformed rows are left out: " in said
-        assert said.endswith("rows.jsonl row 10, rows.jsonl row 11, ..."), said
+        assert said.endswith("rows.jsonl row 10, rows.jsonl row 11, ...."), said
     with pytest.raises(UserError, match="rows.jsonl row 1: not a line of json"):
         data.load_pairs(tmp_path / "rows.jsonl", tokenizer)
     assert len(np.unique([len(p.prompt) for p in pairs])) == 1
@@ -287,6 +287,6 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path, capsys):
 
 def test_safetensors_of_integers_or_of_other_names_are_refused(tmp_path):
     folder = shutil.copytree(GOLDEN / "adapter_mid", tmp_path / "adapter")
-    (folder / "adapter.safetensors").write_bytes(save({"weight": torch.zeros(2, 2), "extra": torch.zeros(2)}))
+    (folder / "adapter_weights.safetensors").write_bytes(save({"weight": torch.zeros(2, 2), "extra": torch.zeros(2)}))
     with pytest.raises(UserError, match="weight"):
         Adapter.from_pretrained(folder)
