@@ -13,17 +13,20 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from sae import JumpReLUSAE
-from sources import UserError, sha256, write_whole
+from sources import UserError, sha256
 
 FORMAT = "fsrl-labels-1"
+UNKNOWN_SOURCE = "Neuronpedia's "  # begins the `sae` of rows whose source no table below translates
 LARGEST = 1 << 32  # bytes a file may unpack to; a million explanations take about 0.2 GB
 NEURONPEDIA_SOURCE = re.compile(r"(\d+)-gemmascope-(res|transcoder)-(\d+[km])(?:__l0-(\d+))?")
 
@@ -122,9 +125,16 @@ def read_rows(path: str | Path) -> tuple[dict, list[dict]]:
 
 
 def write_labels(path: str | Path, header: dict, rows: Iterable[dict]) -> None:
-    """Write a file of ours, whole or not at all. header: kind, sae, sae_id, sae_sha256, judge, date, ..."""
-    lines = [{"format": FORMAT} | header, *rows]
-    write_whole(Path(path), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    """Write a file of ours, whole or not at all. header: kind, sae, sae_id, sae_sha256, judge, date, ...
+
+    A row at a time: of millions of features, rows that are dicts take gigabytes.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    with open(part, "w") as file:
+        for line in chain([{"format": FORMAT} | header], rows):
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    os.replace(part, path)
 
 
 def feature_index(path: Path, number: int, row: dict) -> int:
@@ -148,7 +158,7 @@ def stated_sae(path: Path, header: dict, rows: list[dict]) -> dict[str, str | No
     if not sources:
         return {}
     model_id, source = next(iter(sources))
-    repo, sae_id = neuronpedia_sae(model_id, source) or (f"Neuronpedia's {model_id}", source)
+    repo, sae_id = neuronpedia_sae(model_id, source) or (UNKNOWN_SOURCE + model_id, source)
     return dict(sae=repo, sae_id=sae_id, sae_sha256=None)
 
 

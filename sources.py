@@ -16,7 +16,14 @@ from typing import NamedTuple
 TINY = Path(__file__).resolve().parent / "tiny"
 LARGEST_JSON = 64 << 20  # bytes; a 27B model's index has 50 thousand
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-REPO_TYPE = {"model": "model", "sae": "model", "data": "dataset", "init-adapter": "model", "run": "model"}
+REPO_TYPE = {
+    "model": "model",
+    "sae": "model",
+    "data": "dataset",
+    "init-adapter": "model",
+    "run": "model",
+    "explanations": "dataset",
+}
 
 
 class UserError(Exception):
