@@ -27,6 +27,7 @@ import tempfile
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -321,8 +322,15 @@ def ask(s: Settings, e: Explanations, categories: list[dict], chosen: np.ndarray
     Every answer is in the journal before the next question of its thread is asked, so that a run that is killed and
     started again asks only what was not answered.
     """
+    path = Path(s.journal) if s.journal else Path(s.out).with_suffix(".journal.jsonl")
+    with closing(Journal(path)) as journal:
+        return _ask(s, e, categories, chosen, journal)
+
+
+def _ask(
+    s: Settings, e: Explanations, categories: list[dict], chosen: np.ndarray, journal: Journal
+) -> list[Verdict] | None:
     extra, judge = _extra(s), s.judge_model
-    journal = Journal(Path(s.journal) if s.journal else Path(s.out).with_suffix(".journal.jsonl"))
 
     def questions() -> Iterator[tuple[int, int, Question]]:
         for i in chosen.tolist():

@@ -34,6 +34,7 @@ SCHEMA = {
 DEFAULTS = {"temperature": 0, "max_tokens": 64}  # a server that ignores the schema may not run on at our expense
 LARGEST_REPLY = 1 << 20  # bytes
 LONGEST_WAIT = 60.0  # seconds between two attempts, whatever Retry-After asks for
+FIRST_WAIT = 0.5  # seconds before the second attempt; every further wait is twice as long
 GIVE_UP = 10  # questions in a row that no attempt could get answered
 
 
@@ -185,7 +186,7 @@ class Endpoint:
             self._hang_up()
             self.counts[reason] += 1
             # Half of the wait is drawn at random, lest all threads come back at once.
-            wait = min(LONGEST_WAIT, max(wait, 0.5 * 2**attempt * random.uniform(0.5, 1)))
+            wait = min(LONGEST_WAIT, max(wait, FIRST_WAIT * 2**attempt * random.uniform(0.5, 1)))
             if attempt + 1 == attempts or self._stop.wait(wait):
                 raise _Unanswered(reason)
 
@@ -306,6 +307,9 @@ class Journal:
             except (ValueError, KeyError, TypeError) as e:
                 raise UserError(f"{path}: line {number} is not an answer of this journal's.") from e
         self._file.truncate(whole)
+
+    def close(self) -> None:
+        self._file.close()
 
     def write(self, question: Question, judge: str, answer: Answer) -> None:
         head = dict(key=question.key, feature=question.feature, category=question.category, judge=judge)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -65,7 +66,7 @@ def tfidf(texts: list[str], seed: int = 0) -> np.ndarray:
     x = np.empty((len(texts), directions.shape[1]), dtype=np.float32)
     for i, terms in enumerate(chunks):
         rows = _project(terms, idf, directions)
-        x[i * CHUNK : i * CHUNK + len(rows)] = torch.nn.functional.normalize(rows, dim=1).numpy()
+        x[i * CHUNK : i * CHUNK + len(rows)] = F.normalize(rows, dim=1).numpy()
         bar.update(len(rows))
     return x
 
@@ -112,7 +113,7 @@ def _project(terms: Terms, idf: Tensor, directions: Tensor) -> Tensor:
     """A @ directions: [N, BUCKETS] @ [BUCKETS, D] -> [N, D]."""
     column, value = _weights(terms, idf)
     start = torch.from_numpy(terms.start)
-    return torch.nn.functional.embedding_bag(column, directions, start, mode="sum", per_sample_weights=value)
+    return F.embedding_bag(column, directions, start, mode="sum", per_sample_weights=value)
 
 
 def _directions(terms: Terms, idf: Tensor, seed: int) -> Tensor:
@@ -205,27 +206,30 @@ def fit(scorers: list, x: np.ndarray, y: np.ndarray, held: np.ndarray, seed: int
     says about them estimates without bias what it says about the rest; the other rows only ever train.
     """
     X, Y = torch.from_numpy(x), torch.from_numpy(y.astype(np.float32))
+    known = Y[held]
     fold = np.random.default_rng(seed).permutation(len(held)) % FOLDS
-    best = None
-    for scorer in scorers:
-        scores = torch.empty(len(held))
-        for i in range(FOLDS):
-            rest = np.setdiff1d(np.arange(len(x)), held[fold == i])
-            scores[fold == i] = scorer(X[rest], Y[rest], X[held[fold == i]])
-        p = torch.empty(len(held))
-        for i in range(FOLDS):  # calibrated on the other folds' scores
-            p[fold == i] = torch.sigmoid(_platt(scores[fold != i], Y[held[fold != i]], scores[fold == i]))
-        loss = float(torch.nn.functional.binary_cross_entropy(p, Y[held]))
-        if best is None or loss < best[0]:
-            best = loss, scorer, scores, p
+    scores = torch.empty(len(scorers), len(held))  # of every scorer, fitted without the row's fold
+    for i in range(FOLDS):
+        rest = np.setdiff1d(np.arange(len(x)), held[fold == i])
+        for s, scorer in enumerate(scorers):
+            scores[s, fold == i] = scorer(X[rest], Y[rest], X[held[fold == i]])
 
-    _, scorer, scores, held_out = best
+    def best(rows: np.ndarray) -> int:
+        """The scorer that, calibrated on these rows, has the least log-loss on them."""
+        p = [torch.sigmoid(_platt(of[rows], known[rows], of[rows])) for of in scores]
+        return min(range(len(p)), key=lambda s: float(F.binary_cross_entropy(p[s], known[rows])))
+
+    held_out = torch.empty(len(held))
+    for i in range(FOLDS):  # scorer and calibration are chosen on the other folds
+        of = scores[best(fold != i)]
+        held_out[fold == i] = torch.sigmoid(_platt(of[fold != i], known[fold != i], of[fold == i]))
+    scorer, of = scorers[best(fold >= 0)], scores[best(fold >= 0)]
 
     def probability(new: np.ndarray) -> np.ndarray:
         out = np.empty(len(new), dtype=np.float32)
         for start in range(0, len(new), CHUNK):
             s = scorer(X, Y, torch.from_numpy(new[start : start + CHUNK]))
-            out[start : start + CHUNK] = torch.sigmoid(_platt(scores, Y[held], s)).numpy()
+            out[start : start + CHUNK] = torch.sigmoid(_platt(of, known, s)).numpy()
         return out
 
     setting = ", ".join(f"{name} {value}" for name, value in scorer.keywords.items())
@@ -233,12 +237,13 @@ def fit(scorers: list, x: np.ndarray, y: np.ndarray, held: np.ndarray, seed: int
 
 
 def _platt(scores: Tensor, y: Tensor, new: Tensor) -> Tensor:
-    """Log-odds a s + b fitted to held-out scores; its targets lie off 0 and 1 by Platt's rule, so that few rows or a
-    single class give no certainty."""
+    """Log-odds a s + b fitted to held-out scores. Targets lie off 0 and 1 by Platt's rule: few rows, or a single class,
+    give no certainty. a is not negative: where scores say nothing, those of held-out rows run against their labels,
+    because a row's label is missing from what its score was learned from, and a slope could exploit that."""
     yes = float(y.sum())
     target = torch.where(y > 0, (yes + 1) / (yes + 2), 1 / (len(y) - yes + 2))
     a, b = logistic(scores.unsqueeze(1), target, ridge=1e-2)
-    return a * new + b
+    return a * new + b if a > 0 else torch.logit(target.mean()).expand(len(new))
 
 
 # --- agreement ------------------------------------------------------------------------------------------------
