@@ -466,7 +466,7 @@ def _label_rest(
     p = judge.probability(x[rest])
     label, confidence = answers.label.copy(), answers.confidence.copy()
     label[rest], confidence[rest] = p >= 0.5, np.maximum(p, 1 - p)
-    print(f"{name}: {judge.chosen}; to expect on the {len(rest):,} features not asked about: {describe(expected)}")
+    print(f"{name}: {judge.chosen}; to expect of it elsewhere: {describe(expected)}")
     return Verdict(label, confidence, answers.asked, expected)
 
 
