@@ -26,6 +26,7 @@ import re
 import tempfile
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -100,6 +101,8 @@ class Settings:
         for name in ("price_in", "price_out", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be finite and not negative.")
+        if self.explanations and re.match(r"\w+://[^/]*@|\w+://.*\?", self.explanations):
+            raise UserError("--explanations: an address with a password or query in it is not read, lest it be shown.")
         if self.human and self.human == self.train:
             raise UserError(f"--human {self.human}: is what --train learns from.")
         if self.labels and not self.human:
@@ -339,52 +342,49 @@ def _ask(
                 key = _digest(judge, int(e.features[i]), category["name"], text, extra)
                 yield i, c, Question(key, int(e.features[i]), category["name"], text)
 
-    open_questions = characters = 0
-    for _, _, q in questions():
-        if q.key not in journal.answers:
-            open_questions, characters = open_questions + 1, characters + len(q.prompt)
-    tokens = characters / 4
-    cost = (tokens * s.price_in + open_questions * OUTPUT_TOKENS * s.price_out) / 1e6
-    money = f", cost {cost:.2f}" if s.price_in or s.price_out else ""
-    print(f"to ask: {open_questions:,} questions ({len(chosen):,} features, {len(categories)} categories, "
-          f"{len(chosen) * len(categories) - open_questions:,} answered already), about {tokens:,.0f} prompt tokens "
-          f"(a token taken as 4 characters) and {open_questions * OUTPUT_TOKENS:,} answered{money}")  # fmt: skip
+    def money(tokens_in: float, tokens_out: float) -> str:
+        cost = (tokens_in * s.price_in + tokens_out * s.price_out) / 1e6
+        return f", cost {cost:.2f}" if s.price_in or s.price_out else ""
+
+    total = len(chosen) * len(categories)
+    lengths = [len(q.prompt) for _, _, q in questions() if q.key not in journal.answers]
+    tokens_in, tokens_out = sum(lengths) / 4, len(lengths) * OUTPUT_TOKENS
+    print(f"to ask: {len(lengths):,} questions ({len(chosen):,} features, {len(categories)} categories, "
+          f"{total - len(lengths):,} answered already), about {tokens_in:,.0f} prompt tokens (a token taken as 4 "
+          f"characters) and {tokens_out:,} answered{money(tokens_in, tokens_out)}")  # fmt: skip
     if s.dry_run:
         return None
 
-    totals: dict[str, int] = {}
-    if open_questions:
+    if lengths:
         server = Endpoint(s.endpoint, judge, os.environ.get(s.key_env, "").strip(), extra, s.timeout, s.attempts)
         server.connect()
         spent = [0, 0]
-        bar = tqdm(total=open_questions, desc=judge, unit="answer", mininterval=0.5, smoothing=0.05)
 
         def record(question: Question, answer: Answer | None) -> None:
-            if answer is None:
-                return
-            journal.write(question, judge, answer)
-            spent[0] += answer.tokens_in
-            spent[1] += answer.tokens_out
-            bar.set_postfix(refresh=False, tokens=sum(spent), tried_again=sum(server.counts.values()))
+            if answer is not None:
+                journal.write(question, judge, answer)
+                spent[0] += answer.tokens_in
+                spent[1] += answer.tokens_out
+                bar.set_postfix(refresh=False, tokens=sum(spent), tried_again=sum(server.counts.values()))
 
-        with bar:
+        with tqdm(total=len(lengths), desc=judge, unit="answer", mininterval=0.5, smoothing=0.05) as bar:
             waiting = (q for _, _, q in questions() if q.key not in journal.answers)
-            server.ask_all(waiting, record, min(s.concurrency, open_questions), bar)
-        cost = (spent[0] * s.price_in + spent[1] * s.price_out) / 1e6
-        money = f", cost {cost:.2f}" if s.price_in or s.price_out else ""
+            server.ask_all(waiting, record, min(s.concurrency, len(lengths)), bar)
         again = "".join(f", {n:,} tried again after {reason}" for reason, n in server.counts.most_common())
-        print(f"asked: {spent[0]:,} prompt tokens, {spent[1]:,} answered{money}{again}")
+        print(f"asked: {spent[0]:,} prompt tokens, {spent[1]:,} answered{money(*spent)}{again}")
 
-    verdicts = [_nothing(len(e.texts)) for _ in categories]
+    verdicts, outcomes = [_nothing(len(e.texts)) for _ in categories], Counter()
     for i, c, q in questions():
         answer = journal.answers.get(q.key)
-        outcome = answer.outcome if answer else "unanswered"
-        totals[outcome] = totals.get(outcome, 0) + 1
+        outcomes[answer.outcome if answer else "unanswered"] += 1
         if answer and answer.label is not None:
             verdicts[c].label[i] = answer.label
             verdicts[c].confidence[i] = math.nan if answer.confidence is None else answer.confidence
             verdicts[c].asked[i] = True
-    print("answers: " + ", ".join(f"{n:,} {outcome}" for outcome, n in sorted(totals.items())))
+    told = ", ".join(f"{n:,} {outcome}" for outcome, n in sorted(outcomes.items()))
+    if not outcomes["answered"]:
+        raise UserError(f"--endpoint {s.endpoint}: not one of {total:,} questions got a label ({told}).")
+    print(f"answers: {told}")
     return verdicts
 
 
@@ -419,12 +419,15 @@ def retrieve(s: Settings, e: Explanations, categories: list[dict]) -> list[Verdi
     asked = ask(s, e, categories, np.sort(np.concatenate([covering, at_random])))
     if asked is None:
         return None
+    rest = np.setdiff1d(others, at_random)
     verdicts = []
-    for category, answers in zip(categories, asked, strict=True):
-        known = np.flatnonzero(answers.asked)
+    for category, v in zip(categories, asked, strict=True):
+        known = np.flatnonzero(v.asked)
         held = np.flatnonzero(np.isin(known, at_random))
-        rest = np.setdiff1d(np.arange(N), np.concatenate([covering, at_random]))
-        verdicts.append(_label_rest(s, x, category["name"], answers, known, held, rest, judges.NEIGHBOURS))
+        y = v.label[known] == 1
+        p, expected = _predict(category["name"], judges.NEIGHBOURS, x[known], y, held, x[rest], s.seed)
+        v.label[rest], v.confidence[rest] = p >= 0.5, np.maximum(p, 1 - p)
+        verdicts.append(v._replace(expected=expected))
     return verdicts
 
 
@@ -433,41 +436,28 @@ def learn(s: Settings, e: Explanations, categories: list[dict]) -> list[Verdict]
     rows = read_labelled(s.train, [category["name"] for category in categories])
     if missing := [row.feature for row in rows if not row.text]:
         raise UserError(f"--train {s.train}: feature {missing[0]} has no explanation beside its label.")
-    x = judges.embed([*e.texts, *(row.text for row in rows)], s.embedder, s.seed)
+    both = judges.embed([*e.texts, *(row.text for row in rows)], s.embedder, s.seed)
+    new, x = both[: len(e.texts)], both[len(e.texts) :]
     verdicts = []
-    for category in categories:
-        given = [(i, row.labels[category["name"]]) for i, row in enumerate(rows) if category["name"] in row.labels]
-        known = np.array([len(e.texts) + i for i, _ in given], dtype=np.int64)
-        answers = _nothing(len(x))
-        answers.label[known] = [label for _, label in given]
-        n = len(e.texts)
-        held, rest = np.arange(len(known)), np.arange(n)
-        v = _label_rest(s, x, category["name"], answers, known, held, rest, judges.LINEAR)
-        verdicts.append(Verdict(v.label[:n], v.confidence[:n], v.asked[:n], v.expected))
+    for name in (category["name"] for category in categories):
+        known = np.array([i for i, row in enumerate(rows) if name in row.labels], dtype=np.int64)
+        y = np.array([rows[i].labels[name] for i in known], dtype=bool)
+        p, expected = _predict(name, judges.LINEAR, x[known], y, np.arange(len(known)), new, s.seed)
+        nobody = np.zeros(len(new), dtype=bool)
+        verdicts.append(Verdict((p >= 0.5).astype(np.int8), np.maximum(p, 1 - p), nobody, expected))
     return verdicts
 
 
-def _label_rest(
-    s: Settings,
-    x: np.ndarray,
-    name: str,
-    answers: Verdict,
-    known: np.ndarray,
-    held: np.ndarray,
-    rest: np.ndarray,
-    scorers: list,
-) -> Verdict:
-    """Fit to the known rows of x, label the rest, print the agreement to expect there. held: indices into known."""
+def _predict(
+    name: str, scorers: list, x: np.ndarray, y: np.ndarray, held: np.ndarray, new: np.ndarray, seed: int
+) -> tuple[np.ndarray, judges.Agreement]:
+    """P(yes) of the new rows, from labelled ones (x, y), and the agreement to expect; held as in judges.fit."""
     if len(held) < 4 * judges.FOLDS:
         raise UserError(f"{name}: {len(held)} labelled features to check against, {4 * judges.FOLDS} are needed.")
-    y = answers.label[known] == 1
-    judge = judges.fit(scorers, x[known], y, held, s.seed)
+    judge = judges.fit(scorers, x, y, held, seed)
     expected = judges.compare(judge.held_out >= 0.5, y[held])
-    p = judge.probability(x[rest])
-    label, confidence = answers.label.copy(), answers.confidence.copy()
-    label[rest], confidence[rest] = p >= 0.5, np.maximum(p, 1 - p)
     print(f"{name}: {judge.chosen}; to expect of it elsewhere: {describe(expected)}")
-    return Verdict(label, confidence, answers.asked, expected)
+    return judge.probability(new), expected
 
 
 # --- files ----------------------------------------------------------------------------------------------------
@@ -596,7 +586,7 @@ def report(s: Settings, path: str, categories: list[dict]) -> None:
         unmatched = f"; {len(given) - len(both)} more without a machine's label" if len(both) < len(given) else ""
         print(f"{name}: {describe(found[name])}{unmatched}")
     out = Path(path).with_suffix(".agreement.json")
-    write_whole(out, json.dumps({name: a._asdict() for name, a in found.items()}, indent=2) + "\n")
+    write_whole(out, json.dumps({name: a._asdict() if a.n else None for name, a in found.items()}, indent=2) + "\n")
     print(f"written to {out}")
 
 

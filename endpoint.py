@@ -287,6 +287,7 @@ class Journal:
         Raises UserError for any other line that cannot be read, and when another process has the journal open.
         """
         self.answers: dict[str, Answer] = {}
+        self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+b")
@@ -309,6 +310,9 @@ class Journal:
         self._file.truncate(whole)
 
     def close(self) -> None:
+        """Without an answer nothing is left behind."""
+        if not self.answers:
+            self._path.unlink()
         self._file.close()
 
     def write(self, question: Question, judge: str, answer: Answer) -> None:

@@ -43,7 +43,7 @@ def embed(texts: list[str], embedder: str, seed: int = 0) -> np.ndarray:
     try:  # safetensors only: nothing is unpickled, no code of a repository is run
         model = SentenceTransformer(embedder, trust_remote_code=False, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as e:
-        raise UserError(f"--embedder {embedder}: cannot be loaded ({str(e).splitlines()[0]}).") from e
+        raise UserError(f"--embedder {embedder}: cannot be loaded ({e}).") from e
     x = model.encode(texts, batch_size=256, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=True)
     return np.asarray(x, dtype=np.float32)
 

@@ -291,6 +291,13 @@ def test_a_server_that_stops_answering_ends_the_run_and_keeps_what_was_answered(
     assert {k: row["label"] for (k, _), row in rows_of(out).items()} == truth_of(some)
 
 
+def test_a_run_without_any_label_writes_nothing(serve, some, one, tmp_path):
+    server, out = serve(fault=lambda n: "prose"), tmp_path / "labels.jsonl"
+    with pytest.raises(UserError, match="not one of 40 questions got a label .40 unparsable"):
+        run(explanations=some, categories=one, endpoint=server.url, judge_model="judge", out=out)
+    assert not out.exists()
+
+
 def test_a_question_that_stays_unanswered_is_asked_by_the_next_run(serve, some, one, tmp_path, capsys):
     server, out = serve(fault=lambda n: "500" if n < 3 else None), tmp_path / "labels.jsonl"
     flags = dict(explanations=some, categories=one, endpoint=server.url, judge_model="judge", out=out, concurrency=1)
@@ -402,7 +409,7 @@ def test_the_dry_run_counts_and_asks_nobody(serve, some, tmp_path, capsys):
     characters = sum(len(prompt(c, t)) for c in read_categories(ROOT / "categories.json") for t in texts)
     cost = (characters / 4 * 2 + 80 * 8 * 8) / 1e6
     assert f"80 questions (40 features, 2 categories, 0 answered already), about {characters / 4:,.0f} prompt" in said
-    assert f"cost {cost:.2f}" in said and not out.exists()
+    assert f"cost {cost:.2f}" in said and list(tmp_path.glob("labels*")) == []
     run(**flags, endpoint=server.url)
     assert f"cost {(80 * 100 * 2 + 80 * 2 * 8) / 1e6:.2f}" in capsys.readouterr().out
     run("--dry-run", **flags)
@@ -735,6 +742,7 @@ MISTAKES = {
     ("--explanations", "tiny", "--endpoint", "localhost", "--judge-model", "m"): "--endpoint localhost: an address",
     ("--explanations", "tiny", "--endpoint", "http://127.0.0.1:9/v1", "--judge-model", "m"): "no usable answer",
     ("--explanations", "tiny", "--endpoint", "http://x", "--judge-model", "m", "--extra", "[]"): "JSON object",
+    ("--explanations", "https://x/e.json?key=secret", "--sample", "5"): "--explanations: an address with a password",
     ("--labels", "x.jsonl"): "--human",
 }
 
