@@ -189,6 +189,7 @@ def test_a_truncated_checkpoint_is_passed_over(whole, stopped):
     shorten(next((stopped / "checkpoints/step-00000008").glob("*.safetensors")))
     said = good(golden(stopped, *RESUME))
     assert re.search("step-00000008: .* is damaged", said.stderr) and same(stopped, whole)
+    assert sorted(p.name for p in (stopped / "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
 
 
 def test_nothing_but_damaged_checkpoints_is_a_sentence(stopped):
