@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -127,18 +128,24 @@ def saved(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path, ranks: Ranks) -> Path | None:
-    """The newest whole checkpoint, or None where none was ever saved. A damaged one is passed over, with a line.
+    """The newest whole checkpoint, or None where none was ever saved. A damaged one is passed over, with a line, and
+    goes with the next save, so that the two kept are whole ones.
 
     Raises UserError when there are some and all are damaged.
     """
 
     def find() -> Path | None:
+        damaged = []
         for path in saved(folder):
             problem = _damage(path)
             if problem is None:
+                for other in damaged:
+                    with suppress(OSError):
+                        os.replace(other, other.with_name(other.name + ".part"))
                 return path
+            damaged.append(path)
             print(f"{path}: {problem}; the one before it is taken.", file=sys.stderr)
-        if saved(folder):
+        if damaged:
             raise UserError(f"--resume: no checkpoint in {folder} is whole; remove them to start again.")
         return None
 

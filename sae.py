@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from sources import UserError, fetch, list_files, read_json, sha256
 
-# where it cannot unpack something, or was told lies
-ZIPFILE_RAISES = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, OverflowError)
 ARRAYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+# Where zipfile cannot unpack something, or a damaged archive told it lies.
+ZIPFILE_RAISES = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, OverflowError)
 
 
 class JumpReLUSAE(nn.Module):

@@ -279,13 +279,14 @@ def lr_factor(step: int, steps: int, s: Settings) -> float:
 
 
 def train(s: Settings) -> Path:
+    """The whole run, alone or as one of torchrun's processes; returns the folder it wrote."""
     ranks = distributed.ranks_here()
     s = resolve_device(s, ranks)
     with distributed.joined(s.device, s.timeout):
-        return train_on(s, ranks)
+        return _train(s, ranks)
 
 
-def train_on(s: Settings, ranks: Ranks) -> Path:
+def _train(s: Settings, ranks: Ranks) -> Path:
     out = distributed.on_first(ranks, lambda: choose_out(s, ranks))
     model, tokenizer = distributed.together(ranks, lambda: load(s))
     steered = model if isinstance(model, SteeredModel) else None
@@ -302,10 +303,8 @@ def train_on(s: Settings, ranks: Ranks) -> Path:
 
     wrapped = spread(model, s, ranks)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if steered:
-        assert {*map(id, trained.values())} == {*map(id, steered.adapter.parameters())}, "the adapter alone trains"
-    else:
-        assert len(trained) == len([*model.parameters()]), "every weight trains"
+    meant = steered.adapter if steered else model  # the adapter and nothing else, or with --full every weight
+    assert {*map(id, trained.values())} == {*map(id, meant.parameters())}
     optimizer = make_optimizer([*trained.values()], s, ranks)
 
     log = distributed.together(ranks, lambda: open_run(out, s, model, preferences, ranks))
@@ -346,8 +345,9 @@ def train_on(s: Settings, ranks: Ranks) -> Path:
 
         sums = backward(wrapped, batch, alpha, s, ranks)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), s.max_grad_norm or math.inf)
+        # Here the step waits for the device, for the first and only time.
         grad_norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
-        row = means(sums, s.batch_size, data.positions(batch.pairs), s.beta)  # the step's one wait for the device
+        row = means(sums, s.batch_size, data.positions(batch.pairs), s.beta)
         if not (math.isfinite(row["loss"]) and math.isfinite(grad_norm)):
             message = f"Step {step + 1}: loss {row['loss']}, gradient norm {grad_norm}, in pairs {indices}."
             raise SystemExit(message if ranks.first else 1)

@@ -23,6 +23,7 @@ from test_distributed import wait_for
 import checkpoint
 import train
 from distributed import ALONE
+from fsrl import Adapter
 
 KILLS = int(os.environ.get("FSRL_KILLS", "4"))
 FLAGS = ("--max-steps", 12, "--lr", 1e-3, "--checkpoint-every", 2, "--eval-every", 5)
@@ -101,16 +102,17 @@ def test_a_resumed_run_ends_with_the_same_bytes(whole, stopped):
     assert same(stopped, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_end_it_saves_and_says_how_to_go_on(tmp_path, whole, number):
-    out = tmp_path / "run"
-    run = Run([*GOLDEN_FLAGS, "--out", out, *FLAGS, "--checkpoint-every", 0])
-    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) >= 3)
-    os.kill(run.processes[0].pid, number)
-    (ended,) = run.wait()
-    assert ended.returncode == 0 and ended.stdout.count("\n") == 1, ended
-    step = int(re.fullmatch(r"Saved after step (\d+) of 12; .* --resume --out .*\n", ended.stdout)[1])
-    assert [p.name for p in checkpoint.saved(out / "checkpoints")] == [f"step-{step:08d}"]
+def test_asked_to_end_it_saves_and_says_how_to_go_on(tmp_path, whole):
+    """First by SIGTERM, then, going on, by Ctrl-C, then to the end."""
+    out, folder = tmp_path / "run", tmp_path / "run/checkpoints"
+    for number, after in ((signal.SIGTERM, 3), (signal.SIGINT, 6)):
+        run = Run([*GOLDEN_FLAGS, "--out", out, *RESUME, "--checkpoint-every", 0])
+        wait_for(lambda after=after: (out / "metrics.jsonl").exists() and len(metrics(out)) >= after)
+        os.kill(run.processes[0].pid, number)
+        (ended,) = run.wait()
+        assert ended.returncode == 0 and ended.stdout.count("\n") == 1, ended
+        step = int(re.fullmatch(r"Saved after step (\d+) of 12; .* --resume --out .*\n", ended.stdout)[1])
+        assert step >= after and checkpoint.saved(folder)[0].name == f"step-{step:08d}"
     good(golden(out, *RESUME))
     assert same(out, whole)
 
@@ -152,7 +154,7 @@ def same_after_all(out, flags, whole) -> bool:
 # --- other numbers of processes -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before, after", [(("--shard",), 1), (("--shard",), 3), (("--zero",), 1), ((), 3)])
+@pytest.mark.parametrize("before, after", [(("--shard",), 3), (("--zero",), 1)])
 def test_what_two_processes_saved_others_resume(tmp_path, whole, before, after):
     out = tmp_path / "run"
     run = Run([*GOLDEN_FLAGS, "--out", out, *FLAGS, *before], processes=2, call=stop_after_eight)
@@ -160,7 +162,7 @@ def test_what_two_processes_saved_others_resume(tmp_path, whole, before, after):
     assert [end.returncode for end in ended] == [0, 0] and "Saved after step 8" in ended[0].stdout, ended
     good(golden(out, *RESUME, *(before if after > 1 else ()), processes=after))
     one, other = (load_file(path / "adapter/adapter.safetensors")["weight"] for path in (whole, out))
-    moved = one - load_file(GOLDEN / "adapter_mid/adapter.safetensors")["weight"]
+    moved = one - Adapter.from_pretrained(GOLDEN / "adapter_mid").weight
     assert (one - other).norm() <= 2e-3 * moved.norm()
     assert [row["step"] for row in metrics(out)] == [*range(1, 13)]
 
@@ -187,6 +189,7 @@ def test_a_truncated_checkpoint_is_passed_over(whole, stopped):
     shorten(next((stopped / "checkpoints/step-00000008").glob("*.safetensors")))
     said = good(golden(stopped, *RESUME))
     assert re.search("step-00000008: .* is damaged", said.stderr) and same(stopped, whole)
+    assert sorted(p.name for p in (stopped / "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
 
 
 def test_nothing_but_damaged_checkpoints_is_a_sentence(stopped):
