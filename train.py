@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import cli
 import data
-import generate
+import decoding
 import sae as saes
 import simpo
 import tiny
@@ -235,7 +235,7 @@ def train(s: Settings) -> Path:
     log = Log(out / "metrics.jsonl")
     started = time.perf_counter()
     shown = [list(prompt) for prompt in dict.fromkeys(tuple(p.prompt) for p in eval_pairs or pairs)][:2]
-    samples = [(prompt, generate.greedy(steered, tokenizer, prompt)) for prompt in shown]
+    samples = [(prompt, decoding.greedy(steered, tokenizer, prompt)) for prompt in shown]
     if eval_pairs:
         log.write(split="eval", step=0, **evaluate(steered, eval_batch, s))
 
@@ -277,7 +277,7 @@ def train(s: Settings) -> Path:
     draw(log.rows, out / "loss.png")
     for prompt, before in samples:
         print(f"\n--- prompt\n{tokenizer.decode(prompt)}")
-        print(f"--- before\n{before}\n--- after\n{generate.greedy(steered, tokenizer, prompt)}")
+        print(f"--- before\n{before}\n--- after\n{decoding.greedy(steered, tokenizer, prompt)}")
     print_table(log.rows, time.perf_counter() - started, s)
     print(f"Written to {out}: adapter/, metrics.jsonl, config.json, loss.png")
     return out
