@@ -63,9 +63,9 @@ class Cache:
         first = max(self.first, self.end - window) if window else self.first
         k, v = (x[block][:, :, first : self.end].flatten(0, 1) for x in (self.keys, self.values))  # [B KV, n, hd]
         B, H, hd = q.shape
-        scores = torch.bmm(q.reshape(len(k), -1, hd) * scale, k.mT)  # [B KV, G, n]
+        scores = torch.bmm(q.reshape(len(k), -1, hd) * (scale / (softcap or 1.0)), k.mT)  # [B KV, G, n]
         if softcap:
-            scores.div_(softcap).tanh_().mul_(softcap)
+            scores.tanh_().mul_(softcap)
         if first < self.last:
             scores.view(B, H, -1).masked_fill_(self.empty[:, None, first : self.end], -torch.inf)
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)

@@ -27,6 +27,7 @@ from packed import Bucket, Packed, pack
 from sources import UserError, fetch
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+FEW = 16  # rows: fewer are a step of generation, which waits for weights and for single operations, not for arithmetic
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(d))
 
     def forward(self, x: Tensor) -> Tensor:
+        if len(x) < FEW and not torch.is_grad_enabled():  # one operation instead of ten
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            y = F.rms_norm(x.to(dtype), self.weight.shape, 1 + self.weight.to(dtype), self.eps)
+            return y.to(self.weight.dtype)
         return _RMSNorm.apply(x, self.weight, self.eps).to(self.weight.dtype)
 
 
@@ -179,6 +184,23 @@ class _RMSNorm(torch.autograd.Function):
         g = grad * (1 + weight.to(grad.dtype))
         along = torch.linalg.vecdot(g, x.to(g.dtype))[..., None] * r.pow(3) / x.shape[-1]
         return g.mul_(r).addcmul_(x.to(g.dtype), along, value=-1).to(x.dtype), grad_weight, None
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, in] @ weightᵀ [in, out] -> [T, out]. On a CPU, MKL takes a few rows (not one, nor many) through a slow
+    kernel, and is up to 2.5 times as fast on the same product as a batch of small ones, 64 outputs each.
+    """
+    if not 2 < len(x) < FEW or weight.dtype != torch.float32 or weight.is_cuda or len(weight) % 64:
+        return F.linear(x, weight)
+    blocks = weight.view(-1, 64, weight.shape[1]).mT
+    return torch.bmm(x.expand(len(blocks), *x.shape), blocks).transpose(0, 1).reshape(len(x), -1)
+
+
+class Linear(nn.Linear):
+    """Without a bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -303,10 +325,10 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.scale, self.softcap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
         self.layer_type, self.window = layer_type, c.sliding_window if layer_type == SLIDING else None
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
         T = x.shape[0]
@@ -329,9 +351,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: Gemma2Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
@@ -426,7 +448,7 @@ class Gemma2(nn.Module):
             logits = torch.mm(x.to(weight.dtype), weight.T, out_dtype=torch.float32)
         else:
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            logits = x.to(dtype) @ weight.to(dtype).T
+            logits = linear(x.to(dtype), weight.to(dtype))
         return softcap(logits, self.config.final_logit_softcapping)
 
     def forward(self, packed: Packed, cache: Cache | None = None) -> Tensor:
