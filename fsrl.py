@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model import Gemma2, Plan
+from model import FEW, Gemma2, Plan, linear
 from packed import Packed, pack
 from sae import JumpReLUSAE
 from simpo import sparsity
@@ -50,7 +50,10 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual stream x [T, d] -> steering v [T, F]."""
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).relu_()
+        x = x.to(self.weight.dtype)
+        if len(x) < FEW:
+            return linear(x, self.weight).add_(self.bias).relu_()
+        return F.linear(x, self.weight, self.bias).relu_()
 
     def save_pretrained(self, folder: str | Path, identity: dict) -> None:
         """Write adapter.safetensors and adapter_config.json, each whole or not at all.
@@ -158,7 +161,12 @@ class SteeredModel(nn.Module):
 
     def add(self, x: Tensor, v: Tensor) -> Tensor:
         """x' = x + v W_dec for any steering: x [rows, d], v [rows, F] -> [rows, d]."""
-        return x + v.to(self.sae.W_dec.dtype) @ self.sae.W_dec
+        v, W_dec = v.to(self.sae.W_dec.dtype), self.sae.W_dec
+        if len(x) < FEW and not v.is_cuda:  # a step of generation waits for W_dec: most of its rows are multiplied by 0
+            active = v.any(0).nonzero()[:, 0]
+            if 4 * len(active) < len(W_dec):
+                v, W_dec = v[:, active], W_dec[active]
+        return x + v @ W_dec
 
     def above(self, x: Tensor, plan: Plan) -> Tensor:
         """From the residual stream above the adapter, x' [T, d], to final states after the last norm, [T, d]."""
