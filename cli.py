@@ -40,6 +40,8 @@ def parse(settings: type, argv: list[str] | None = None, presets: dict[str, dict
         options = dict(default=field.default, help=f"{field.metadata['help']}{shown}".replace("%", "%%"))
         if typing.get_origin(kind) is tuple:  # `tuple[str, ...]`: any number of values after one flag
             kind, options["nargs"] = typing.get_args(kind)[0], "*"
+            if not field.default:  # and the flag may be repeated
+                options |= dict(action="extend", default=[])
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
