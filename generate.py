@@ -12,6 +12,7 @@ a trace shows v as it was added, at each token's own position (what a token make
 import html
 import json
 import math
+import re
 import shutil
 import sys
 import textwrap
@@ -32,6 +33,7 @@ from labels import Labels, load_labels
 from policy import Policy, open_policy
 from sources import UserError, write_whole
 
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token that is one byte
 Turns = list[tuple[str, str]]  # (role, content), role "user" or "model"
 
 
@@ -232,10 +234,13 @@ for the features steered most there. The prompt is grey.</p>
 
 
 def stable(tokenizer: Tokenizer, new: list[int]) -> str:
-    """The text of new tokens that no further token changes: without the replacement characters at its end, which stand
-    for the bytes of a character that is not whole yet.
+    """The text of new tokens that no further token changes: without the bytes at its end, which may be part of a
+    character. A whole run of them waits, since one that turns out to be no text unmakes all of it.
     """
-    return tokenizer.decode(new).rstrip("\ufffd")
+    end = len(new)
+    while end and BYTE.fullmatch(tokenizer.id_to_token(new[end - 1]) or ""):
+        end -= 1
+    return tokenizer.decode(new[:end]).rstrip("\ufffd")
 
 
 def answers(
