@@ -162,7 +162,9 @@ class SteeredModel(nn.Module):
     def add(self, x: Tensor, v: Tensor) -> Tensor:
         """x' = x + v W_dec for any steering: x [rows, d], v [rows, F] -> [rows, d]."""
         v, W_dec = v.to(self.sae.W_dec.dtype), self.sae.W_dec
-        if len(x) < FEW and not v.is_cuda:  # a step of generation waits for W_dec: most of its rows are multiplied by 0
+        # A step of generation waits for W_dec, most of whose rows are multiplied by 0. Not so under autograd: the
+        # gradient at v = 0 counts.
+        if len(x) < FEW and not v.is_cuda and not torch.is_grad_enabled():
             active = v.any(0).nonzero()[:, 0]
             if 4 * len(active) < len(W_dec):
                 v, W_dec = v[:, active], W_dec[active]

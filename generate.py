@@ -171,7 +171,7 @@ class Trace:
             features = [(k, x) for k, x in zip(indices, of, strict=True) if x]
             self.rows.setdefault(owner, []).append(dict(l1=norms[0], l0=norms[1], features=features))
 
-    def spell(self, owner: int, prompt: list[int], new: list[int], tokenizer: Tokenizer, labels: Labels | None):
+    def spell(self, owner: int, prompt: list[int], new: list[int], tokenizer: Tokenizer, labels: Labels | None) -> list:
         """Rows of one prompt with their tokens and explanations: every position but the first (<bos>)."""
         rows, explained = [], labels.explanations if labels else {}
         for i, (token, row) in enumerate(zip(prompt + new, self.rows[owner], strict=True)):
@@ -306,7 +306,8 @@ def say(text: str) -> None:
 
 def main() -> None:
     s = cli.parse(Settings, doc=__doc__)
-    conversations = [[("user", text)] for text in s.prompt] + (read_prompts(Path(s.prompts)) if s.prompts else [])
+    conversations = [_turns("--prompt", dict(prompt=text)) for text in s.prompt]
+    conversations += read_prompts(Path(s.prompts)) if s.prompts else []
     policy = open_policy(s.run, s.model, s.sae, s.sae_id, s.device, s.dtype)
     labels = None
     if s.labels and policy.steered:
@@ -328,7 +329,10 @@ def main() -> None:
             for rows in latest:
                 print_trace(rows)
         elif s.trace:
-            write_trace(Path(s.trace), traces, f"What steered {policy.name}")
+            try:
+                write_trace(Path(s.trace), traces, f"What steered {policy.name}")
+            except OSError as e:
+                raise UserError(f"--trace {s.trace}: cannot be written ({e}).") from e
 
     if not conversations:
         chat(answer, policy.model, change, lambda: leave_trace(traces[-1:]))

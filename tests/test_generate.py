@@ -159,6 +159,22 @@ def test_scale_0_is_the_base_model_and_a_changed_v_the_changed_model():
     assert decoding.generate(golden.steered, mine, 25, never, WARM, change=lambda v: v * 0.5) == expected != base
 
 
+def test_a_few_rows_give_what_many_give_with_gradients():
+    """A step's shortcuts: thin products, RMSNorm in one operation, and W_dec only where v is not 0."""
+    golden = load()
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 64, generator=g)
+    steer, norm = golden.steered, golden.model.model.layers[2].input_layernorm
+    sparse = torch.randn(64, 256, generator=g) * (torch.rand(256, generator=g) < 0.1)
+    with torch.no_grad():
+        for f in (golden.adapter, norm, golden.model.head, lambda rows: steer.add(rows, sparse[: len(rows)])):
+            for n in (1, 2, 3, 8, 15):
+                torch.testing.assert_close(f(x[:n]), f(x)[:n], atol=2e-5, rtol=1e-5)
+    v = torch.zeros(3, 256, requires_grad=True)
+    (gradient,) = torch.autograd.grad(steer.add(x[:3], v).sum(), v)
+    torch.testing.assert_close(gradient, golden.sae.W_dec.sum(1).expand(3, 256))
+
+
 # --- sampling -----------------------------------------------------------------------------------------------
 
 
