@@ -3,6 +3,7 @@
     pip install -r requirements-eval.txt
     python eval_benchmarks.py --run OUT --tasks mmlu truthfulqa_mc2 gsm8k --num-fewshot 5    the paper's Table 1
     python eval_benchmarks.py --model google/gemma-2-2b-it --tasks mmlu                      the model before training
+    python eval_benchmarks.py --run OUT --tasks ... --beside runs/base-gemma-2-2b-it         both, side by side
 
 The prompts and the metrics are the harness's, which also fetches the questions from the Hub; with --data-dir they are
 read from local files, without a network (tasks/local.py says which). Written to OUT/eval/benchmarks/: TASK.json as
@@ -12,9 +13,9 @@ results.csv at the end. The same model under the harness's own command line, wit
     python -c "import eval_benchmarks, lm_eval.__main__ as harness; harness.cli_evaluate()" run \\
         --model fsrl --model_args run=OUT --tasks truthfulqa_mc2 --include_path tasks --metadata data_dir=DIR
 
-A score is a mean over documents and means no more than its standard error allows. It depends on the prompt: compare it
-with scores of this harness only. As the harness does with Gemma, a chat template drops a system message, and with it
-the sentence that introduces an MMLU subject.
+A score is a mean over documents and says no more than its standard error allows. It depends on the prompt: compare it
+with scores of this harness, and of the same number of worked examples, only. As the harness does with Gemma, a chat
+template drops a system message, and with it the sentence that introduces an MMLU subject.
 """
 
 import csv
@@ -29,6 +30,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+
+from tqdm import tqdm
 
 try:
     import lm_eval.api.group
@@ -53,6 +56,7 @@ from sources import UserError, sha256, write_whole
 TASKS = Path(__file__).resolve().parent / "tasks"
 FEWSHOT_SEED = 1234  # the harness's default: which worked examples are drawn where a task draws them
 MAX_NEW_TOKENS = 256  # the harness's default, where a task names no limit
+SAME = ("num_fewshot", "limit", "chat_template", "max_length", "data_sha256", "lm_eval")  # where models are compared
 GENERATED = 4  # times --tokens-per-microbatch are the tokens that generation keeps keys and values of
 
 
@@ -71,7 +75,8 @@ class Settings:
     tokens_per_microbatch: int = flag(8192, "tokens per forward pass, the memory knob; no effect on the result")
     dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16"))
     device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
-    out: str | None = flag(None, "where eval/benchmarks/ goes; unset: the folder of --run, or runs/base-NAME of the model")
+    beside: tuple[str, ...] = flag((), "OUT folders evaluated before, with the same settings: columns of the table")
+    out: str | None = flag(None, "where eval/benchmarks/ goes; unset: the folder of --run, or runs/base-MODEL")
 
     def __post_init__(self):
         if not self.tasks:
@@ -139,7 +144,7 @@ class FSRL(TemplateLM):
         return self.apply_chat_template([{"role": "user", "content": "{content}"}]) if chat_template else ""
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Token ids, after one <bos> unless add_special_tokens is False. A rendered turn's markup becomes its tokens."""
+        """Token ids, after one <bos> unless add_special_tokens is False. Markup in the string becomes its tokens."""
         ids = self._encode(string)
         bos = [self.prefix_token_id]
         return ids if add_special_tokens is False or ids[:1] == bos else bos + ids
@@ -178,7 +183,7 @@ class FSRL(TemplateLM):
             groups[key, repeats[request.args[0], key]].append(i)
             repeats[request.args[0], key] += 1
         texts = [""] * len(requests)
-        bar = train.tqdm(total=len(requests), desc="generating", unit="request", leave=False, disable=disable_tqdm)
+        bar = tqdm(total=len(requests), desc="generating", unit="request", leave=False, disable=disable_tqdm)
         for (key, seed), members in groups.items():
             until, most, sampling = generation(json.loads(key), seed)
             if most >= self.max_length:
@@ -261,8 +266,7 @@ def load_tasks(s: Settings):
 
 def identity(policy: Policy, s: Settings, max_length: int) -> dict:
     """Everything a score depends on, and what identifies the weights."""
-    folders = [policy.base.folder] if policy.base.folder.is_dir() else [policy.base.folder.parent]
-    shards = {file.name: sha256(file) for folder in folders for file in sorted(folder.glob("*.safetensors"))}
+    shards = {file.name: sha256(file) for file in sorted(policy.base.folder.glob("*.safetensors"))}
     known = dict(model=str(policy.base.source), model_revision=policy.base.revision, model_sha256=shards)
     if policy.steered:
         own = policy.folder / "adapter" if (policy.folder / "adapter").is_dir() else policy.folder
@@ -276,15 +280,13 @@ def identity(policy: Policy, s: Settings, max_length: int) -> dict:
 
 
 def evaluate_task(lm: FSRL, name: str, task, s: Settings) -> dict:
-    """One task's metrics, and each document's scores."""
-    started = time.perf_counter()
-    result = lm_eval.evaluator.evaluate(
-        lm,
-        dict(tasks={name: task}, groups={}),
-        limit=s.limit,
-        apply_chat_template=s.chat_template,
-        fewshot_as_multiturn=s.chat_template,
-    )
+    """One task's metrics, and each document's scores. Raises UserError for what the harness refuses."""
+    started, alone = time.perf_counter(), dict(tasks={name: task}, groups={})
+    chat = dict(apply_chat_template=s.chat_template, fewshot_as_multiturn=s.chat_template)
+    try:
+        result = lm_eval.evaluator.evaluate(lm, alone, limit=s.limit, **chat)
+    except (AssertionError, ValueError) as e:  # too many worked examples asked for, code to execute, images to see
+        raise UserError(f"--tasks {name}: {e}") from e
     samples = []
     for sample in result["samples"][name]:
         own = {key: sample[key] for key in ("doc_id", "filter", "target", *sample["metrics"])}
@@ -313,31 +315,55 @@ def stored(path: Path, known: dict) -> dict | None:
     return result
 
 
+def _plain(x):
+    """numpy's numbers for json."""
+    return x.item() if hasattr(x, "item") else str(x)
+
+
 def rows(results: dict[str, dict]) -> list[dict]:
     """{task or group: the harness's metrics} -> a row for each metric: value, standard error, documents."""
     found = []
     for name, metrics in results.items():
         for key, value in metrics.items():
             metric, _, kind = key.partition(",")
-            if kind and not metric.endswith("_stderr"):
+            if kind and not metric.endswith("_stderr") and isinstance(value, float | int):
                 error = metrics.get(f"{metric}_stderr,{kind}")
-                error = error if isinstance(error, float) and math.isfinite(error) else None
-                found.append(
-                    dict(
-                        **dict(task=name, metric=metric, filter=kind, value=float(value), stderr=error),
-                        documents=metrics.get("sample_len"),
-                    )
-                )
+                error = float(error) if isinstance(error, float) and math.isfinite(error) else None
+                row = dict(task=name, metric=metric, filter=kind, value=float(value), stderr=error)
+                found.append(row | dict(documents=metrics.get("sample_len")))
     return found
 
 
-def print_table(found: list[dict]) -> None:
-    width = max(len(row["task"]) for row in found)
-    print(f"\n{'task':<{width}}  {'metric':<30} {'value':>7} {'± s.e.':>8} {'documents':>10}")
-    for row in found:
+def results_of(out: str, known: dict) -> list[dict]:
+    """The rows of another model's results.json. Raises UserError unless they were made under the same settings."""
+    path = Path(out) / "eval" / "benchmarks" / "results.json"
+    try:
+        result = json.loads(path.read_text())
+        theirs, found = result["identity"], result["results"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"--beside {out}: no results of this script ({e!r}).") from e
+    for key in SAME:
+        if theirs.get(key) != known.get(key):
+            raise UserError(f"--beside {out}: was evaluated with {key} {theirs.get(key)}, not {known.get(key)}.")
+    return found
+
+
+def print_table(columns: dict[str, list[dict]]) -> None:
+    """{model: its rows}; rows are those of the first model."""
+    first, *others = columns.values()
+    width = max(len(row["task"]) for row in first)
+    print("\n" + " " * (width + 33) + "documents" + "".join(f"  {name[-17:]:>17}" for name in columns))
+    for row in first:
         metric = row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})"
-        error = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
-        print(f"{row['task']:<{width}}  {metric:<30} {row['value']:7.4f} {error:>8} {row['documents']:>10}")
+        line = f"{row['task']:<{width}}  {metric:<30} {row['documents']:>9}"
+        for cell in [row, *(next((r for r in rows if _same(r, row)), None) for rows in others)]:
+            error = "" if not cell or cell["stderr"] is None else f" ± {cell['stderr']:.4f}"
+            line += "  " + (f"{cell['value']:.4f}{error}" if cell else "").rjust(17)
+        print(line)
+
+
+def _same(a: dict, b: dict) -> bool:
+    return all(a[key] == b[key] for key in ("task", "metric", "filter"))
 
 
 def evaluate(s: Settings) -> Path:
@@ -346,15 +372,16 @@ def evaluate(s: Settings) -> Path:
     folder = out / "eval" / "benchmarks"
     loaded = load_tasks(s)
     known = json.loads(json.dumps(identity(lm.policy, s, lm.max_length)))
+    beside = {Path(other).name: results_of(other, known) for other in s.beside}
     done = {name: stored(folder / f"{name}.json", known) for name in loaded["tasks"]}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {out}: cannot be written ({e}).") from e
-    for name, task in train.tqdm(loaded["tasks"].items(), desc="tasks", unit="task", disable=len(done) == 1):
+    for name, task in tqdm(loaded["tasks"].items(), desc="tasks", unit="task", disable=len(done) == 1):
         if done[name] is None:
             done[name] = dict(identity=known, **evaluate_task(lm, name, task, s))
-            write_whole(folder / f"{name}.json", json.dumps(done[name], default=str) + "\n")
+            write_whole(folder / f"{name}.json", json.dumps(done[name], default=_plain) + "\n")
 
     metrics = {name: result["metrics"] for name, result in done.items()}
     groups = {name: group.aggregate(metrics) for name, group in loaded["groups"].items() if group.has_aggregation}
@@ -365,7 +392,8 @@ def evaluate(s: Settings) -> Path:
     writer.writerows(found)
     write_whole(folder / "results.csv", text.getvalue())
     write_whole(folder / "results.json", json.dumps(dict(identity=known, results=found), indent=2) + "\n")
-    print_table(found)
+    if found:
+        print_table({out.name: found} | beside)
     print(f"Written to {folder}: results.json, results.csv, and every document's scores in a file for each task")
     return folder
 

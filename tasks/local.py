@@ -1,4 +1,4 @@
-"""The benchmarks' rows, from a folder of jsonl files instead of the Hub; the yaml files beside this one name its functions.
+"""The benchmarks' rows from a folder of jsonl files instead of the Hub, for the yaml files beside this one.
 
     truthfulqa_mc.jsonl        {question, mc1_targets: {choices, labels}, mc2_targets: {choices, labels}}
     gsm8k_train*.jsonl         {question, answer}, the worked examples are drawn from these
