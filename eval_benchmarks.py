@@ -11,7 +11,8 @@ each task ends, with every document's score, so that an interrupted run goes on 
 results.csv at the end. The same model under the harness's own command line, with all of its flags:
 
     python -c "import eval_benchmarks, lm_eval.__main__ as harness; harness.cli_evaluate()" run \\
-        --model fsrl --model_args run=OUT --tasks truthfulqa_mc2 --include_path tasks --metadata data_dir=DIR
+        --model fsrl --model_args run=OUT --device auto --tasks truthfulqa_mc2 \\
+        --include_path tasks --metadata data_dir=DIR
 
 A score is a mean over documents and says no more than its standard error allows. It depends on the prompt: compare it
 with scores of this harness, and of the same number of worked examples, only. As the harness does with Gemma, a chat

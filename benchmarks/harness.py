@@ -5,7 +5,7 @@
 
 Builds a Gemma-2 of a given shape with random weights and a byte-level BPE trained on the questions, saves them as a
 Hugging Face folder, and evaluates the same documents with both in turn: ours, then hf at each of --batch-sizes, round
-after round. hf is transformers' model as lm-eval loads it, with eager attention, the only one there that knows Gemma-2's
+after round. hf is transformers' model as lm-eval loads it, with eager attention, the one there that knows Gemma-2's
 softcap on a CPU. The time is that of lm_eval's evaluate(), prompts and metrics included. Prints one line of JSON: ratio
 is documents per second, ours over hf at the batch size where hf is fastest, median over rounds; beside it the largest
 differences between the two's log-likelihoods and scores of single documents. Random weights score at chance: the
