@@ -39,6 +39,8 @@ def rows(path: Path, benchmark: str) -> list[dict]:
     """All rows of a file. Raises UserError naming the row that lacks a column."""
     found = []
     for where, row in read_rows([DataFile(path, None)], None):
+        if isinstance(row, UserError):
+            raise row
         for column, kind in COLUMNS[benchmark].items():
             if not isinstance(row.get(column), kind):
                 raise UserError(f"{where}: its {column} is {row.get(column)!r}; a {kind.__name__} was expected.")
