@@ -5,11 +5,11 @@
 
 Builds a Gemma-2 of a given shape with random weights and a byte-level BPE trained on the questions, saves them as a
 Hugging Face folder, and evaluates the same documents with both in turn: ours, then hf at each of --batch-sizes, round
-after round. hf is transformers' model as lm-eval loads it, with eager attention, the one there that knows Gemma-2's
-softcap on a CPU. The time is that of lm_eval's evaluate(), prompts and metrics included. Prints one line of JSON: ratio
-is documents per second, ours over hf at the batch size where hf is fastest, median over rounds; beside it the largest
-differences between the two's log-likelihoods and scores of single documents. Random weights score at chance: the
-scores' equality is what they are good for.
+after round. hf is transformers' model as lm-eval loads it, with eager attention (its sdpa has no softcap). The time is
+that of lm_eval's evaluate(), prompts and metrics included. Prints one line of JSON: ratio is documents per second, ours
+over hf at the batch size where hf is fastest, median over rounds; beside it the largest differences between the two's
+log-likelihoods and scores of single documents. Random weights score at chance: the scores' equality is what they are
+good for.
 """
 
 import contextlib
@@ -34,6 +34,7 @@ import eval_benchmarks
 from benchmarks.throughput import SHAPES, synchronise
 from cli import flag
 from model import Gemma2
+from sources import UserError
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 
@@ -51,6 +52,10 @@ class Settings:
     device: str = flag("cpu", "cpu or cuda")
     tokens_per_microbatch: int = flag(8192, "ours only")
     seed: int = flag(0, "seed of the weights")
+
+    def __post_init__(self):
+        if self.data_dir is None:
+            raise UserError("--data-dir: the folder of questions was expected (tasks/local.py says which files).")
 
 
 def build(folder: Path, s: Settings) -> None:
