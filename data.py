@@ -222,6 +222,13 @@ class _Encoder:
         return [self.start, *ids[f"model\n{content}"], self.end, *ids["\n"], self.eos]
 
 
+def prompt_ids(tokenizer: Tokenizer, turns: list[tuple[str, str]]) -> list[int]:
+    """Token ids of a prompt of (role, content) turns, role "user" or "model": what Conversation.prompt becomes."""
+    encoder = _Encoder(tokenizer)
+    turns = [(role, content.strip()) for role, content in turns]
+    return encoder.prompt(turns, encoder(["\n", *(f"{role}\n{content}" for role, content in turns)]))
+
+
 def truncate(pair: Pair, max_length: int, max_prompt_length: int) -> Pair:
     """Where prompt + longer response exceed max_length, the prompt keeps its last max_prompt_length tokens; where
     that is not enough, each response keeps its first max_length - max_prompt_length.

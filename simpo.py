@@ -27,6 +27,23 @@ def token_logps(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float |
     return _TokenLogps.apply(hidden, weight, target, softcap)
 
 
+class TokenScores(NamedTuple):
+    logp: Tensor  # float32 [N], as token_logps
+    greedy: Tensor  # bool [N], no other token is likelier: greedy decoding would have taken this one
+
+
+@torch.no_grad()
+def token_scores(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> TokenScores:
+    """token_logps for evaluation, which also says whether each target is the likeliest token at its place."""
+    logps = torch.empty(len(hidden), dtype=_precise(hidden.dtype), device=hidden.device)
+    greedy = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+    with _products(weight) as weight:
+        spare = _spare(hidden, weight)
+        for rows in _chunks(hidden, weight):
+            logps[rows], _ = _chunk(hidden[rows], weight, target[rows], softcap, False, spare, greedy[rows])
+    return TokenScores(logps, greedy)
+
+
 class _TokenLogps(torch.autograd.Function):
     """z = c tanh(h Wᵀ / c),  log softmax(z)[y] = z_y - log Σ exp z, a chunk of tokens at a time.
 
@@ -74,9 +91,12 @@ class _TokenLogps(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-def _chunk(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None, want_gradient: bool, spare):
+def _chunk(
+    hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None, want_gradient: bool, spare, greedy=None
+):
     """Log-probabilities [n] of a chunk and, if wanted, their gradient with respect to h Wᵀ, [n, V].
 
+    greedy: bool [n] to fill in, where each target's logit is the largest.
     Works in the two buffers of _spare: fresh memory for every chunk would cost a page fault for every 4 KB.
     """
     z, tanh = (buffer[: len(hidden)] for buffer in spare)
@@ -88,6 +108,8 @@ def _chunk(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None
         z = _matmul(hidden, weight.T, out=z)
         shift = z.amax(1, keepdim=True)
     z_target = z.gather(1, target[:, None])
+    if greedy is not None:
+        torch.eq(z_target.squeeze(1), z.amax(1), out=greedy)
     e = z.exp_() if softcap else z.sub_(shift).exp_()
     total = e.sum(1, keepdim=True)
     logps = (z_target - shift - total.log()).squeeze(1)

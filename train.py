@@ -46,8 +46,8 @@ from tqdm import tqdm
 import checkpoint
 import cli
 import data
+import decoding
 import distributed
-import generate
 import sae as saes
 import simpo
 import tiny
@@ -310,7 +310,7 @@ def _train(s: Settings, ranks: Ranks) -> Path:
     log = distributed.together(ranks, lambda: open_run(out, s, model, preferences, ranks))
     started = time.perf_counter()
     shown = [list(prompt) for prompt in dict.fromkeys(tuple(p.prompt) for p in eval_pairs or pairs)][:2]
-    samples = [(prompt, generate.greedy(model, tokenizer, prompt)) for prompt in shown]
+    samples = [(prompt, decoding.greedy(model, tokenizer, prompt)) for prompt in shown]
 
     first = restore(out, model, trained, optimizer, log, s, ranks)
     step, saved = first, first
@@ -368,7 +368,7 @@ def _train(s: Settings, ranks: Ranks) -> Path:
     stop.restore()
 
     distributed.together(ranks, lambda: save(out, model, s, ranks))
-    after = [generate.greedy(model, tokenizer, prompt) for prompt in shown]
+    after = [decoding.greedy(model, tokenizer, prompt) for prompt in shown]
     if ranks.first:
         draw(log.rows, out / "loss.png", s)
         for (prompt, before), now in zip(samples, after, strict=True):

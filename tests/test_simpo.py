@@ -30,6 +30,19 @@ def test_chunked_logps_equal_the_full_log_softmax(monkeypatch, softcap, chunk, t
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("softcap", [30.0, None])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_scores_say_which_targets_are_likeliest(monkeypatch, softcap, chunk):
+    g = torch.Generator().manual_seed(chunk)
+    hidden, weight = torch.randn(40, 8, generator=g), torch.randn(50, 8, generator=g)
+    best = (hidden @ weight.T).argmax(1)
+    target = torch.where(torch.arange(40) % 3 > 0, best, torch.randint(0, 50, (40,), generator=g))
+    monkeypatch.setitem(simpo.CHUNK_ELEMENTS, "cpu", chunk * 50)
+    scores = simpo.token_scores(hidden, weight, target, softcap)
+    assert torch.equal(scores.greedy, target == best) and 20 < scores.greedy.sum() < 40
+    assert torch.equal(scores.logp, simpo.token_logps(hidden, weight, target, softcap))
+
+
 def test_a_frozen_head_gets_no_gradient_and_evaluation_keeps_none():
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(50, 8)
     simpo.token_logps(hidden, weight, torch.arange(5), 30.0).sum().backward()

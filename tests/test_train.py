@@ -131,7 +131,7 @@ def test_the_frozen_parts_are_bit_identical_after_training(tmp_path, monkeypatch
         return steered, tokenizer
 
     monkeypatch.setattr(train, "load", watched)
-    monkeypatch.setattr(train.generate, "greedy", lambda *_: "")
+    monkeypatch.setattr(train.decoding, "greedy", lambda *_: "")
     train.train(
         train.Settings(
             **dict(model=str(GOLDEN / "model"), sae=str(GOLDEN / "sae"), sae_id=SAE_ID, data=str(GOLDEN / "dataset")),
