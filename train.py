@@ -171,15 +171,20 @@ def score(model: nn.Module, packed: Packed, s: Settings, x: Tensor | None = None
         hidden, l1, l0 = model(packed), *torch.zeros(2, len(packed.tokens), device=packed.tokens.device)
     else:
         hidden, l1, l0 = model(packed, x)
-    head, softcap = base.model.embed_tokens.weight, base.config.final_logit_softcapping
+    losses, chosen, rejected = preference(base, hidden, packed, s)
+    # Multiplied and summed, not a dot product: autocast would round that to bfloat16.
+    return Scores(losses, chosen, rejected, (l1 * packed.copies).sum(), (l0 * packed.copies).sum())
+
+
+def preference(model: Gemma2, hidden: Tensor, packed: Packed, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Final states [T, d] of packed pairs -> SimPO losses and mean log-probabilities, chosen and rejected, each [P]."""
+    head, softcap = model.model.embed_tokens.weight, model.config.final_logit_softcapping
     if s.dtype == "bfloat16":  # of float32 masters (--full) too: the head's products are the largest of all
         head = head.to(torch.bfloat16)
     logps = simpo.token_logps(hidden[packed.source], head, packed.target, softcap)
     logps = simpo.mean_logps(logps, packed.sequence, packed.lengths)
     chosen, rejected = logps[0::2], logps[1::2]
-    losses = simpo.simpo_loss(chosen, rejected, s.beta, s.gamma_ratio)
-    # Multiplied and summed, not a dot product: autocast would round that to bfloat16.
-    return Scores(losses, chosen, rejected, (l1 * packed.copies).sum(), (l0 * packed.copies).sum())
+    return simpo.simpo_loss(chosen, rejected, s.beta, s.gamma_ratio), chosen, rejected
 
 
 def means(sums: Tensor, pairs: int, positions: int, beta: float) -> dict[str, float]:
