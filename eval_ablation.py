@@ -27,12 +27,9 @@ at every position, from at most --static-pairs training pairs, none of whose fir
 the best on the evaluation pairs themselves, which favours these baselines.
 """
 
-import csv
-import io
 import json
 import math
 import re
-import textwrap
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -40,35 +37,29 @@ from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 import cli
 import data
+import figures
+import report
 import train
 from attribution import KINDS, Attribution, attribution
 from cli import flag
 from data import Pair
+from eval_features import TINY_LABELS, Row, described, out_folder, write_table
 from fsrl import SteeredModel
 from labels import Labels, load_labels
 from policy import Policy, eval_pairs, open_policy
-from sources import TINY, UserError, publish
+from sources import UserError, publish
 
 MASKS_AT_ONCE = 8  # steered streams [T, d] alive together
 CONTROLS = ("category", "matched", "random")  # kinds of feature sets: a category itself, then its controls
-TINY_LABELS = tuple(str(TINY / "labels" / f"{kind}.jsonl") for kind in ("fires", "promotes"))
-COLOUR = dict(
-    zip(("base model", "policy", *CONTROLS), ("#7a7a7a", "#d1495b", "#d1495b", "#3d6b8e", "#9aa7b1"), strict=True)
-)
 TOP = 30  # features in attribution_features.csv and .json
 
 
@@ -274,8 +265,6 @@ def feature_sets(tables: list[Labels], usage: np.ndarray, random_sets: int, seed
 
 # --- tables -------------------------------------------------------------------------------------------------
 
-Row = dict[str, object]
-
 
 def topk_rows(percents: list[float], features: int, losses: Tensor, s: Settings) -> list[Row]:
     """Figure 2. losses [conditions, P]: the base model's (0 %) first, the policy's (100 %) last."""
@@ -401,165 +390,16 @@ def top_rows(columns: dict, tables: list[Labels]) -> list[Row]:
     return rows
 
 
-# --- files --------------------------------------------------------------------------------------------------
-
-
-def described(table: Labels) -> dict:
-    """What a table says about the labels it was made with."""
-    named = dict(name=table.name, kind=table.kind, matched=table.matched, judge=getattr(table, "judge", None))
-    return named | dict(file=table.path.name, sha256=table.sha256)
-
-
-def write_table(folder: Path, name: str, about: dict, rows: list[Row], draw) -> None:
-    """name.csv, name.json and name.png of the same rows."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    (folder / f"{name}.csv").write_text(text.getvalue())
-    (folder / f"{name}.json").write_text(json.dumps(dict(about=about, rows=rows), indent=1, allow_nan=False) + "\n")
-    draw(rows, about).savefig(folder / f"{name}.png", dpi=150)
-
-
-def finish(figure: Figure, title: str, about: dict) -> Figure:
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left", fontweight="bold")
-    plt.close(figure)
-    return figure
-
-
-# --- figures ------------------------------------------------------------------------------------------------
-
-
-def draw_topk(rows: list[Row], about: dict) -> Figure:
-    """Figure 2: loss against the share of the dictionary kept, on a log axis; base model and policy as lines."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for row, name in ((rows[0], "base model (0 %)"), (rows[-1], "policy (100 %)")):
-        colour = COLOUR[name.split(" (")[0]]
-        axes.axhspan(row["low"], row["high"], color=colour, alpha=0.12, lw=0)
-        axes.axhline(row["loss"], color=colour, lw=1, ls="--", label=f"{name}: {row['loss']:.3f}")
-    inner = rows[1:-1]
-    at, loss = [row["percent"] for row in inner], [row["loss"] for row in inner]
-    axes.fill_between(at, [row["low"] for row in inner], [row["high"] for row in inner], alpha=0.2, lw=0, color="C0")
-    axes.plot(at, loss, "o-", ms=4, color="C0", label="top k %")
-    for row in inner:
-        axes.annotate(
-            f"{row['features']}", (row["percent"], row["loss"]), (0, 5), textcoords="offset points", fontsize=7
-        )
-    axes.set(xscale="log", xlabel="% of the dictionary kept at each position (above each point: features)")
-    axes.set(ylabel="SimPO loss", ylim=(min(0, *loss), None))
-    axes.legend(frameon=False, fontsize=8)
-    return finish(figure, "Loss with only the largest features kept (Figure 2)", about)
-
-
-def draw_ablation(rows: list[Row], about: dict) -> Figure:
-    """Of each category the loss added by zeroing it, above its controls."""
-    groups = list(dict.fromkeys((row["labels"], row["category"]) for row in rows))
-    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.75 * len(groups)), layout="constrained")
-    ticks = []
-    for y, (name, category) in enumerate(groups):
-        here = [row for row in rows if (row["labels"], row["category"]) == (name, category)]
-        ticks.append(f"{name}: {category}\n{here[0]['features']:,} features, {here[0]['used']:,} used")
-        for kind, offset in (("category", -0.22), ("matched", 0.0), ("random", 0.22)):
-            sets = [row for row in here if row["set"].split()[0] == kind]
-            for row in sets:
-                axes.plot(
-                    [row["low"], row["high"]], [y + offset] * 2, color=COLOUR[kind], lw=3, alpha=1 / (1 + len(sets))
-                )
-            deltas = [row["delta"] for row in sets]
-            label = dict(category="the category", matched="matched on usage", random="random sets, as many features")
-            axes.plot(
-                deltas, [y + offset] * len(sets), "o", ms=4, color=COLOUR[kind], label=label[kind] if not y else None
-            )
-    axes.axvline(0, color="black", lw=0.8)
-    axes.set_yticks(range(len(groups)), ticks, fontsize=8)
-    axes.set(ylim=(len(groups) - 0.5, -0.5), xlabel="SimPO loss added by zeroing the features (95 % over pairs)")
-    axes.grid(axis="x", lw=0.4)
-    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
-    return finish(figure, "Zeroing a category, and controls", about)
-
-
-def draw_static(rows: list[Row], about: dict) -> Figure:
-    """Losses of static steering against its coefficient, and against the number of features."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained", width_ratios=(3, 2))
-    curves = {
-        name: [row for row in rows if row["steering"] == name] for name in dict.fromkeys(r["steering"] for r in rows)
-    }
-    for axes in panels:
-        for name in ("base model", "policy"):
-            (row,) = curves[name]
-            axes.axhspan(row["low"], row["high"], color=COLOUR[name], alpha=0.12, lw=0)
-            label = f"{name}: {row['loss']:.3f}" if axes is panels[0] else None
-            axes.axhline(row["loss"], color=COLOUR[name], lw=1, ls="--", label=label)
-    for i, (name, here) in enumerate(curves.items()):
-        if name in ("base model", "policy"):
-            continue
-        axes, key = (panels[1], "features") if name == "top features" else (panels[0], "coefficient")
-        here = sorted(here, key=lambda row: row[key])
-        at = [row[key] for row in here]
-        axes.fill_between(at, [r["low"] for r in here], [r["high"] for r in here], alpha=0.15, lw=0, color=f"C{i - 2}")
-        axes.plot(at, [r["loss"] for r in here], "o-", ms=4, color=f"C{i - 2}", label=name)
-    panels[0].set(xlabel="coefficient c", ylabel="SimPO loss")
-    if any(row["coefficient"] for row in rows):
-        panels[0].set_xscale("symlog", linthresh=min(abs(r["coefficient"]) for r in rows if r["coefficient"]))
-    panels[1].set(xscale="log", xlabel="m, the features of largest mean v")
-    for axes in panels:
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
-    axes.set_ylim(0, 1.1 * max(max(r["loss"] for r in rows if r["loss"] <= 4 * rows[0]["loss"]), rows[0]["high"]))
-    return finish(figure, "Steering that does not read its context", about)
-
-
-def draw_attribution(rows: list[Row], about: dict) -> Figure:
-    """Shares of the loss's change by category, each bar divided by where the features steered."""
-    groups = list(dict.fromkeys((row["labels"], row["category"]) for row in rows))
-    figure, axes = plt.subplots(figsize=(8, 1.6 + 0.45 * len(groups)), layout="constrained")
-    for y, group in enumerate(groups):
-        here = {row["where"]: row for row in rows if (row["labels"], row["category"]) == group}
-        ends = {1: 0.0, -1: 0.0}  # bars to the right and to the left of zero
-        for i, where in enumerate(KINDS):
-            share = here[where]["share"]
-            sign = 1 if share >= 0 else -1
-            axes.barh(y, share, left=ends[sign], height=0.6, color=f"C{i}", label=where if y == 0 else None)
-            ends[sign] += share
-        whole = here["(all)"]
-        axes.plot([whole["low"], whole["high"]], [y, y], color="black", lw=1.5)
-        axes.plot(whole["share"], y, "o", color="black", ms=4)
-    axes.axvline(0, color="black", lw=0.8)
-    ticks = [f"{name}: {category}" if name else "all features" for name, category in groups]
-    axes.set_yticks(range(len(groups)), ticks, fontsize=8)
-    axes.set(ylim=(len(groups) - 0.5, -0.5), xlabel="share of the change in SimPO loss (line: 95 % over pairs)")
-    axes.grid(axis="x", lw=0.4)
-    axes.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
-    return finish(figure, f"Who earned the change of {about['change']:.3f} in loss", about)
-
-
-def draw_features(rows: list[Row], about: dict) -> Figure:
-    """The largest shares, feature by feature, with a standard error."""
-    names = [table["name"] for table in about["labels"]]
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.24 * len(rows)), layout="constrained")
-    errors = [row["error"] for row in rows]
-    axes.barh(range(len(rows)), [row["share"] for row in rows], xerr=errors, color="C0", error_kw=dict(lw=1))
-    ticks = []
-    for row in rows:
-        text = next((row[f"explanation_{name}"] for name in names if row[f"explanation_{name}"]), "")
-        said = "; ".join(f"{name}: {row[name]}" for name in names if row[name])
-        ticks.append(textwrap.shorten(f"{row['feature']}  {said}  {text}", 90, placeholder="…"))
-    axes.set_yticks(range(len(rows)), ticks, fontsize=7)
-    axes.invert_yaxis()
-    axes.axvline(0, color="black", lw=0.8)
-    axes.set_xlabel("share of the change in SimPO loss (line: standard error over pairs)")
-    return finish(figure, "The features with the largest shares", about)
-
-
 # --- the evaluation -----------------------------------------------------------------------------------------
 
 
 def main() -> None:
     s = cli.parse(Settings, doc=__doc__)
+    out = out_folder(s)
     policy = open_policy(s.run, device=s.device, dtype=s.dtype)
     steered, settings = policy.steered, replace(policy.settings, tokens_per_microbatch=s.tokens_per_microbatch)
     if steered is None:
-        raise UserError(f"--run {s.run}: holds a whole model and no adapter; there are no features to take away.")
+        raise UserError(f"--run {s.run}: has no adapter; a model trained whole has no features to take away.")
     paths = s.labels or (TINY_LABELS if settings.sae == "tiny" else ())
     tables = [load_labels(path, steered.sae, s.assume_labels_match) for path in paths]
     if len({table.name for table in tables}) < len(tables):
@@ -572,7 +412,6 @@ def main() -> None:
         train_pairs, train_source = eval_pairs(policy, settings.data, s.static_pairs, split="train")
         about |= dict(static_data=train_source, static_pairs=len(train_pairs))
         directions = static_directions(measure(policy, train_pairs, settings), steered, s)
-    folder = (Path(s.out) if s.out else policy.folder) / "eval"
 
     means = measure(policy, pairs, settings)
     usage = means.usage.cpu().numpy()
@@ -580,12 +419,12 @@ def main() -> None:
     percents = sorted({percent for percent in s.keep if 0 < percent < 100})
     conditions = all_losses(policy, pairs, settings, [kept(p, len(usage)) for p in percents], sets, directions[1])
     base, full = conditions.topk[0], conditions.topk[-1]
-    outputs = [("topk", about, topk_rows([0.0, *percents, 100.0], len(usage), conditions.topk, s), draw_topk)]
+    outputs = [("topk", about, topk_rows([0.0, *percents, 100.0], len(usage), conditions.topk, s), figures.topk)]
     if sets:
         rows = ablation_rows(sets, conditions.ablation, full, usage, s)
-        outputs.append(("ablation", about, rows, draw_ablation))
+        outputs.append(("ablation", about, rows, figures.ablation))
     if s.static_pairs:
-        outputs.append(("static", about, static_rows(directions[0], conditions.static, base, full, s), draw_static))
+        outputs.append(("static", about, static_rows(directions[0], conditions.static, base, full, s), figures.static))
     columns = None
     if s.steps:
         members = [torch.from_numpy(mask) for _, _, mask in categories(tables)]
@@ -593,19 +432,21 @@ def main() -> None:
         found = attribution(policy, pairs, settings, s.steps, members)
         more = about | dict(steps=s.steps, change=found.change, residual=found.residual)
         columns = feature_columns(found, tables, means)
-        outputs.append(("attribution", more, attribution_rows(found, tables, usage > 0, s), draw_attribution))
-        outputs.append(("attribution_features", more, top_rows(columns, tables), draw_features))
+        outputs.append(("attribution", more, attribution_rows(found, tables, usage > 0, s), figures.attribution))
+        outputs.append(("attribution_features", more, top_rows(columns, tables), figures.attribution_features))
 
-    with publish(folder / "masks") as part:
+    with publish(out / "eval" / "masks") as part:
         for feature_set in sets:
             write_mask(part, feature_set)
-    with publish(folder) as part:
+    with publish(out / "eval") as part:
         for name, its_about, rows, draw in outputs:
             write_table(part, name, its_about, rows, draw)
         if columns:
             pq.write_table(pa.table(columns), part / "attribution_features.parquet")
     print_summary(outputs)
-    print(f"Written to {folder}: {', '.join(name for name, *_ in outputs)}, each as csv, json and png; masks/")
+    if (out / "report.html").is_file():
+        report.write_report(out)
+    print(f"Written to {out / 'eval'}: {', '.join(name for name, *_ in outputs)} (csv, json, png), masks/")
 
 
 def kept(percent: float, features: int) -> int:

@@ -1,7 +1,7 @@
-"""The tables of eval_features.py as pictures: rows in, a matplotlib Figure out. Nothing is computed here.
+"""The tables of eval_features.py and eval_ablation.py as pictures: rows in, a matplotlib Figure out.
 
-Every number drawn stands in the rows; about says which labels were used, and is printed under each figure. Call and
-save under plt.rc_context(STYLE).
+Nothing is computed here: every number drawn stands in the rows. about says which labels were used, and is printed under
+each figure. Call and save under plt.rc_context(STYLE).
 """
 
 import textwrap
@@ -19,6 +19,8 @@ STYLE = {
 
 COLOUR = {"adapter": "#d1495b", "sae": "#3d6b8e"}
 NAME = {"adapter": "adapter (v)", "sae": "SAE (f)"}
+CONDITION_COLOUR = {"base model": "#7a7a7a", "policy": "#d1495b"}  # of eval_ablation.py, and its sets of features:
+CONDITION_COLOUR |= {"category": "#d1495b", "matched": "#3d6b8e", "random": "#9aa7b1"}
 CONTEXT_COLOUR = {"prompt": "#7a7a7a", "prompt+chosen": "#2a9d6f", "prompt+rejected": "#d98032"}
 
 
@@ -184,3 +186,140 @@ def l0_by_position(rows: list[dict], about: dict) -> Figure:
     grid[0].legend(frameon=False, fontsize=8)
     grid[1].set_xlabel("position in the sequence (<bos>, at 0, is left out); cut off where few positions remain")
     return finish(figure, "L0 by position", about)
+
+
+def topk(rows: list[dict], about: dict) -> Figure:
+    """Figure 2: loss against the share of the dictionary kept, on a log axis; base model and policy as lines."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for row, name in ((rows[0], "base model (0 %)"), (rows[-1], "policy (100 %)")):
+        colour = CONDITION_COLOUR[name.split(" (")[0]]
+        axes.axhspan(row["low"], row["high"], color=colour, alpha=0.12, lw=0)
+        axes.axhline(row["loss"], color=colour, lw=1, ls="--", label=f"{name}: {row['loss']:.3f}")
+    inner = rows[1:-1]
+    at, loss = [row["percent"] for row in inner], [row["loss"] for row in inner]
+    axes.fill_between(at, [row["low"] for row in inner], [row["high"] for row in inner], alpha=0.2, lw=0, color="C0")
+    axes.plot(at, loss, "o-", ms=4, color="C0", label="top k %")
+    for row in inner:
+        axes.annotate(
+            f"{row['features']}", (row["percent"], row["loss"]), (0, 5), textcoords="offset points", fontsize=7
+        )
+    axes.set(xscale="log", xlabel="% of the dictionary kept at each position (above each point: features)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(ylabel="SimPO loss", ylim=(min(0, *loss), None))
+    axes.legend(frameon=False, fontsize=8)
+    return finish(figure, "Loss with only the largest features kept (Figure 2)", about)
+
+
+def ablation(rows: list[dict], about: dict) -> Figure:
+    """Of each category the loss added by zeroing it, above its controls."""
+    groups = list(dict.fromkeys((row["labels"], row["category"]) for row in rows))
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.75 * len(groups)), layout="constrained")
+    ticks = []
+    for y, (name, category) in enumerate(groups):
+        here = [row for row in rows if (row["labels"], row["category"]) == (name, category)]
+        ticks.append(f"{name}: {category}\n{here[0]['features']:,} features, {here[0]['used']:,} used")
+        for kind, offset in (("category", -0.22), ("matched", 0.0), ("random", 0.22)):
+            sets = [row for row in here if row["set"].split()[0] == kind]
+            for row in sets:
+                axes.plot(
+                    [row["low"], row["high"]],
+                    [y + offset] * 2,
+                    color=CONDITION_COLOUR[kind],
+                    lw=3,
+                    alpha=1 / (1 + len(sets)),
+                )
+            deltas = [row["delta"] for row in sets]
+            label = dict(category="the category", matched="matched on usage", random="random sets, as many features")
+            axes.plot(
+                deltas,
+                [y + offset] * len(sets),
+                "o",
+                ms=4,
+                color=CONDITION_COLOUR[kind],
+                label=label[kind] if not y else None,
+            )
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set_yticks(range(len(groups)), ticks, fontsize=8)
+    axes.set(ylim=(len(groups) - 0.5, -0.5), xlabel="SimPO loss added by zeroing the features (95 % over pairs)")
+    axes.grid(axis="x", lw=0.4)
+    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    return finish(figure, "Zeroing a category, and controls", about)
+
+
+def static(rows: list[dict], about: dict) -> Figure:
+    """Losses of static steering against its coefficient, and against the number of features."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained", width_ratios=(3, 2))
+    curves = {
+        name: [row for row in rows if row["steering"] == name] for name in dict.fromkeys(r["steering"] for r in rows)
+    }
+    for axes in panels:
+        for name in ("base model", "policy"):
+            (row,) = curves[name]
+            axes.axhspan(row["low"], row["high"], color=CONDITION_COLOUR[name], alpha=0.12, lw=0)
+            label = f"{name}: {row['loss']:.3f}" if axes is panels[0] else None
+            axes.axhline(row["loss"], color=CONDITION_COLOUR[name], lw=1, ls="--", label=label)
+    for i, (name, here) in enumerate(curves.items()):
+        if name in ("base model", "policy"):
+            continue
+        axes, key = (panels[1], "features") if name == "top features" else (panels[0], "coefficient")
+        here = sorted(here, key=lambda row: row[key])
+        at = [row[key] for row in here]
+        axes.fill_between(at, [r["low"] for r in here], [r["high"] for r in here], alpha=0.15, lw=0, color=f"C{i - 2}")
+        axes.plot(at, [r["loss"] for r in here], "o-", ms=4, color=f"C{i - 2}", label=name)
+    panels[0].set(xlabel="coefficient c", ylabel="SimPO loss")
+    if all(row["coefficient"] is None or row["coefficient"] > 0 for row in rows):
+        panels[0].set_xscale("log")
+    panels[1].set(xscale="log", xlabel="m, the features of largest mean v")
+    for axes in panels:
+        axes.xaxis.set_major_formatter("{x:g}")
+    for axes in panels:
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
+    axes.set_ylim(0, 1.1 * max(max(r["loss"] for r in rows if r["loss"] <= 4 * rows[0]["loss"]), rows[0]["high"]))
+    return finish(figure, "Steering that does not read its context", about)
+
+
+def attribution(rows: list[dict], about: dict) -> Figure:
+    """Shares of the loss's change by category, each bar divided by where the features steered."""
+    groups = list(dict.fromkeys((row["labels"], row["category"]) for row in rows))
+    figure, axes = plt.subplots(figsize=(8, 1.6 + 0.45 * len(groups)), layout="constrained")
+    for y, group in enumerate(groups):
+        here = {row["where"]: row for row in rows if (row["labels"], row["category"]) == group}
+        ends = {1: 0.0, -1: 0.0}  # bars to the right and to the left of zero
+        for i, where in enumerate(where for where in here if where != "(all)"):
+            share = here[where]["share"]
+            sign = 1 if share >= 0 else -1
+            axes.barh(y, share, left=ends[sign], height=0.6, color=f"C{i}", label=where if y == 0 else None)
+            ends[sign] += share
+        whole = here["(all)"]
+        axes.plot([whole["low"], whole["high"]], [y, y], color="black", lw=1.5)
+        axes.plot(whole["share"], y, "o", color="black", ms=4)
+    axes.axvline(0, color="black", lw=0.8)
+    ticks = [f"{name}: {category}" if name else "all features" for name, category in groups]
+    axes.set_yticks(range(len(groups)), ticks, fontsize=8)
+    axes.set(ylim=(len(groups) - 0.5, -0.5), xlabel="share of the change in SimPO loss (line: 95 % over pairs)")
+    axes.grid(axis="x", lw=0.4)
+    axes.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+    return finish(figure, f"Who earned the change of {about['change']:.3f} in loss", about)
+
+
+def attribution_features(rows: list[dict], about: dict) -> Figure:
+    """The largest shares, feature by feature, with a standard error and what the label files say."""
+    names = [table["name"] for table in about["labels"]]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 1.4 + 0.22 * len(rows)), sharey=True, layout="constrained", width_ratios=(2, 3)
+    )
+    error = [row["error"] for row in rows]
+    left.barh(range(len(rows)), [row["share"] for row in rows], xerr=error, color="#3d6b8e", error_kw=dict(lw=1))
+    left.set_yticks(range(len(rows)), [row["feature"] for row in rows], fontsize=7)
+    left.set_ylim(len(rows) - 0.4, -0.6)
+    left.axvline(0, color="black", lw=0.8)
+    left.set_xlabel("share of the change in SimPO loss (line: standard error)", fontsize=8)
+    left.set_ylabel("feature")
+    for y, row in enumerate(rows):
+        said = "; ".join(f"{name}: {row[name]}" for name in names if row[name])
+        text = next((row[f"explanation_{name}"] for name in names if row[f"explanation_{name}"]), "")
+        right.text(0, y, textwrap.shorten(" | ".join(filter(None, (said, text))), 110, placeholder="…"),
+                   va="center", fontsize=7)  # fmt: skip
+    right.set_axis_off()
+    return finish(figure, "The features with the largest shares", about)
