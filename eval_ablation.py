@@ -419,12 +419,13 @@ def main() -> None:
     percents = sorted({percent for percent in s.keep if 0 < percent < 100})
     conditions = all_losses(policy, pairs, settings, [kept(p, len(usage)) for p in percents], sets, directions[1])
     base, full = conditions.topk[0], conditions.topk[-1]
-    outputs = [("topk", about, topk_rows([0.0, *percents, 100.0], len(usage), conditions.topk, s), figures.topk)]
+    plain = about | dict(labels=[])  # of tables that no label enters
+    outputs = [("topk", plain, topk_rows([0.0, *percents, 100.0], len(usage), conditions.topk, s), figures.topk)]
     if sets:
         rows = ablation_rows(sets, conditions.ablation, full, usage, s)
         outputs.append(("ablation", about, rows, figures.ablation))
     if s.static_pairs:
-        outputs.append(("static", about, static_rows(directions[0], conditions.static, base, full, s), figures.static))
+        outputs.append(("static", plain, static_rows(directions[0], conditions.static, base, full, s), figures.static))
     columns = None
     if s.steps:
         members = [torch.from_numpy(mask) for _, _, mask in categories(tables)]

@@ -270,8 +270,9 @@ def static(rows: list[dict], about: dict) -> Figure:
     if all(row["coefficient"] is None or row["coefficient"] > 0 for row in rows):
         panels[0].set_xscale("log")
     panels[1].set(xscale="log", xlabel="m, the features of largest mean v")
-    for axes in panels:
-        axes.xaxis.set_major_formatter("{x:g}")
+    for axes, at in zip(panels, ({r["coefficient"] for r in rows}, {r["features"] for r in rows}), strict=True):
+        axes.set_xticks(sorted(at - {None}), [f"{x:g}" for x in sorted(at - {None})])
+        axes.minorticks_off()
     for axes in panels:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8)
@@ -300,7 +301,9 @@ def attribution(rows: list[dict], about: dict) -> Figure:
     axes.set(ylim=(len(groups) - 0.5, -0.5), xlabel="share of the change in SimPO loss (line: 95 % over pairs)")
     axes.grid(axis="x", lw=0.4)
     axes.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
-    return finish(figure, f"Who earned the change of {about['change']:.3f} in loss", about)
+    return finish(
+        figure, f"Shares of the change of {about['change']:.3f} in loss (residual {about['residual']:.2g})", about
+    )
 
 
 def attribution_features(rows: list[dict], about: dict) -> Figure:
