@@ -499,8 +499,8 @@ def print_summary(outputs: list) -> None:
         for name, category in dict.fromkeys((row["labels"], row["category"]) for row in rows):
             here = [row for row in rows if (row["labels"], row["category"]) == (name, category)]
             by_kind = {kind: [r["delta"] for r in here if r["set"].startswith(kind)] for kind in CONTROLS}
-            figures = (f"{np.mean(deltas):9.3f}" if deltas else f"{'–':>9}" for deltas in by_kind.values())
-            print(f"{f'{name}: {category}':<34}{' '.join(figures)}")
+            shown = (f"{np.mean(deltas):9.3f}" if deltas else f"{'–':>9}" for deltas in by_kind.values())
+            print(f"{f'{name}: {category}':<34}{' '.join(shown)}")
     if "static" in tables:
         best = min(tables["static"][1][2:], key=lambda row: row["loss"], default=None)
         if best:

@@ -382,6 +382,7 @@ def test_mistakes_are_one_sentence(masked_run, labels, tmp_path):
         (*run, "--pairs", 0): "--pairs 0",
         (*run, "--data", tmp_path / "none.jsonl"): "none.jsonl",
         (*run, "--steps", "many"): "--steps",
+        ("--run", GOLDEN, "--out", tmp_path / "out"): "has no adapter",  # it holds model/, as a run with --full does
     }
     for argv, words in cases.items():
         code, said = in_process(*argv)
