@@ -52,7 +52,7 @@ import train
 from attribution import KINDS, Attribution, attribution
 from cli import flag
 from data import Pair
-from eval_features import TINY_LABELS, Row, described, out_folder, write_table
+from eval_features import TINY_LABELS, Row, described_run, out_folder, write_table
 from fsrl import SteeredModel
 from labels import Labels, load_labels
 from policy import Policy, eval_pairs, open_policy
@@ -79,6 +79,9 @@ class Settings:
     seed: int = flag(0, "seed of the resamples and of the random controls")
     pairs: int | None = flag(None, "only so many pairs, the first ones")
     tokens_per_microbatch: int = flag(8192, "tokens per forward pass, the memory knob; no effect on the result")
+    model: str | None = flag(None, "where the base model is now; unset: where the run says")
+    sae: str | None = flag(None, "where the SAE is now; unset: where the run says")
+    sae_id: str | None = flag(None, "folder within --sae")
     dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16"))
     device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
     out: str | None = flag(None, "where eval/ goes; unset: the folder of --run")
@@ -92,6 +95,8 @@ class Settings:
         for name in ("seed", "steps", "random_sets", "static_pairs"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative.")
+        if self.seed >= 2**63:
+            raise UserError(f"--seed {self.seed}: too large.")
         if not all(0 <= percent <= 100 for percent in self.keep):
             raise UserError("--keep: percentages from 0 to 100 were expected.")
         if not all(math.isfinite(c) for c in self.coefficients) or not all(m >= 1 for m in self.top_features):
@@ -396,7 +401,7 @@ def top_rows(columns: dict, tables: list[Labels]) -> list[Row]:
 def main() -> None:
     s = cli.parse(Settings, doc=__doc__)
     out = out_folder(s)
-    policy = open_policy(s.run, device=s.device, dtype=s.dtype)
+    policy = open_policy(s.run, s.model, s.sae, s.sae_id, s.device, s.dtype)
     steered, settings = policy.steered, replace(policy.settings, tokens_per_microbatch=s.tokens_per_microbatch)
     if steered is None:
         raise UserError(f"--run {s.run}: has no adapter; a model trained whole has no features to take away.")
@@ -405,8 +410,8 @@ def main() -> None:
     if len({table.name for table in tables}) < len(tables):
         raise UserError("--labels: two files of one name; tables tell them apart by it.")
     pairs, source = eval_pairs(policy, s.data, s.pairs)
-    about = dict(run=policy.name, data=source, pairs=len(pairs), beta=settings.beta, gamma_ratio=settings.gamma_ratio)
-    about |= dict(labels=[described(table) for table in tables], bootstrap=s.bootstrap, seed=s.seed)
+    about = described_run(policy, source, pairs, tables) | dict(bootstrap=s.bootstrap, seed=s.seed)
+    about |= dict(beta=settings.beta, gamma_ratio=settings.gamma_ratio)
     directions = [], torch.zeros(0, steered.sae.d_model)
     if s.static_pairs:
         train_pairs, train_source = eval_pairs(policy, settings.data, s.static_pairs, split="train")
@@ -436,10 +441,9 @@ def main() -> None:
         outputs.append(("attribution", more, attribution_rows(found, tables, usage > 0, s), figures.attribution))
         outputs.append(("attribution_features", more, top_rows(columns, tables), figures.attribution_features))
 
-    with publish(out / "eval" / "masks") as part:
+    with publish(out / "eval") as part, publish(out / "eval" / "masks") as masks:
         for feature_set in sets:
-            write_mask(part, feature_set)
-    with publish(out / "eval") as part:
+            write_mask(masks, feature_set)
         for name, its_about, rows, draw in outputs:
             write_table(part, name, its_about, rows, draw)
         if columns:

@@ -486,6 +486,18 @@ def examples(policy: Policy, pairs: Sequence[Pair], labels: list[Labels]) -> dic
     return dict(pairs=shown, explanations={str(k): explain(labels, k) for k in sorted(named)})
 
 
+def described_run(policy: Policy, source: str, pairs: Sequence[Pair], labels: list[Labels]) -> dict:
+    """What was evaluated on what, for a table's `about`."""
+    s, sae = policy.settings, policy.steered.sae
+    return dict(
+        **dict(run=policy.name, data=source, pairs=len(pairs)),
+        **dict(base_model=s.model, layer=policy.steered.layer, d_sae=sae.d_sae),
+        **dict(sae=sae.source, sae_id=sae.sae_id, sae_sha256=sae.sha256, dtype=s.dtype),
+        labels=[described(table) for table in labels],
+        code=train.code_revision(),
+    )
+
+
 def described(table: Labels) -> dict:
     """Which labels a table was made with, for its `about`; text says it in words."""
     by = {"fires": "by what a feature fires on", "promotes": "by what a feature promotes"}.get(table.kind, table.kind)
@@ -553,14 +565,9 @@ def main() -> None:
 
     masks = [torch.from_numpy(mask) for table in labels for mask in table.categories.values()]
     counts = usage(policy.steered, pairs, policy.settings, torch.stack(masks) if masks else None)
-    about = dict(
-        **dict(run=policy.name, data=source, pairs=len(pairs)),
+    about = described_run(policy, source, pairs, labels) | dict(
         positions=dict(zip(CONTEXTS, counts.positions.tolist(), strict=True)),
-        **dict(base_model=policy.settings.model, layer=policy.steered.layer, d_sae=sae.d_sae),
-        **dict(sae=sae.source, sae_id=sae.sae_id, sae_sha256=sae.sha256, dtype=policy.settings.dtype),
-        labels=[described(table) for table in labels],
         **dict(bootstrap=s.bootstrap, seed=s.seed, human=sha256(Path(s.human)) if s.human else None),
-        code=train.code_revision(),
     )
     tables = {
         "composition": (composition_rows(counts, labels, human, s.bootstrap, s.seed), figures.composition),
