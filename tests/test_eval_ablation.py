@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import GOLDEN, SAE_ID, golden_run, load, script
+from conftest import GOLDEN, SAE_ID, load, script
 from safetensors.torch import load_file
 
 import attribution as attributing
@@ -288,9 +288,14 @@ def masked_run(tmp_path_factory):
     """A short golden run with five features held at zero."""
     folder = tmp_path_factory.mktemp("masked")
     (folder / "mask.json").write_text(json.dumps(MASKED))
-    flags = ("--max-steps", 3, "--lr", 1e-2, "--init-adapter", GOLDEN / "adapter_mid")
-    result = golden_run(folder / "run", *flags, "--mask-features", folder / "mask.json")
-    assert result.returncode == 0, result.stderr
+    where = dict(
+        model=GOLDEN / "model", sae=GOLDEN / "sae", data=GOLDEN / "dataset", init_adapter=GOLDEN / "adapter_mid"
+    )
+    where |= dict(mask_features=folder / "mask.json", out=folder / "run")
+    rest = dict(sae_id=SAE_ID, layer=1, batch_size=4, max_steps=3, lr=1e-2, eval_every=0, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.generate, "greedy", lambda *_: "")
+        train.train(train.Settings(**{name: str(path) for name, path in where.items()}, **rest))
     return folder / "run"
 
 
