@@ -52,7 +52,7 @@ import train
 from attribution import KINDS, Attribution, attribution
 from cli import flag
 from data import Pair
-from eval_features import TINY_LABELS, Row, described_run, out_folder, write_table
+from eval_features import TINY_LABELS, Row, categories, described_run, explain, out_folder, write_table
 from fsrl import SteeredModel
 from labels import Labels, load_labels
 from policy import Policy, eval_pairs, open_policy
@@ -345,7 +345,7 @@ def attribution_rows(found: Attribution, tables: list[Labels], used: np.ndarray,
     every = np.ones(found.shares.shape[1], dtype=bool)
     low, high = interval(torch.cat([(found.policy - found.base)[None], found.pair_category.T]), s.bootstrap, s.seed)
     entries = [(dict(labels=None, kind=None, matched=None, category="(all)"), every, low[0].item(), high[0].item())]
-    for i, (table, category, mask) in enumerate(categories(tables), start=1):
+    for i, (table, category, mask) in enumerate(category_masks(tables), start=1):
         about = dict(labels=table.name, kind=table.kind, matched=table.matched, category=category)
         entries.append((about, mask, low[i].item(), high[i].item()))
     rows = []
@@ -360,7 +360,7 @@ def attribution_rows(found: Attribution, tables: list[Labels], used: np.ndarray,
     return rows
 
 
-def categories(tables: list[Labels]) -> list[tuple[Labels, str, np.ndarray]]:
+def category_masks(tables: list[Labels]) -> list[tuple[Labels, str, np.ndarray]]:
     """(file, category, bool [F]) of every category that has features, and "(none)": what a file puts in none."""
     found = []
     for table in tables:
@@ -378,7 +378,7 @@ def feature_columns(found: Attribution, tables: list[Labels], means: Means) -> d
     columns |= {f"share_{kind.replace(' ', '_')}": row.numpy() for kind, row in zip(KINDS, found.shares, strict=True)}
     columns |= dict(usage=means.usage.cpu().numpy(), mean_v=means.v.cpu().numpy())
     for table in tables:
-        columns |= {f"{table.name}_{category}": mask for category, mask in table.categories.items()}
+        columns |= {f"{table.name}:{category}": mask for category, mask in table.categories.items()}
         columns[f"explanation_{table.name}"] = [table.explanations.get(k) for k in range(F)]
     return columns
 
@@ -388,10 +388,7 @@ def top_rows(columns: dict, tables: list[Labels]) -> list[Row]:
     rows = []
     for k in np.argsort(-np.abs(columns["share"]), kind="stable")[:TOP].tolist():
         row = {name: columns[name][k].item() for name in ("feature", "share", "error", "usage", "mean_v")}
-        for table in tables:
-            row[table.name] = ", ".join(name for name, mask in table.categories.items() if mask[k])
-            row[f"explanation_{table.name}"] = table.explanations.get(k)
-        rows.append(row)
+        rows.append(row | dict(explanation=explain(tables, k), categories=categories(tables, k)))
     return rows
 
 
@@ -433,7 +430,7 @@ def main() -> None:
         outputs.append(("static", plain, static_rows(directions[0], conditions.static, base, full, s), figures.static))
     columns = None
     if s.steps:
-        members = [torch.from_numpy(mask) for _, _, mask in categories(tables)]
+        members = [torch.from_numpy(mask) for _, _, mask in category_masks(tables)]
         members = torch.stack(members) if members else None
         found = attribution(policy, pairs, settings, s.steps, members)
         more = about | dict(steps=s.steps, change=found.change, residual=found.residual)

@@ -308,7 +308,6 @@ def attribution(rows: list[dict], about: dict) -> Figure:
 
 def attribution_features(rows: list[dict], about: dict) -> Figure:
     """The largest shares, feature by feature, with a standard error and what the label files say."""
-    names = [table["name"] for table in about["labels"]]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 1.4 + 0.22 * len(rows)), sharey=True, layout="constrained", width_ratios=(2, 3)
     )
@@ -320,9 +319,7 @@ def attribution_features(rows: list[dict], about: dict) -> Figure:
     left.set_xlabel("share of the change in SimPO loss (line: standard error)", fontsize=8)
     left.set_ylabel("feature")
     for y, row in enumerate(rows):
-        said = "; ".join(f"{name}: {row[name]}" for name in names if row[name])
-        text = next((row[f"explanation_{name}"] for name in names if row[f"explanation_{name}"]), "")
-        right.text(0, y, textwrap.shorten(" | ".join(filter(None, (said, text))), 110, placeholder="…"),
-                   va="center", fontsize=7)  # fmt: skip
+        text = " | ".join(filter(None, (row["categories"], row["explanation"])))
+        right.text(0, y, textwrap.shorten(text, 110, placeholder="…"), va="center", fontsize=7)
     right.set_axis_off()
     return finish(figure, "The features with the largest shares", about)

@@ -262,7 +262,7 @@ def test_attribution_rows_share_out_the_whole(golden):
     masks = {"a": some_masks(1)[0].numpy(), "b": ~some_masks(1)[0].numpy()}
     masks["b"][:5] = False
     tables = [table_of(masks)]
-    listed = ablating.categories(tables)
+    listed = ablating.category_masks(tables)
     assert [name for _, name, _ in listed] == ["a", "b", "(none)"]
     members = torch.stack([torch.from_numpy(mask) for *_, mask in listed])
     found = attribution(policy, pairs, S, 4, members)
@@ -353,6 +353,9 @@ def test_one_command_writes_every_table(masked_run, labels, tmp_path):
     assert sum(stored["share"]) == pytest.approx(about["change"] + about["residual"], abs=1e-9)
     assert all(stored["share"][k] == 0 and stored["usage"][k] == 0 for k in MASKED)
     assert stored["explanation_judged"][0] == "an explanation"
+    assert np.flatnonzero(stored["judged:three"]).tolist() == list(range(0, 256, 3))
+    largest = max(range(256), key=lambda k: abs(stored["share"][k]))
+    assert tables["attribution_features"]["rows"][0]["feature"] == largest
     masks = {p.name: json.loads(p.read_text()) for p in (folder / "masks").iterdir()}
     assert masks["judged-three-category.json"] == list(range(0, 256, 3))
     assert len(masks) == 8 and len(masks["judged-three-random_0.json"]) == 86
