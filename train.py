@@ -96,6 +96,7 @@ class Settings:
     adapter: str = flag("relu", "kind of adapter", choices=("relu",))
     init_adapter: str | None = flag(None, "adapter folder (ours or the authors') to start from")
     full: bool = flag(False, "train every weight of the model instead of an adapter; no SAE is read")
+    mask_features: str | None = flag(None, "json list of features that never steer, as eval_ablation.py writes them")
     shuffle: bool = flag(True, "a new order each epoch, from --seed; --no-shuffle: file order")
     seed: int = flag(0, "seed of the order of the pairs and of the initial weights")
     dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16"))
@@ -122,7 +123,8 @@ class Settings:
         for name in ("warmup_ratio", "penalty_warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: a share between 0 and 1.")
-        exclude = dict(full=("init_adapter", "cache_activations"), shard=("zero", "cache_activations"))
+        exclude = dict(full=("init_adapter", "cache_activations", "mask_features"))
+        exclude |= dict(shard=("zero", "cache_activations"))
         for one, others in exclude.items():
             for other in others:
                 if getattr(self, one) and getattr(self, other):
@@ -171,15 +173,20 @@ def score(model: nn.Module, packed: Packed, s: Settings, x: Tensor | None = None
         hidden, l1, l0 = model(packed), *torch.zeros(2, len(packed.tokens), device=packed.tokens.device)
     else:
         hidden, l1, l0 = model(packed, x)
-    head, softcap = base.model.embed_tokens.weight, base.config.final_logit_softcapping
+    losses, chosen, rejected = preference(base, hidden, packed, s)
+    # Multiplied and summed, not a dot product: autocast would round that to bfloat16.
+    return Scores(losses, chosen, rejected, (l1 * packed.copies).sum(), (l0 * packed.copies).sum())
+
+
+def preference(model: Gemma2, hidden: Tensor, packed: Packed, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Final states [T, d] of packed pairs -> SimPO losses and mean log-probabilities, chosen and rejected, each [P]."""
+    head, softcap = model.model.embed_tokens.weight, model.config.final_logit_softcapping
     if s.dtype == "bfloat16":  # of float32 masters (--full) too: the head's products are the largest of all
         head = head.to(torch.bfloat16)
     logps = simpo.token_logps(hidden[packed.source], head, packed.target, softcap)
     logps = simpo.mean_logps(logps, packed.sequence, packed.lengths)
     chosen, rejected = logps[0::2], logps[1::2]
-    losses = simpo.simpo_loss(chosen, rejected, s.beta, s.gamma_ratio)
-    # Multiplied and summed, not a dot product: autocast would round that to bfloat16.
-    return Scores(losses, chosen, rejected, (l1 * packed.copies).sum(), (l0 * packed.copies).sum())
+    return simpo.simpo_loss(chosen, rejected, s.beta, s.gamma_ratio), chosen, rejected
 
 
 def means(sums: Tensor, pairs: int, positions: int, beta: float) -> dict[str, float]:
@@ -470,7 +477,20 @@ def load(s: Settings) -> tuple[SteeredModel | Gemma2, Tokenizer]:
     else:
         adapter = Adapter(model.config.hidden_size, sae.d_sae, s.adapter)
         adapter.init_weights(torch.Generator().manual_seed(s.seed))
+    if s.mask_features:
+        adapter.silence(read_features(s.mask_features, sae.d_sae))
     return SteeredModel(model, sae, adapter.to(device), s.layer), tokenizer
+
+
+def read_features(path: str, d_sae: int) -> list[int]:
+    """A json list of feature indices. Raises UserError for anything else."""
+    try:
+        features = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"--mask-features {path}: a json list of features was expected ({e}).") from e
+    if not isinstance(features, list) or not all(type(k) is int and 0 <= k < d_sae for k in features):
+        raise UserError(f"--mask-features {path}: a json list of whole numbers from 0 to {d_sae - 1} was expected.")
+    return features
 
 
 class Preferences(NamedTuple):
@@ -610,6 +630,7 @@ def open_run(out: Path, s: Settings, model: SteeredModel | Gemma2, preferences: 
         return Log(out / "metrics.jsonl", ranks)
     base = model if isinstance(model, Gemma2) else model.model
     files = [*sorted(base.folder.glob("*.safetensors")), *(f.path for f in preferences.files)]
+    files += [Path(s.mask_features)] if s.mask_features else []
     packages = ("torch", "safetensors", "huggingface-hub", "tokenizers", "numpy", "pyarrow")
     config = dict(
         settings=asdict(s),
