@@ -368,7 +368,7 @@ def difference_rows(difference: Tensor, bins: int = 81) -> list[Row]:
 
 def rank_rows(usage: Tensor, labels: list[Labels]) -> list[Row]:
     """Figure 5: usage [2, 3, F] against rank, over all features and within each category, and the least-squares line of
-    log10 usage on rank with its R². The fit is over every active feature, the rows are of some 200 of their ranks.
+    log10 usage on rank with its R². The fit is over every active feature, the rows are of some 100 of their ranks.
     """
     masks = {("", "all"): np.ones(usage.shape[-1], dtype=bool)}
     masks |= {(table.name, c): mask for table in labels for c, mask in table.categories.items()}
@@ -379,7 +379,7 @@ def rank_rows(usage: Tensor, labels: list[Labels]) -> list[Row]:
             values = values[values > 0]
             n = len(values)
             slope, intercept, r2 = log_linear_fit(values)
-            ranks = np.unique(np.r_[np.linspace(1, n, 150), np.geomspace(1, n, 50)].round().astype(int)) if n else []
+            ranks = np.unique(np.r_[np.linspace(1, n, 80), np.geomspace(1, n, 40)].round().astype(int)) if n else []
             fit = dict(active=n, slope=slope, intercept=intercept, r2=r2)
             for rank in ranks:
                 line = 10 ** (intercept + slope * rank)
@@ -432,13 +432,13 @@ def place_rows(counts: Counts, bins: int = 100) -> list[Row]:
 def feature_table(counts: Counts, labels: list[Labels]) -> pa.Table:
     """features.parquet: a row a feature. Columns {adapter,sae}_{usage,mean}_CONTEXT, difference_CONTEXT (mean v - f),
     promoted_rank_CONTEXT and suppressed_rank_CONTEXT (1: largest, smallest difference), and of each label file its
-    explanation and its categories; + in a context's name becomes _.
+    explanation (explanation_NAME) and its categories (NAME:CATEGORY, true or false). + in a context's name becomes _.
     """
     n = counts.events.shape[-1]
     columns = {"feature": np.arange(n, dtype=np.int32)}
     for table in labels:
         columns[f"explanation_{table.name}"] = [table.explanations.get(k) for k in range(n)]
-        columns |= {f"{table.name}_{category}": mask for category, mask in table.categories.items()}
+        columns |= {f"{table.name}:{category}": mask for category, mask in table.categories.items()}
     difference = counts.mean[0] - counts.mean[1]
     for i, context in enumerate(CONTEXTS):
         suffix = context.replace("+", "_")
@@ -510,7 +510,8 @@ def write_table(folder: Path, name: str, about: dict, rows: list[Row], draw) -> 
     writer.writeheader()
     writer.writerows(rows)
     (folder / f"{name}.csv").write_text(text.getvalue())
-    (folder / f"{name}.json").write_text(json.dumps(dict(about=about, rows=rows), indent=1, allow_nan=False) + "\n")
+    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
+    (folder / f"{name}.json").write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{lines}\n]}}\n')
     digest = hashlib.sha256(text.getvalue().encode()).hexdigest()
     with plt.rc_context(figures.STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # explanations come in every script

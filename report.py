@@ -37,6 +37,13 @@ OURS = {  # tables of eval_features.py -> heading and how to read the picture
     "l0": ("How many features are active at a position", "Each context's positions by L0; bins widen to the right."),
     "l0_by_position": ("L0 along the sequence", "Mean over the positions at the same distance from <bos>."),
 }
+FURTHER = {  # tables of eval_ablation.py
+    "topk": ("Only the strongest features kept (Figure 2)", "SimPO loss with k % of the dictionary at each position."),
+    "ablation": ("Categories taken away", "Loss added by zeroing a category, beside as many other features."),
+    "static": ("Steering that does not read its context", "What one and the same vector at every position recovers."),
+    "attribution": ("Where the gain comes from", "Integrated gradients: shares of the change of the loss."),
+    "attribution_features": ("Features that earned the gain", "The largest shares; the parquet file has them all."),
+}
 
 
 @dataclass(frozen=True)
@@ -256,7 +263,7 @@ def _features(run: Run) -> str:
         rows = []
         for row in table.take(rank.argsort()[:FEATURES]).to_pylist():
             said = "<br>".join(_text(row[column]) for column in explained if row[column]) or "<i>no explanation</i>"
-            tags = " ".join(f"<span class=tag>{_text(tag.replace('_', ': ', 1))}</span>" for tag in tagged if row[tag])
+            tags = " ".join(f"<span class=tag>{_text(tag.replace(':', ': ', 1))}</span>" for tag in tagged if row[tag])
             v_used, v, f_used, f, difference = (row[f"{number}_prompt_chosen"] for number in numbers)
             shown = [percent(v_used), f"{v:.4f}", percent(f_used), f"{f:.4f}", f"{difference:+.4f}"]
             rows.append([_link(run, row["feature"]), f"{said} {tags}", *shown])
@@ -320,22 +327,23 @@ def _figures(run: Run) -> str:
 
 def _further(run: Run) -> str:
     """What other evaluations left in eval/: their pictures, and their tables where those are short."""
+    others = [name for name in run.tables if name not in {*OURS, *FURTHER, "composition", "examples"}]
     shown = []
-    for name, table in run.tables.items():
-        if name in OURS or name in ("composition", "examples"):
+    for name in [*FURTHER, *others]:
+        table = run.tables.get(name, {})
+        rows = table.get("rows")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             continue
-        image, rows = _image(run.folder / "eval" / f"{name}.png", name), table.get("rows")
-        rows = rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else []
         columns = list(dict.fromkeys(key for row in rows for key in row))
         cells = [[_cell(row.get(column)) for column in columns] for row in rows[:ROWS]]
         left = len(rows) - ROWS
         more = f"<p class=note>{left:,} more rows in eval/{_text(name)}.json.</p>" if left > 0 else ""
-        if image or rows:
-            heading = _text(name.replace("_", " ").capitalize())
-            body = (_table([column.replace("_", " ") for column in columns], cells) if rows else "") + more
-            about = table.get("about")
-            shown.append(f"<h3>{heading}</h3>{image}{body}{_labels(about) if isinstance(about, dict) else ''}")
-    return f"<h2>Ablation and attribution</h2>{''.join(shown)}" if shown else ""
+        heading, note = FURTHER.get(name, (name.replace("_", " "), ""))
+        image = _image(run.folder / "eval" / f"{name}.png", heading)
+        body = _table([column.replace("_", " ") for column in columns], cells)
+        about = _labels(table.get("about") or {})
+        shown.append(f"<h3>{_text(heading)}</h3><p class=note>{_text(note)}</p>{image}{body}{more}{about}")
+    return f"<h2>What its loss depends on</h2>{''.join(shown)}" if shown else ""
 
 
 def _cell(value: object) -> str:

@@ -324,7 +324,7 @@ def test_composition_agrees_with_the_features(audited):
     rows = json.loads((out / "eval" / "composition.json").read_text())["rows"]
     assert len(rows) == 2 * 4 * 3
     for row in rows:
-        suffix, mask = row["context"].replace("+", "_"), stored[f"{row['labels']}_{row['category']}"].to_numpy()
+        suffix, mask = row["context"].replace("+", "_"), stored[f"{row['labels']}:{row['category']}"].to_numpy()
         for of in SIDES:
             usage = stored[f"{of}_usage_{suffix}"].to_numpy()
             assert row[of] == pytest.approx(usage[mask].sum() / usage.sum())

@@ -78,7 +78,8 @@ def run(tmp_path):
         shown = dict(about=about, pairs=pairs, explanations={"7": HOSTILE, "9": ""})
         (out / "eval" / "examples.json").write_text(json.dumps(shown))
         order = np.random.default_rng(0).permutation(F)
-        columns = dict(feature=np.arange(F), explanation_x=[HOSTILE] * F, x_style=order < F // 3)
+        columns = dict(feature=np.arange(F), explanation_x=[HOSTILE] * F)
+        columns["x:style"] = order < F // 3
         for name in ("adapter_usage", "adapter_mean", "sae_usage", "sae_mean", "difference"):
             columns[f"{name}_prompt_chosen"] = np.linspace(0, 1, F)
         columns["promoted_rank_prompt_chosen"] = order + 1
@@ -108,7 +109,7 @@ def test_page_says_what_was_measured(run):
     text = report.write_report(run()).read_text()
     for figure in ("6.900", "2.900", "930.250", "+25.00 %", "+10.00 % to +40.00 %", "-10.00 % to +60.00 %", "MCC 0.45"):
         assert figure in text
-    assert 'class="noisy"' in text and "Ablation" in text
+    assert 'class="noisy"' in text and "Categories taken away" in text
     feature, explanation = re.search(r"Promoted most.*?<td>(.*?)</td><td>(.*?)</td>", text, re.S).groups()
     first = int(np.random.default_rng(0).permutation(200).argmin())
     link = f"https://www.neuronpedia.org/gemma-2-2b/12-gemmascope-res-65k__l0-21/{first}"
