@@ -22,7 +22,7 @@ from labels import neuronpedia_source
 from sources import UserError, write_whole
 
 FEATURES = 15  # promoted, and suppressed, that are shown; features.parquet has them all
-ROWS = 60  # of a table that the page shows; its csv has them all
+ROWS = 40  # of a table that the page shows; its csv has them all
 OURS = {  # tables of eval_features.py -> heading and how to read the picture
     "value_difference": (
         "Steering against activation (Figure 3)",
@@ -273,7 +273,7 @@ def _features(run: Run) -> str:
         "<h2>Features promoted and suppressed</h2>"
         "<p>By mean v − f over the positions of prompt+chosen: what the adapter adds to a feature, against what the "
         "SAE finds of it there. An adapter with a ReLU turns nothing down; the second table has the features that are "
-        f"active in the text and that it leaves alone. All {table.num_rows:,} are in eval/features.parquet.</p>"
+        f"active in the text and to which it adds the least. All {table.num_rows:,} are in eval/features.parquet.</p>"
         + "".join(sections)
     )
 
@@ -321,8 +321,12 @@ def _figures(run: Run) -> str:
     for name, (heading, note) in OURS.items():
         image = _image(run.folder / "eval" / f"{name}.png", heading)
         if image:
-            shown.append(f"<h3>{_text(heading)}</h3><p class=note>{_text(note)}</p>{image}")
+            shown.append(_figure(heading, note, image))
     return f"<h2>Figures</h2>{''.join(shown)}" if shown else ""
+
+
+def _figure(heading: str, note: str, image: str) -> str:
+    return f"<div class=figure><h3>{_text(heading)}</h3><p class=note>{_text(note)}</p>{image}</div>"
 
 
 def _further(run: Run) -> str:
@@ -334,7 +338,8 @@ def _further(run: Run) -> str:
         rows = table.get("rows")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             continue
-        columns = list(dict.fromkeys(key for row in rows for key in row))
+        said = ("kind", "matched")  # of the labels, once below
+        columns = [column for column in dict.fromkeys(key for row in rows for key in row) if column not in said]
         cells = [[_cell(row.get(column)) for column in columns] for row in rows[:ROWS]]
         left = len(rows) - ROWS
         more = f"<p class=note>{left:,} more rows in eval/{_text(name)}.json.</p>" if left > 0 else ""
@@ -342,12 +347,12 @@ def _further(run: Run) -> str:
         image = _image(run.folder / "eval" / f"{name}.png", heading)
         body = _table([column.replace("_", " ") for column in columns], cells)
         about = _labels(table.get("about") or {})
-        shown.append(f"<h3>{_text(heading)}</h3><p class=note>{_text(note)}</p>{image}{body}{more}{about}")
+        shown.append(f"{_figure(heading, note, image)}{body}{more}{about}")
     return f"<h2>What its loss depends on</h2>{''.join(shown)}" if shown else ""
 
 
 def _cell(value: object) -> str:
-    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _provenance(run: Run) -> str:
@@ -439,9 +444,12 @@ background:#1c1c1c;color:#fff;font:.85rem/1.4 ui-monospace,monospace;padding:.6r
 @media(max-width:40rem){dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}
 .forest thead{display:none}.forest [data-h]::before{content:attr(data-h) " ";color:#5a5a5a}
 .forest tr{display:flex;flex-wrap:wrap;border-bottom:1px solid #e5e5e5}
-.forest td,.forest th{border:0;flex:1 0 auto}.forest td.pic{flex:1 0 100%;order:9}}
-@media print{body{max-width:none;padding:0;font-size:10pt}h2,h3{break-after:avoid}tr,img{break-inside:avoid}
-.wide{overflow:visible}a{color:inherit}i{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+.forest td,.forest th{border:0;flex:1 0 auto;padding:.2rem;font-size:.8rem}
+.forest td.pic{flex:1 0 100%;order:9}.forest td:last-child{flex:1 0 100%}}
+@media print{body{max-width:none;padding:0;font-size:10pt}h2,h3{break-after:avoid}tr,.figure{break-inside:avoid}
+.wide{overflow:visible}.wide table{font-size:7pt;overflow-wrap:anywhere}.wide td,.wide th{padding:.1rem .2rem}
+.wide .n,.tag{white-space:normal}.tag{font-size:6pt}.features td:nth-child(2){min-width:0}
+.features td.n{white-space:nowrap}a{color:inherit}i{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .examples i::after{content:none!important}}
 """
     + SHADES
