@@ -86,8 +86,9 @@ def read_run(out: str | Path) -> Run:
 
     folder = out / "adapter" if (out / "adapter").is_dir() else out
     try:
-        lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").is_file() else []
-        metrics = [json.loads(line) for line in lines]
+        text = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").is_file() else ""
+        complete = text[: text.rfind("\n") + 1]  # what a run is still writing, or was killed while writing, has no end
+        metrics = [json.loads(line) for line in complete.splitlines()]
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{out / 'metrics.jsonl'}: not readable jsonl ({e}).") from e
     tables = {path.stem: read(path) for path in sorted((out / "eval").glob("*.json"))}
@@ -111,18 +112,13 @@ def percent(share: float | None, sign: bool = False) -> str:
 
 
 def write_report(out: str | Path) -> Path:
-    """Write OUT/report.html whole; returns its path."""
+    """Write OUT/report.html whole; returns its path. Raises UserError where a file is not what its name says."""
     run = read_run(out)
-    parts = [
-        _head(run),
-        _training(run),
-        _composition(run),
-        _features(run),
-        _examples(run),
-        _figures(run),
-        _further(run),
-        _provenance(run),
-    ]
+    sections = (_head, _training, _composition, _features, _examples, _figures, _further, _provenance)
+    try:
+        parts = [section(run) for section in sections]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"--run {out}: a file in it was not written by this project's scripts ({e!r}).") from e
     title = _text(f"What {_short(run.adapter.get('base_model') or run.folder.name)} learned")
     path = run.folder / "report.html"
     write_whole(path, PAGE.replace("{title}", title).replace("{style}", STYLE).replace("{body}", "\n".join(parts)))

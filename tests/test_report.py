@@ -153,6 +153,13 @@ def test_page_of_a_run_that_was_not_evaluated(run):
 
 def test_damaged_files_are_named(run):
     out = run()
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"split": "eval", "st')  # killed while writing: the rows before it count
+    assert "2.900" in report.write_report(out).read_text()
+    (out / "report.html").unlink()
+    (out / "eval" / "composition.json").write_text('{"about": {"pairs": 1}, "rows": [{"labels": "x"}]}')
+    with pytest.raises(UserError, match="was not written by"):
+        report.write_report(out)
     (out / "eval" / "composition.json").write_text("{")
     with pytest.raises(UserError, match=r"composition\.json"):
         report.write_report(out)
