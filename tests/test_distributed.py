@@ -73,6 +73,8 @@ def test_any_number_of_processes_gives_the_run_of_one(tmp_path, alone, processes
         for a, b in zip(metrics(one, split), metrics(many, split), strict=True):
             assert a["pairs"] == b["pairs"] and a["tokens"] == b["tokens"]
             close = dict(loss=1e-5, l1=1e-5, l0=1e-3, accuracy=0, margin=1e-4, grad_norm=1e-4)
+            if "--full" in flags and b["step"] > 1:  # Adam's first steps make ±lr of gradients that are all rounding
+                close |= dict(loss=2e-4, margin=2e-3, grad_norm=2e-3)
             assert all(a[k] == pytest.approx(b[k], rel=close[k], abs=1e-6) for k in close if k in a), (a, b)
     before, after, others_after = at_first(flags), weights(one), weights(many)
     for name, weight in after.items():
