@@ -128,7 +128,7 @@ def execute(runs: list[Run], devices: list[str]) -> list[Run]:
 
     The first run on a layer writes the residual streams that the others read, and so they wait for it.
     """
-    waiting, failed, first = list(runs), [], {}  # first: layer -> the run that writes its streams, None once it has
+    waiting, failed, first = list(runs), [], {}  # first: layer -> the run that writes its streams, None once one has
     change = threading.Condition()
 
     def next_run() -> Run | None:
@@ -146,10 +146,15 @@ def execute(runs: list[Run], devices: list[str]) -> list[Run]:
             try:
                 ok = start(run, device)
             except OSError as e:
-                ok = bar.write(f"{run.out.name} could not start: {e}", file=sys.stderr)
+                ok = False
+                bar.write(f"{run.out.name} could not start: {e}", file=sys.stderr)
             with change:
-                first[run.settings.layer] = None
-                failed.extend([] if ok else [run])
+                if ok:
+                    first[run.settings.layer] = None
+                else:
+                    failed.append(run)
+                    if first.get(run.settings.layer) is run:  # another writes them, then
+                        del first[run.settings.layer]
                 change.notify_all()
                 bar.update()
 
@@ -163,6 +168,7 @@ def execute(runs: list[Run], devices: list[str]) -> list[Run]:
         elif len(devices) > 1:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
         log = run.out.with_name(run.out.name + ".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as file:
             command = run.command("--device", device.partition(":")[0])
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
@@ -171,7 +177,6 @@ def execute(runs: list[Run], devices: list[str]) -> list[Run]:
             bar.write(f"{run.out.name} failed ({code}): {last}", file=sys.stderr)
         return not code
 
-    Path(runs[0].out).parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(runs), desc="runs", unit="run") as bar:
         workers = [threading.Thread(target=work, args=(device,)) for device in devices]
         for worker in workers:
@@ -288,6 +293,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter, NullLocator
 
     by_curve = curves(rows)
     panels = [("weight", points, key) for key, points in by_curve.items() if len(points) > 1]
@@ -298,7 +304,7 @@ def draw(rows: list[dict], path: Path) -> None:
     panels += [("layer", points, key) for key, points in by_layer.items() if len(points) > 1]
     kinds = [kind for kind in ("weight", "layer") if any(panel[0] == kind for panel in panels)] or ["weight"]
     panels = panels or [("weight", points, key) for key, points in by_curve.items()]
-    figure, axes = plt.subplots(len(kinds), 2, figsize=(10, 3.6 * len(kinds)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(kinds), 2, figsize=(11, 3.6 * len(kinds)), squeeze=False, layout="constrained")
     for kind, (left, right) in zip(kinds, axes, strict=True):
         for i, (_, points, key) in enumerate(panel for panel in panels if panel[0] == kind):
             points = sorted(points, key=lambda p: p[kind])
@@ -315,13 +321,16 @@ def draw(rows: list[dict], path: Path) -> None:
         right.set(ylabel="L0: features steered per position")
         for axis in (left, right):
             axis.set_yscale("log")
-            if kind == "weight":
-                positive = all(p["weight"] > 0 for panel in panels if panel[0] == kind for p in panel[1])
-                axis.set(xlabel="weight of the penalty", xscale="log" if positive else "linear")
-            else:
-                axis.set(xlabel="layer", xticks=sorted({row["layer"] for row in rows}))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+            ticks = sorted({p[kind] for panel in panels if panel[0] == kind for p in panel[1]})
+            if kind == "weight" and ticks[0] > 0:
+                axis.set_xscale("log")
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.set_xlabel("weight of the penalty" if kind == "weight" else "layer")
             axis.spines[["top", "right"]].set_visible(False)
-        left.legend(frameon=False, fontsize=8)
+        right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import GOLDEN, ROOT, SAE_ID
@@ -163,14 +164,27 @@ def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(tmp_path, 
     assert elsewhere.finished
 
 
-def test_the_estimate_says_where_it_comes_from(tmp_path, finished):
-    runs = sweep.plan(settings(tmp_path, seeds=(0, 1), cache=False), FLAGS)
+def test_the_estimate_says_where_it_comes_from(tmp_path, finished, monkeypatch):
+    runs = sweep.plan(settings(tmp_path, seeds=(0, 1)), [*FLAGS, "--max-steps", "100", "--eval-every", "25"])
     pretend(finished, runs[0])
     seconds, how = sweep.estimate(runs, ["cpu"])
     assert seconds == sweep.wall(runs[0].out) and how == "mean of the 1 finished here"
     shutil.rmtree(runs[0].out)
+
+    def timed(command, **_):
+        """Loading and two evaluations of no time at all, then steps of 5, 3 and 3 seconds."""
+        given = {flag: command[len(command) - 1 - command[::-1].index(flag) + 1] for flag in ("--max-steps", "--out")}
+        assert given["--max-steps"] == "3" and "--cache-activations" not in command
+        Path(given["--out"]).mkdir()
+        rows = [dict(split="train", step=i + 1, epoch=(i + 1) / 10, seconds=s) for i, s in enumerate((5, 3, 3))]
+        (Path(given["--out"]) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(sweep.subprocess, "run", timed)
+    monkeypatch.setattr(sweep.time, "perf_counter", iter([0.0, 31.0]).__next__)  # 11 for the steps, 20 once
     seconds, how = sweep.estimate(runs, ["cpu"])
-    assert 0 < seconds < 120 and "3 steps of layer1-relu-l1_0.02-seed0 were timed" in how
+    assert seconds == pytest.approx(100 * 3 + 20 + 4 * 20 / 2)
+    assert how.startswith("3 steps of layer1-relu-l1_0.02-seed0 were timed")
     assert not runs[0].out.exists()
 
 
