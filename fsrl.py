@@ -87,21 +87,23 @@ class Adapter(nn.Module):
         if self.raw_threshold is not None and self.parametrisation == "direct":
             self.raw_threshold.clamp_(min=0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Residual stream x [T, d] -> steering v [T, F]."""
-        return self.activate(x)[0]
+    def forward(self, x: Tensor, norms: bool = False) -> Tensor | tuple[Tensor, Sparsity]:
+        """Residual stream x [T, d] -> steering v [T, F]; with norms, (v, its norms [T]).
 
-    def activate(self, x: Tensor) -> tuple[Tensor, Sparsity]:
-        """x [T, d] -> v [T, F] and its norms [T]. jumprelu's ‖v‖₀ carries a gradient to θ, the others' none."""
+        The norms are made here because jumprelu's ‖v‖₀, alone among the three, carries a gradient: to θ, from z.
+        """
         z = F.linear(x.to(self.weight.dtype), self.weight, self.bias)  # [T, d] -> [T, F]
+        l0 = None
         if self.activation == "relu":
             v = z.relu_()
-            return v, sparsity(v)
-        if self.activation == "jumprelu":
+        elif self.activation == "jumprelu":
             v, l0 = _JumpReLU.apply(z.relu_(), self.threshold, self.bandwidth)
-            return v, Sparsity(sparsity(v).l1, l0)
-        v = z.sign() * F.relu(z.abs() - self.threshold)
-        return v, sparsity(v.abs())
+        else:
+            v = z.sign() * F.relu(z.abs() - self.threshold)
+        if not norms:
+            return v
+        sizes = sparsity(v.abs() if self.activation == "soft-threshold" else v)
+        return v, sizes if l0 is None else sizes._replace(l0=l0)
 
     def save_pretrained(self, folder: str | Path, identity: dict) -> None:
         """Write adapter.safetensors and adapter_config.json, each whole or not at all.

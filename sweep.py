@@ -5,10 +5,10 @@
     python sweep.py --adapters relu jumprelu --l1 0.01 0.02 --l0 0.001 0.01 --dry-run
 
 What stands after `--` goes to every train.py unchanged. --l1 are the penalties of relu and soft-threshold, --l0 those
-of jumprelu. A finished run is skipped, an unfinished one moved aside and started again, a crashed one reported while
-the rest goes on; so the same command continues a sweep that was interrupted. One configuration runs on each of
---devices at a time; on a cluster, --list prints the commands for its scheduler, and the same command without it then
-finds them finished and draws.
+of jumprelu. A finished run is skipped, an unfinished one resumed from its last checkpoint (without one, moved aside and
+started again), a crashed one reported while the rest goes on; so the same command continues a sweep that was
+interrupted. One configuration runs on each of --devices at a time; on a cluster, --list prints the commands for its
+scheduler, and the same command without it then finds them finished and draws.
 
 OUT/layer12-relu-l1_0.02-seed0/   a run as train.py leaves it, its output in OUT/layer12-relu-l1_0.02-seed0.log
 OUT/sweep.csv, OUT/sweep.png      a row per finished run; Figure 4: loss and L0 against the penalty and the layer
@@ -46,7 +46,10 @@ from fsrl import ACTIVATIONS
 from sources import UserError, write_whole
 
 HERE = Path(__file__).resolve().parent
-ELSEWHERE = ("out", "device", "dtype", "cache_activations", "tokens_per_microbatch")  # settings that do not name a run
+ELSEWHERE = (  # settings that may differ in a run that is taken for finished: they do not change what it finds
+    *("out", "device", "cache_activations", "tokens_per_microbatch"),
+    *("checkpoint_every", "resume", "timeout", "zero", "shard"),
+)
 TIMED_STEPS = 3
 
 
@@ -98,7 +101,7 @@ class Run:
             return False
         theirs, ours = json.loads((self.out / "config.json").read_text())["settings"], dataclasses.asdict(self.settings)
         for name, value in ours.items():
-            if name not in ELSEWHERE and name in theirs and theirs[name] != value:
+            if name not in ELSEWHERE and name in theirs and value not in ("auto", theirs[name]):
                 raise UserError(f"--out {self.out}: holds a run with {name} {theirs[name]}, not {value}.")
         return True
 
@@ -114,6 +117,8 @@ def plan(s: Settings, rest: list[str]) -> list[Run]:
             flags += [f"--{kind}", f"{penalty:g}"] if penalty is not None else []
             cache = ("--cache-activations", str(Path(s.out) / "activations")) if s.cache else ()
             settings = cli.parse(train.Settings, flags, presets=train.PRESETS)
+            if settings.full:
+                raise UserError("--full: a sweep is over adapters.")
             weight = getattr(settings, kind)
             name = f"layer{settings.layer}-{adapter}-{kind}_{weight:g}-seed{seed}"
             runs.append(Run(Path(s.out) / name, tuple(flags), settings, cache))
@@ -159,7 +164,8 @@ def execute(runs: list[Run], devices: list[str]) -> list[Run]:
                 bar.update()
 
     def start(run: Run, device: str) -> bool:
-        if run.out.exists():  # unfinished: kept beside, so that nothing of the user's is deleted
+        resume = ["--resume"] if any(run.out.glob("checkpoints/step-*")) else []
+        if run.out.exists() and not resume:  # kept beside, so that nothing of the user's is deleted
             aside = (run.out.with_name(f"{run.out.name}.unfinished-{i}") for i in itertools.count(1))
             run.out.rename(next(path for path in aside if not path.exists()))
         environment = dict(os.environ)
@@ -170,7 +176,7 @@ def execute(runs: list[Run], devices: list[str]) -> list[Run]:
         log = run.out.with_name(run.out.name + ".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as file:
-            command = run.command("--device", device.partition(":")[0])
+            command = run.command("--device", device.partition(":")[0], *resume)
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
         if code:
             last = (log.read_text().replace("\r", "\n").strip().splitlines() or ["no output"])[-1]

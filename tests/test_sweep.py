@@ -75,6 +75,7 @@ def test_the_plan_crosses_everything_and_each_adapter_has_its_penalty(tmp_path):
         (dict(devices=("tpu",)), [], "--devices tpu"),
         (dict(l1=(-1.0,)), [], "--l1 -1.0"),
         (dict(), ["--bogus", "1"], "bogus"),
+        (dict(), ["--full"], "--full: a sweep is over adapters"),
     ],
 )
 def test_mistakes_are_refused_before_anything_runs(tmp_path, more, rest, words):
@@ -101,6 +102,7 @@ def test_a_sweep_runs_shares_skips_continues_and_reports(tmp_path, finished, mon
     broken = out / "layer1-relu-l1_0.2-seed0"
     shutil.copytree(finished, broken)
     shutil.rmtree(broken / "adapter")
+    shutil.rmtree(broken / "checkpoints", ignore_errors=True)
     (out / "layer1-relu-l1_0.02-seed1.log").mkdir()  # where this run's output would go: it cannot start
     result = subprocess.run([sys.executable, "sweep.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert result.returncode == 2 and "1 of 4 runs failed: layer1-relu-l1_0.02-seed1." in result.stderr
@@ -149,6 +151,16 @@ def test_two_devices_work_at_once_and_the_first_run_of_a_layer_goes_alone(tmp_pa
     assert sum(b[0] < a[1] for a, b in itertools.pairwise(ordered)) >= 2  # they did overlap
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert sweep.visible(1) == "7"
+
+
+def test_an_unfinished_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    runs = sweep.plan(settings(tmp_path, seeds=(0, 1)), FLAGS)
+    (runs[0].out / "checkpoints" / "step-00000001").mkdir(parents=True)
+    commands = []
+    monkeypatch.setattr(sweep.subprocess, "run", lambda c, **_: commands.append(c) or subprocess.CompletedProcess(c, 0))
+    assert sweep.execute(runs, ["cpu"]) == []
+    assert [command[-1] == "--resume" for command in commands] == [True, False]
+    assert runs[0].out.exists()
 
 
 def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(tmp_path, finished):

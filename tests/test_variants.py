@@ -74,7 +74,7 @@ def test_the_log_parametrisation_follows_the_chain_rule():
     torch.testing.assert_close(direct.threshold, log.threshold, atol=1e-12, rtol=1e-12)
     gradients = []
     for adapter in (direct, log):
-        v, norms = adapter.activate(residual())
+        v, norms = adapter(residual(), norms=True)
         gradients.append(torch.autograd.grad(v.square().sum() + norms.l0.sum(), adapter.raw_threshold)[0])
     torch.testing.assert_close(gradients[1], gradients[0] * direct.threshold, atol=1e-9, rtol=1e-9)
 
@@ -88,7 +88,7 @@ def test_activations_and_norms_are_the_equations(activation, parametrisation):
         "jumprelu": lambda: torch.where(z > threshold, z, 0.0),
         "soft-threshold": lambda: torch.where(z > threshold, z - threshold, (z + threshold).clamp(max=0)),
     }[activation]()
-    v, norms = adapter.activate(x)
+    v, norms = adapter(x, norms=True)
     torch.testing.assert_close(v, naive, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(norms.l1, naive.abs().sum(1), atol=1e-12, rtol=1e-12)
     assert torch.equal(norms.l0, (naive != 0).sum(1).double()) and 0 < norms.l0.mean() < 200
@@ -142,7 +142,7 @@ def test_under_bfloat16_thresholds_stay_float32():
     before = adapter.raw_threshold.clone()
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-5, weight_decay=0.0)
     with torch.autocast("cpu", torch.bfloat16):
-        v, norms = adapter.activate(residual().float())
+        v, norms = adapter(residual().float(), norms=True)
     assert v.dtype == torch.bfloat16 and norms.l0.dtype == adapter.raw_threshold.dtype == torch.float32
     assert (v[v != 0] > 0.2503).all() and (v != 0).any()
     norms.l0.mean().backward()
