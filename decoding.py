@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fsrl import SteeredModel
+from fsrl import Change, SteeredModel
 from kvcache import Cache
 from model import Gemma2
 from packed import pack
@@ -72,7 +72,6 @@ class Newest(NamedTuple):
     position: Tensor  # int64 [B]
 
 
-Change = Callable[[Tensor], Tensor]  # of the steering v [rows, F] -> [rows, F], before it is added
 Watch = Callable[[list[int], Tensor], None]  # which prompt each row belongs to, and v [rows, F] as it is added
 
 
@@ -161,15 +160,17 @@ def _forward(model, positions, cache: Cache, change: Change | None, watch: Watch
     """Normed final states [T, d] of a packed stream or of the newest tokens; owners: the prompt of each position."""
     if not isinstance(model, SteeredModel):
         return model(positions, cache)
-    plan, parts, done = model.model.plan(positions, cache), [], 0
-    for rows in model.pieces(model.residual(positions, plan)):
-        v = model.adapter(rows)  # [rows, d] -> [rows, F]
+    done = 0
+
+    def changed(v: Tensor) -> Tensor:
+        nonlocal done
         v = change(v) if change else v
         if watch:
             watch(owners[done : done + len(v)], v)
-        parts.append(model.add(rows, v))
         done += len(v)
-    return model.above(torch.cat(parts), plan)
+        return v
+
+    return model(positions, cache=cache, change=changed).hidden
 
 
 def generate(model, prompts: list[list[int]], max_new_tokens: int, ended, *args, **options) -> list[list[int]]:

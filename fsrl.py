@@ -3,11 +3,17 @@
     v  = ReLU(x W_aᵀ + b_a)                        x [T, d] -> v [T, F], the only trained weights
     x' = decode(f + v) + (x - decode(f))           the long form
        = x + v W_dec                               the same, because decode is affine
+
+Two variants of v, each with a threshold per feature that trains too:
+
+    jumprelu         v = z 1[z > θ],  z = ReLU(x W_aᵀ + b_a)                Appendix C
+    soft-threshold   v = sign(z) ReLU(|z| - τ),  z = x W_aᵀ + b_a           signed, the authors' later work
 """
 
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kvcache import Cache
 from model import FEW, Gemma2, Plan, linear
 from packed import Packed, pack
 from sae import JumpReLUSAE
-from simpo import sparsity
+from simpo import Sparsity, sparsity
 from sources import UserError, fetch, read_json
 
 FORMAT = "fsrl-adapter-1"
@@ -31,22 +38,56 @@ ADAPTER_FILES = (  # (config, weights): ours, and the authors'
 STEER_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 21}  # of v, computed at once ...
 STEER_ROWS = 256  # ... but so many positions at least: each piece adds to the whole weight gradient [F, d]
 INIT_RANGE = 1e-9  # of the weight, from the authors' configuration: training starts at the unsteered model
+ACTIVATIONS = ("relu", "jumprelu", "soft-threshold")
+PARAMETRISATIONS = ("direct", "log")  # of the thresholds
+BANDWIDTH = 0.05  # ε of the straight-through estimator; the paper's is 0.001, and its thresholds hardly learn
 
 
 class Adapter(nn.Module):
-    """weight [F, d] and bias [F], float32 whatever the model's dtype. identity: what adapter_config.json says of it."""
+    """weight [F, d], bias [F] and, except for relu, threshold [F]: float32 whatever the model's dtype.
 
-    def __init__(self, d_model: int, d_sae: int, activation: str = "relu"):
+    parametrisation: raw_threshold, the trained parameter, is the threshold itself ("direct") or its logarithm ("log",
+    the paper's). bandwidth: ε of jumprelu's straight-through estimator. Both matter to training alone, not to v.
+    identity: what adapter_config.json says of it.
+    """
+
+    def __init__(self, d_model, d_sae, activation="relu", parametrisation="direct", bandwidth=BANDWIDTH):
         super().__init__()
-        if activation != "relu":
-            raise UserError(f"--adapter {activation}: only relu is known.")
-        self.activation, self.identity = activation, {}
+        if activation not in ACTIVATIONS:
+            raise UserError(f"--adapter {activation}: one of {', '.join(ACTIVATIONS)} was expected.")
+        self.activation, self.parametrisation, self.bandwidth = activation, parametrisation, bandwidth
+        self.identity = {}
         self.weight = nn.Parameter(torch.zeros(d_sae, d_model))
         self.bias = nn.Parameter(torch.zeros(d_sae))
+        # float32 like the rest: what Adam adds to a threshold near 1 would be rounded away in bfloat16.
+        self.raw_threshold = nn.Parameter(torch.zeros(d_sae)) if activation != "relu" else None
 
-    def init_weights(self, generator: torch.Generator) -> None:
+    def init_weights(self, generator: torch.Generator, threshold: float = 0.0) -> None:
         nn.init.uniform_(self.weight, -INIT_RANGE, INIT_RANGE, generator=generator)
-        nn.init.zeros_(self.bias)
+        # A jumprelu's z starts at its threshold, as the authors' does: below it nothing would pass, nor any gradient.
+        nn.init.constant_(self.bias, threshold if self.activation == "jumprelu" else 0.0)
+        if self.raw_threshold is not None:
+            self.set_threshold(torch.full_like(self.bias, threshold))
+
+    @property
+    def threshold(self) -> Tensor:
+        """θ of jumprelu, τ of soft-threshold: [F], not negative."""
+        return self.raw_threshold.exp() if self.parametrisation == "log" else self.raw_threshold
+
+    @torch.no_grad()
+    def set_threshold(self, threshold: Tensor) -> None:
+        """Raises UserError for what cannot be a threshold [F] in this parametrisation."""
+        value = threshold.log() if self.parametrisation == "log" else threshold
+        if not (value.isfinite() & (threshold >= 0)).all():
+            least = "positive" if self.parametrisation == "log" else "not negative"
+            raise UserError(f"The adapter's thresholds must be finite and {least} (--threshold-init, --init-adapter).")
+        self.raw_threshold.copy_(value)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """After an optimiser step: a threshold that went below 0 stands at 0."""
+        if self.raw_threshold is not None and self.parametrisation == "direct":
+            self.raw_threshold.clamp_(min=0)
 
     @torch.no_grad()
     def silence(self, features: list[int]) -> None:
@@ -54,12 +95,25 @@ class Adapter(nn.Module):
         self.weight[features] = 0
         self.bias[features] = 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Residual stream x [T, d] -> steering v [T, F]."""
+    def forward(self, x: Tensor, norms: bool = False) -> Tensor | tuple[Tensor, Sparsity]:
+        """Residual stream x [T, d] -> steering v [T, F]; with norms, (v, its norms [T]).
+
+        The norms are made here because jumprelu's ‖v‖₀, alone among the three, carries a gradient: to θ, from z.
+        """
         x = x.to(self.weight.dtype)
-        if len(x) < FEW:
-            return linear(x, self.weight).add_(self.bias).relu_()
-        return F.linear(x, self.weight, self.bias).relu_()
+        few = len(x) < FEW  # [T, d] -> [T, F]
+        z = linear(x, self.weight).add_(self.bias) if few else F.linear(x, self.weight, self.bias)
+        l0 = None
+        if self.activation == "relu":
+            v = z.relu_()
+        elif self.activation == "jumprelu":
+            v, l0 = _JumpReLU.apply(z.relu_(), self.threshold, self.bandwidth)
+        else:
+            v = z.sign() * F.relu(z.abs() - self.threshold)
+        if not norms:
+            return v
+        sizes = sparsity(v.abs() if self.activation == "soft-threshold" else v)
+        return v, sizes if l0 is None else sizes._replace(l0=l0)
 
     def save_pretrained(self, folder: str | Path, identity: dict) -> None:
         """Write adapter.safetensors and adapter_config.json, each whole or not at all.
@@ -70,16 +124,20 @@ class Adapter(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         d_sae, d_model = self.weight.shape
         own = dict(format=FORMAT, activation=self.activation, d_model=d_model, d_sae=d_sae)
-        weights = {"weight": self.weight.detach().cpu(), "bias": self.bias.detach().cpu()}
+        weights = {"weight": self.weight, "bias": self.bias}
+        if self.raw_threshold is not None:
+            weights["threshold"] = self.threshold
+        weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
         save_file(weights, folder / "adapter.safetensors.part")
         (folder / "adapter_config.json.part").write_text(json.dumps(own | identity, indent=2) + "\n")
         for name in ADAPTER_FILES[0]:
             os.replace(folder / f"{name}.part", folder / name)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> "Adapter":
+    def from_pretrained(cls, source: str | Path, parametrisation="direct", bandwidth=BANDWIDTH) -> "Adapter":
         """Read an adapter folder or Hub repository, ours or the authors' (see ADAPTER_FILES).
 
+        Files hold the thresholds themselves (the authors' jumprelu: their logarithm); how they train on is said here.
         Raises UserError for anything missing or misshapen. Which SAE it belongs to is checked by SteeredModel.
         """
         folder = fetch(source, "init-adapter", [name for names in ADAPTER_FILES for name in names]).path
@@ -93,18 +151,63 @@ class Adapter(nn.Module):
         if not theirs and identity.get("format") != FORMAT:
             raise UserError(f"{folder / config_name}: its format is not {FORMAT}.")
         if theirs:
-            if identity.get("use_jump_relu"):
-                raise UserError(f"{folder}: a JumpReLU adapter; only relu is known.")
-            weights = {name.removeprefix("adapter_linear."): w for name, w in weights.items()}
-            identity = dict(format="authors", activation="relu", sae_id=identity.get("base_sae_id"))
-        shape = weights["weight"].shape if set(weights) == {"weight", "bias"} else ()
-        if len(shape) != 2 or weights["bias"].shape != shape[:1]:
+            weights, activation = _from_authors(weights, identity)
+            identity = dict(format="authors", activation=activation, sae_id=identity.get("base_sae_id"))
+        activation = identity.get("activation", "relu")
+        vectors = ("bias",) if activation == "relu" else ("bias", "threshold")
+        shape = weights["weight"].shape if set(weights) == {"weight", *vectors} else ()
+        if len(shape) != 2 or any(weights[name].shape != shape[:1] for name in vectors):
             found = {name: tuple(w.shape) for name, w in weights.items()}
-            raise UserError(f"{folder / weights_name}: holds {found}; weight [F, d] and bias [F] were expected.")
-        adapter = cls(shape[1], shape[0], identity.get("activation", "relu"))
-        adapter.load_state_dict({name: w.float() for name, w in weights.items()})
+            wanted = "weight [F, d], " + ", ".join(f"{name} [F]" for name in vectors)
+            raise UserError(f"{folder / weights_name}: holds {found}; a {activation} adapter has {wanted}.")
+        adapter = cls(shape[1], shape[0], activation, parametrisation, bandwidth)
+        with torch.no_grad():
+            adapter.weight.copy_(weights["weight"])
+            adapter.bias.copy_(weights["bias"])
+        if "threshold" in weights:
+            adapter.set_threshold(weights["threshold"].float())
         adapter.identity = identity
         return adapter
+
+
+def _from_authors(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor], str]:
+    """Their tensors under our names, and the activation, which earlier files say as use_jump_relu."""
+    named = config.get("activation_type") or ("jump_relu" if config.get("use_jump_relu") else "relu")
+    activation = {"jump_relu": "jumprelu", "soft_threshold": "soft-threshold"}.get(named, named)
+    weights = {name.removeprefix("adapter_linear."): w for name, w in weights.items()}
+    if "log_threshold" in weights:
+        weights["threshold"] = weights.pop("log_threshold").float().exp()
+    if "soft_threshold" in weights:
+        weights["threshold"] = weights.pop("soft_threshold")
+    return weights, activation
+
+
+class _JumpReLU(torch.autograd.Function):
+    """z [T, F] not negative, θ [F], ε -> v = z 1[z > θ] [T, F] and ‖v‖₀ [T], both in one pass.
+
+        ∂v/∂z = 1[z > θ],   ∂v/∂θ = -(θ/ε) K((z - θ)/ε),   ∂‖v‖₀/∂θ = -(1/ε) Σ K((z - θ)/ε),   K(u) = 1[|u| < 1/2]
+
+    The straight-through estimator of arXiv 2407.14435 (equations 11 and 12): what a mean over many z would have for its
+    derivative, with their density at θ estimated by a rectangle of width ε. As there, it reaches θ alone, not z.
+    """
+
+    @staticmethod
+    def forward(ctx, z, threshold, bandwidth):
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        on = z > threshold  # a bfloat16 z is compared in float32
+        return z * on, on.sum(-1, dtype=threshold.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_v, grad_l0):
+        z, threshold = ctx.saved_tensors
+        near = (z - threshold).abs() < ctx.bandwidth / 2
+        grad_threshold = ((threshold * grad_v + grad_l0[:, None]) * near).sum(0) / -ctx.bandwidth
+        return grad_v * (z > threshold), grad_threshold, None
+
+
+Change = Callable[[Tensor], Tensor]  # of steering, v [rows, F] -> [rows, F]
 
 
 class Steered(NamedTuple):
@@ -144,19 +247,24 @@ class SteeredModel(nn.Module):
         """The residual stream that the adapter reads, [T, d]."""
         return self.model.blocks(self.model.embed(packed.tokens), plan, 0, self.layer + 1)
 
-    def forward(self, packed: Packed, x: Tensor | None = None) -> Steered:
-        """x: the residual stream below the adapter where it is known already (activations.py)."""
-        plan = self.model.plan(packed)
+    def forward(
+        self, packed: Packed, x: Tensor | None = None, cache: Cache | None = None, change: Change | None = None
+    ) -> Steered:
+        """x: the residual stream below the adapter, where it is known already (activations.py). cache: keys and values of
+        earlier tokens, in generation. change: see steer.
+        """
+        plan = self.model.plan(packed, cache)
         x = self.residual(packed, plan) if x is None else x
-        x, l1, l0 = self.steer(x)
+        x, l1, l0 = self.steer(x, change)
         return Steered(self.above(x, plan), l1, l0)
 
-    def steer(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x' = x + v W_dec [T, d], and ‖v‖₁ and ‖v‖₀ [T]."""
+    def steer(self, x: Tensor, change: Change | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x' [T, d], and ‖v‖₁ and ‖v‖₀ [T]. change: what becomes of v before it is added, piece after piece."""
         parts = []
         for rows in self.pieces(x):
-            v = self.adapter(rows)  # [rows, d] -> [rows, F]
-            parts.append((self.add(rows, v), *sparsity(v)))
+            v, norms = self.adapter(rows, norms=True)  # [rows, d] -> [rows, F]
+            v = change(v) if change else v
+            parts.append((self.add(rows, v), *norms))
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def pieces(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -166,7 +274,14 @@ class SteeredModel(nn.Module):
         return x.split(max(STEER_ROWS, STEER_ELEMENTS[x.device.type] // self.sae.d_sae))
 
     def add(self, x: Tensor, v: Tensor) -> Tensor:
-        """x' = x + v W_dec for any steering: x [rows, d], v [rows, F] -> [rows, d]."""
+        """x' = x + v W_dec for any steering: x [rows, d], v [rows, F] -> [rows, d].
+
+        A soft-threshold's v may be negative, and there f + v is clamped at 0, since no feature is ever below: then
+        x' = decode(ReLU(f + v)) + (x - decode(f)) = x + (ReLU(f + v) - f) W_dec, which needs f.
+        """
+        if self.adapter.activation == "soft-threshold":
+            f = self.sae.encode(x)
+            v = F.relu(f + v) - f
         v, W_dec = v.to(self.sae.W_dec.dtype), self.sae.W_dec
         # A step of generation waits for W_dec, most of whose rows are multiplied by 0. Not so under autograd: the
         # gradient at v = 0 counts.

@@ -28,7 +28,8 @@ import cli
 import data
 import decoding
 from cli import flag
-from decoding import Change, Sampling
+from decoding import Sampling
+from fsrl import Change
 from labels import Labels, load_labels
 from policy import Policy, open_policy
 from sources import UserError, write_whole

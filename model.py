@@ -428,7 +428,7 @@ class Gemma2(nn.Module):
 
     def cache(self, lengths: list[int], room: int) -> Cache:
         """Keys and values for prompts of these lengths and, at first, `room` new tokens of each."""
-        c, like = self.config, self.model.layers[0].self_attn.k_proj.weight
+        c, like = self.config, self.model.norm.weight
         return Cache(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, lengths, room, like)
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -162,9 +162,14 @@ PAPER_L0 = {6: 17, 12: 21, 18: 21, 24: 19}  # average L0 of the paper's SAE at e
 
 
 def default_id(repo: str, layer: int, revision: str | None = None) -> str | None:
-    """The SAE of a layer when none was named: the paper's choice, or None for a local path or `tiny`."""
-    if repo == "tiny" or Path(repo).expanduser().exists():
-        return None
+    """The SAE of a layer when none was named: the paper's choice; of a local folder with GemmaScope's layer_N/ folders,
+    that layer's SAE of lowest average L0; None for another local path or `tiny`.
+    """
+    local = Path(repo).expanduser()
+    if repo == "tiny" or local.exists():
+        folders = [] if repo == "tiny" else [p.parent for p in local.glob(f"layer_{layer}/*/average_l0_*/params.npz")]
+        by_l0 = {folder: int(m[1]) for folder in folders if (m := re.search(r"_(\d+)$", folder.name))}
+        return min(by_l0, key=by_l0.get).relative_to(local).as_posix() if by_l0 else None
     if repo == PAPER_REPO and layer in PAPER_L0:  # spares a question to the Hub
         return f"layer_{layer}/width_65k/average_l0_{PAPER_L0[layer]}"
     return lowest_l0_id(repo, layer, revision=revision)

@@ -55,7 +55,7 @@ from activations import Activations
 from cli import flag
 from data import Pair
 from distributed import ALONE, Ranks
-from fsrl import Adapter, SteeredModel
+from fsrl import ACTIVATIONS, BANDWIDTH, PARAMETRISATIONS, Adapter, SteeredModel
 from model import Gemma2
 from packed import Packed
 from sources import UserError, sha256, write_whole
@@ -78,7 +78,8 @@ class Settings:
     eval_data: str | None = flag(None, "as --data; unset: the test split of --data")
     data_revision: str | None = flag(None, "branch, tag or commit of a Hub dataset")
     layer: int = flag(12, "steer the residual stream after this block (counted from 0)")
-    l1: float = flag(0.02, "weight α of the L1 penalty")
+    l1: float | None = flag(None, "weight α of the L1 penalty (default: 0.02; with --adapter jumprelu 0)")
+    l0: float = flag(0.0, "weight λ of the L0 penalty, which --adapter jumprelu can follow")
     penalty_warmup_ratio: float = flag(0.0, "share of the steps before the penalty sets in")
     beta: float = flag(10.0, "β of SimPO")
     gamma_ratio: float = flag(0.5, "ρ = γ/β of SimPO")
@@ -93,7 +94,11 @@ class Settings:
     cache_activations: str | None = flag(None, "folder for the residual streams below the adapter, kept in --dtype")
     max_length: int = flag(2048, "tokens of prompt + response, at most")
     max_prompt_length: int = flag(1800, "tokens of a truncated prompt")
-    adapter: str = flag("relu", "kind of adapter", choices=("relu",))
+    adapter: str = flag("relu", "what turns x W_aᵀ + b_a into steering", choices=ACTIVATIONS)
+    threshold_parametrisation: str = flag("direct", "train the thresholds or their log", choices=PARAMETRISATIONS)
+    threshold_init: float | None = flag(None, "initial thresholds (default: jumprelu 0.001, soft-threshold 0)")
+    threshold_lr: float | None = flag(None, "peak learning rate of the thresholds (default: 1000 times --lr)")
+    bandwidth: float | None = flag(None, "ε of jumprelu's estimator (default: 0.05; log parametrisation 0.001)")
     init_adapter: str | None = flag(None, "adapter folder (ours or the authors') to start from")
     full: bool = flag(False, "train every weight of the model instead of an adapter; no SAE is read")
     mask_features: str | None = flag(None, "json list of features that never steer, as eval_ablation.py writes them")
@@ -116,6 +121,17 @@ class Settings:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1 was expected.")
         if self.lr is None:
             object.__setattr__(self, "lr", 2e-7 if self.full else 5e-7)
+        for name, value in self.dependent_defaults().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # so that config.json says what the run used
+        for name in ("l0", "threshold_init", "threshold_lr", "bandwidth"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be finite and not negative.")
+        if self.l0 and self.adapter != "jumprelu":
+            raise UserError(f"--l0 {self.l0}: only --adapter jumprelu has a gradient for the L0 penalty.")
+        if self.bandwidth == 0:
+            raise UserError("--bandwidth 0: the estimator needs a positive width.")
         counted = ("eval_every", "checkpoint_every", "seed", "layer")
         for name in ("l1", "beta", "gamma_ratio", "lr", "max_grad_norm", "timeout", *counted):
             if not 0 <= getattr(self, name) < (2**63 if name == "seed" else math.inf):
@@ -131,6 +147,16 @@ class Settings:
                     raise UserError(f"--{one} and --{other.replace('_', '-')} exclude each other.")
         if self.resume and not self.out:
             raise UserError("--resume: name the run to go on with, --out FOLDER.")
+
+    def dependent_defaults(self) -> dict[str, float]:
+        """What the flags that were left unset become, given the others."""
+        jumprelu, log = self.adapter == "jumprelu", self.threshold_parametrisation == "log"
+        defaults = {"l1": 0.0 if jumprelu else 0.02}
+        if self.adapter != "relu":
+            defaults |= {"threshold_init": 0.001 if jumprelu else 0.0, "threshold_lr": 1000 * self.lr}
+        if jumprelu:
+            defaults |= {"bandwidth": 0.001 if log else BANDWIDTH}
+        return defaults
 
 
 # --- one step -----------------------------------------------------------------------------------------------
@@ -222,8 +248,10 @@ def scores_by_microbatch(model: nn.Module, batch: Batch, s: Settings, ranks: Ran
             yield len(micro), score(model, packed, s, x)
 
 
-def backward(model: nn.Module, batch: Batch, alpha: float, s: Settings, ranks: Ranks = ALONE) -> Tensor:
-    """Add the gradients of one whole step: mean SimPO over pairs + α · mean over positions of ‖v‖₁.
+def backward(
+    model: nn.Module, batch: Batch, alpha: float, s: Settings, ranks: Ranks = ALONE, l0_weight: float = 0.0
+) -> Tensor:
+    """Add the gradients of one whole step: mean SimPO over pairs + mean over positions of α ‖v‖₁ + λ ‖v‖₀.
 
     The weights of the means are those of the step, so that neither packing nor the number of processes matters: each
     adds its share, times their number, since DDP and FSDP2 average. Returns the step's Scores.sums over all of them.
@@ -231,7 +259,8 @@ def backward(model: nn.Module, batch: Batch, alpha: float, s: Settings, ranks: R
     sums, done, positions = torch.zeros(7, dtype=torch.float64, device=s.device), 0, data.positions(batch.pairs)
     for n, scores in scores_by_microbatch(model, batch, s, ranks):
         counts = ranks.world if n else 0
-        (counts * (scores.loss.sum() / len(batch.pairs) + alpha * scores.l1 / positions)).backward()
+        penalty = alpha * scores.l1 + l0_weight * scores.l0
+        (counts * (scores.loss.sum() / len(batch.pairs) + penalty / positions)).backward()
         sums += scores.sums(s.beta) if n else 0
         done += n
     assert done == len(data.shares(batch.pairs, ranks.world)[ranks.rank])
@@ -260,7 +289,16 @@ def evaluate(
     return kept | dict(pairs=len(pairs), tokens=sum(p.tokens for p in pairs))
 
 
-def make_optimizer(trained: list[nn.Parameter], s: Settings, ranks: Ranks = ALONE) -> torch.optim.Optimizer:
+def parameter_groups(trained: dict[str, nn.Parameter], s: Settings) -> list[dict]:
+    """The trained parameters with their peak learning rates: thresholds learn at one of their own."""
+    thresholds = [p for name, p in trained.items() if name.endswith("raw_threshold")]
+    others = [p for name, p in trained.items() if not name.endswith("raw_threshold")]
+    groups = [dict(params=others, peak_lr=s.lr), dict(params=thresholds, peak_lr=s.threshold_lr)]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(trained: list, s: Settings, ranks: Ranks = ALONE) -> torch.optim.Optimizer:
+    """trained: parameters, or groups of them."""
     settings = dict(lr=s.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
     if s.zero and ranks.world > 1:
         return ZeroRedundancyOptimizer(trained, torch.optim.AdamW, **settings)
@@ -312,7 +350,10 @@ def _train(s: Settings, ranks: Ranks) -> Path:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     meant = steered.adapter if steered else model  # the adapter and nothing else, or with --full every weight
     assert {*map(id, trained.values())} == {*map(id, meant.parameters())}
-    optimizer = make_optimizer([*trained.values()], s, ranks)
+    groups = parameter_groups(trained, s)
+    grouped = sorted(id(p) for group in groups for p in group["params"])
+    assert grouped == sorted(map(id, trained.values())), "the groups partition what trains"
+    optimizer = make_optimizer(groups, s, ranks)
 
     log = distributed.together(ranks, lambda: open_run(out, s, model, preferences, ranks))
     started = time.perf_counter()
@@ -347,10 +388,12 @@ def _train(s: Settings, ranks: Ranks) -> Path:
         indices = order[k * s.batch_size : (k + 1) * s.batch_size]
         batch = Batch([pairs[i] for i in indices], indices, activations)
         tokens = sum(p.tokens for p in batch.pairs)
-        alpha = s.l1 if step >= s.penalty_warmup_ratio * steps else 0.0
-        lr = optimizer.param_groups[0]["lr"] = s.lr * lr_factor(step, steps, s)
+        alpha, l0_weight = (s.l1, s.l0) if step >= s.penalty_warmup_ratio * steps else (0.0, 0.0)
+        factor = lr_factor(step, steps, s)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
 
-        sums = backward(wrapped, batch, alpha, s, ranks)
+        sums = backward(wrapped, batch, alpha, s, ranks, l0_weight)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), s.max_grad_norm or math.inf)
         # Here the step waits for the device, for the first and only time.
         grad_norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
@@ -359,14 +402,16 @@ def _train(s: Settings, ranks: Ranks) -> Path:
             message = f"Step {step + 1}: loss {row['loss']}, gradient norm {grad_norm}, in pairs {indices}."
             raise SystemExit(message if ranks.first else 1)
         optimizer.step()
+        if steered:
+            steered.adapter.project()
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
         seconds = time.perf_counter() - step_started
-        penalty = alpha * row["l1"]
+        penalty = alpha * row["l1"] + l0_weight * row["l0"]
         log.write(
             **dict(split="train", step=step, epoch=step / steps_per_epoch, **row),
-            **dict(penalty=penalty, total=row["loss"] + penalty, lr=lr, grad_norm=grad_norm),
+            **dict(penalty=penalty, total=row["loss"] + penalty, lr=s.lr * factor, grad_norm=grad_norm),
             **dict(pairs=s.batch_size, tokens=tokens, tokens_per_second=tokens / seconds, seconds=seconds),
         )
         bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.2f}", L0=f"{row['l0']:.0f}", refresh=False)
@@ -472,11 +517,14 @@ def load(s: Settings) -> tuple[SteeredModel | Gemma2, Tokenizer]:
         return model.requires_grad_(True), tokenizer
     sae_id = s.sae_id or saes.default_id(s.sae, s.layer, s.sae_revision)
     sae = saes.JumpReLUSAE.from_pretrained(s.sae, sae_id, dtype, device, s.sae_revision)
+    how = (s.threshold_parametrisation, s.bandwidth or BANDWIDTH)
     if s.init_adapter:
-        adapter = Adapter.from_pretrained(s.init_adapter)
+        adapter = Adapter.from_pretrained(s.init_adapter, *how)
+        if adapter.activation != s.adapter:
+            raise UserError(f"--init-adapter {s.init_adapter}: a {adapter.activation} adapter, --adapter {s.adapter}.")
     else:
-        adapter = Adapter(model.config.hidden_size, sae.d_sae, s.adapter)
-        adapter.init_weights(torch.Generator().manual_seed(s.seed))
+        adapter = Adapter(model.config.hidden_size, sae.d_sae, s.adapter, *how)
+        adapter.init_weights(torch.Generator().manual_seed(s.seed), s.threshold_init or 0.0)
     if s.mask_features:
         adapter.silence(read_features(s.mask_features, sae.d_sae))
     return SteeredModel(model, sae, adapter.to(device), s.layer), tokenizer
