@@ -250,8 +250,8 @@ class SteeredModel(nn.Module):
     def forward(
         self, packed: Packed, x: Tensor | None = None, cache: Cache | None = None, change: Change | None = None
     ) -> Steered:
-        """x: the residual stream below the adapter, where it is known already (activations.py). cache: keys and values of
-        earlier tokens, in generation. change: see steer.
+        """x: the residual stream below the adapter, where it is known already (activations.py). cache: keys and values
+        of earlier tokens, in generation. change: see steer.
         """
         plan = self.model.plan(packed, cache)
         x = self.residual(packed, plan) if x is None else x

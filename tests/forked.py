@@ -96,7 +96,7 @@ def _main(argv: list[str], env: dict, files: str, call) -> None:
     import cli
     import train
 
-    train.generate.greedy = lambda *_: "(not sampled)"  # most of a short run's time
+    train.decoding.greedy = lambda *_: "(not sampled)"  # most of a short run's time
     if call is not None:  # to change something in this process first
         call()
     cli.run(train.main)

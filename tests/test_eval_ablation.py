@@ -294,7 +294,7 @@ def masked_run(tmp_path_factory):
     where |= dict(mask_features=folder / "mask.json", out=folder / "run")
     rest = dict(sae_id=SAE_ID, layer=1, batch_size=4, max_steps=3, lr=1e-2, eval_every=0, device="cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.generate, "greedy", lambda *_: "")
+        patch.setattr(train.decoding, "greedy", lambda *_: "")
         train.train(train.Settings(**{name: str(path) for name, path in where.items()}, **rest))
     return folder / "run"
 

@@ -30,7 +30,7 @@ def finished(tmp_path_factory):
     """One real run, standing where a sweep would have put it; copies stand in for others."""
     out = tmp_path_factory.mktemp("sweep") / "layer1-relu-l1_0.02-seed0"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.generate, "greedy", lambda *_: "")  # samples are other tests' business
+        patch.setattr(train.decoding, "greedy", lambda *_: "")  # samples are other tests' business
         return train.train(cli.parse(train.Settings, [*FLAGS, "--device", "cpu", "--out", str(out)]))
 
 

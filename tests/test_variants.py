@@ -216,7 +216,7 @@ def test_thresholds_below_zero_are_set_to_zero_and_logarithms_are_not_touched():
 @pytest.fixture(autouse=True)
 def no_samples_nor_pictures(monkeypatch):
     """The runs below are about the optimiser: spare them what other tests look at."""
-    monkeypatch.setattr(train.generate, "greedy", lambda *_: "")
+    monkeypatch.setattr(train.decoding, "greedy", lambda *_: "")
     monkeypatch.setattr(train, "draw", lambda *_: None)
 
 
