@@ -51,7 +51,14 @@ class Adapter(nn.Module):
     identity: what adapter_config.json says of it.
     """
 
-    def __init__(self, d_model, d_sae, activation="relu", parametrisation="direct", bandwidth=BANDWIDTH):
+    def __init__(
+        self,
+        d_model: int,
+        d_sae: int,
+        activation: str = "relu",
+        parametrisation: str = "direct",
+        bandwidth: float = BANDWIDTH,
+    ):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise UserError(f"--adapter {activation}: one of {', '.join(ACTIVATIONS)} was expected.")
@@ -134,7 +141,9 @@ class Adapter(nn.Module):
             os.replace(folder / f"{name}.part", folder / name)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, parametrisation="direct", bandwidth=BANDWIDTH) -> "Adapter":
+    def from_pretrained(
+        cls, source: str | Path, parametrisation: str = "direct", bandwidth: float = BANDWIDTH
+    ) -> "Adapter":
         """Read an adapter folder or Hub repository, ours or the authors' (see ADAPTER_FILES).
 
         Files hold the thresholds themselves (the authors' jumprelu: their logarithm); how they train on is said here.

@@ -61,7 +61,7 @@ from packed import Packed
 from sources import UserError, sha256, write_whole
 
 PRESETS = {  # what --model tiny changes of the defaults below
-    "tiny": dict(sae="tiny", data="tiny", layer=tiny.LAYER, lr=2e-3, epochs=1, eval_every=16),
+    "tiny": dict(sae="tiny", data="tiny", layer=tiny.LAYER, lr=2e-3, threshold_lr=0.2, epochs=1, eval_every=16),
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 TOKENIZER_FILES += ("chat_template.jinja", "generation_config.json")
