@@ -9,6 +9,7 @@ whole rendered string, because special tokens split the text in any case.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -344,6 +345,7 @@ def _write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
 # --- batches ------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=1)
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
     """Which pair comes when: a function of (seed, epoch) alone, whatever the number of processes."""
     return np.random.default_rng((seed, epoch)).permutation(n).tolist() if shuffle else list(range(n))

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -43,6 +44,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import card
 import checkpoint
 import cli
 import data
@@ -168,6 +170,7 @@ class Batch(NamedTuple):
     pairs: list[Pair]
     indices: Sequence[int]  # of each pair in the data set, where `activations` looks it up
     activations: Activations | None = None  # the residual stream below the adapter, cached
+    packed: list[tuple[list[int], Packed]] | None = None  # its micro_batches, where they were made ahead
 
 
 class Scores(NamedTuple):
@@ -226,26 +229,33 @@ def means(sums: Tensor, pairs: int, positions: int, beta: float) -> dict[str, fl
     )
 
 
-def scores_by_microbatch(model: nn.Module, batch: Batch, s: Settings, ranks: Ranks) -> Iterator[tuple[int, Scores]]:
-    """Score this process's share of a batch a micro-batch at a time: (pairs in it, their scores). One autocast for all,
-    so that a float32 master weight is cast to bfloat16 once per step.
+def micro_batches(batch: Batch, s: Settings, ranks: Ranks) -> Iterator[tuple[list[int], Packed]]:
+    """This process's share of a batch, packed: (which of its pairs, their stream), a micro-batch at a time.
 
-    Every process makes as many rounds as the busiest, with a pair that does not count (0 pairs) where it has no other:
-    what the processes do together, inside a forward or a backward, must meet. DistributedDataParallel sends gradients
-    in the last round alone.
+    Every process makes as many rounds as the busiest, with a pair that does not count (an empty list) where it has no
+    other: what the processes do together, inside a forward or a backward, must meet.
     """
     shares = data.shares(batch.pairs, ranks.world)
     plans = [data.microbatches([batch.pairs[i] for i in share], s.tokens_per_microbatch) for share in shares]
-    rounds = max(map(len, plans))
+    share, plan = shares[ranks.rank], plans[ranks.rank]
+    for i in range(max(map(len, plans))):
+        micro = [share[j] for j in plan[i]] if i < len(plan) else []
+        yield micro, data.pack_pairs([batch.pairs[j] for j in micro] or [Pair([0], [0], [0])])
+
+
+def scores_by_microbatch(model: nn.Module, batch: Batch, s: Settings, ranks: Ranks) -> Iterator[tuple[int, Scores]]:
+    """Score this process's share of a batch a micro-batch at a time: (pairs in it, their scores). One autocast for all,
+    so that a float32 master weight is cast to bfloat16 once per step. DistributedDataParallel sends gradients in the
+    last round alone.
+    """
+    rounds = batch.packed or list(micro_batches(batch, s, ranks))
     with autocast(s):
-        for i in range(rounds):
-            micro = [shares[ranks.rank][j] for j in plans[ranks.rank][i]] if i < len(plans[ranks.rank]) else []
-            packed = data.pack_pairs([batch.pairs[j] for j in micro] or [Pair([0], [0], [0])]).to(s.device)
+        for i, (micro, packed) in enumerate(rounds, start=1):
             cached = batch.activations and micro
             x = batch.activations([batch.indices[j] for j in micro]).to(s.device) if cached else None
             if isinstance(model, DistributedDataParallel):
-                model.require_backward_grad_sync = i + 1 == rounds
-            yield len(micro), score(model, packed, s, x)
+                model.require_backward_grad_sync = i == len(rounds)
+            yield len(micro), score(model, packed.to(s.device), s, x)
 
 
 def backward(
@@ -267,7 +277,6 @@ def backward(
     return distributed.total(ranks, sums)
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     batch: Batch,
@@ -278,7 +287,9 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Means over a whole evaluation set, whatever the packing. None when stop() said so on the way."""
     sums, pairs = torch.zeros(7, dtype=torch.float64, device=s.device), batch.pairs
-    with tqdm(total=len(pairs), desc="evaluating", unit="pair", leave=False, disable=not progress) as bar:
+    # FSDP2 could not train on weights that it gathered in inference mode.
+    mode = torch.inference_mode() if ranks.world == 1 else torch.no_grad()
+    with mode, tqdm(total=len(pairs), desc="evaluating", unit="pair", leave=False, disable=not progress) as bar:
         for n, scores in scores_by_microbatch(model, batch, s, ranks):
             sums += scores.sums(s.beta) if n else 0
             bar.update(n)
@@ -360,8 +371,17 @@ def _train(s: Settings, ranks: Ranks) -> Path:
     shown = [list(prompt) for prompt in dict.fromkeys(tuple(p.prompt) for p in eval_pairs or pairs)][:2]
     samples = [(prompt, decoding.greedy(model, tokenizer, prompt)) for prompt in shown]
 
+    def batch_of(step: int) -> Batch:
+        epoch, k = divmod(step, steps_per_epoch)
+        order = data.epoch_order(len(pairs), s.seed, epoch, s.shuffle)
+        indices = order[k * s.batch_size : (k + 1) * s.batch_size]
+        batch = Batch([pairs[i] for i in indices], indices, activations)
+        return batch._replace(packed=list(micro_batches(batch, s, ranks)))
+
     first = restore(out, model, trained, optimizer, log, s, ranks)
     step, saved = first, first
+    ahead = ThreadPoolExecutor(1)  # packs the next step's pairs while this step runs
+    coming = ahead.submit(batch_of, step)
     stop = Interrupts(ranks)
     bar = tqdm(total=steps, initial=first, desc="training", unit="step", disable=not ranks.first)
     while True:  # here the state is that after `step` updates, and this is where a resumed run comes in
@@ -382,11 +402,7 @@ def _train(s: Settings, ranks: Ranks) -> Path:
             break
 
         step_started = time.perf_counter()
-        epoch, k = divmod(step, steps_per_epoch)
-        if k == 0 or step == first:
-            order = data.epoch_order(len(pairs), s.seed, epoch, s.shuffle)
-        indices = order[k * s.batch_size : (k + 1) * s.batch_size]
-        batch = Batch([pairs[i] for i in indices], indices, activations)
+        batch, coming = coming.result(), ahead.submit(batch_of, step + 1)
         tokens = sum(p.tokens for p in batch.pairs)
         alpha, l0_weight = (s.l1, s.l0) if step >= s.penalty_warmup_ratio * steps else (0.0, 0.0)
         factor = lr_factor(step, steps, s)
@@ -399,7 +415,7 @@ def _train(s: Settings, ranks: Ranks) -> Path:
         grad_norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
         row = means(sums, s.batch_size, data.positions(batch.pairs), s.beta)
         if not (math.isfinite(row["loss"]) and math.isfinite(grad_norm)):
-            message = f"Step {step + 1}: loss {row['loss']}, gradient norm {grad_norm}, in pairs {indices}."
+            message = f"Step {step + 1}: loss {row['loss']}, gradient norm {grad_norm}, in pairs {batch.indices}."
             raise SystemExit(message if ranks.first else 1)
         optimizer.step()
         if steered:
@@ -417,6 +433,7 @@ def _train(s: Settings, ranks: Ranks) -> Path:
         bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.2f}", L0=f"{row['l0']:.0f}", refresh=False)
         bar.update()
     bar.close()
+    ahead.shutdown()
     stop.restore()
 
     distributed.together(ranks, lambda: save(out, model, s, ranks))
@@ -725,6 +742,7 @@ def save(out: Path, model: SteeredModel | Gemma2, s: Settings, ranks: Ranks) -> 
             if ranks.first:
                 with writing(out):
                     model.adapter.save_pretrained(out / "adapter", identity(s, model))
+                    card.write_card(out)
         return
     state = distributed.gather(model, ranks)
     if ranks.first:
