@@ -230,7 +230,8 @@ def noisy_changes(counts: Counts, machine: np.ndarray, agreement: Agreement, dra
 
     Each draw takes P(person says yes | machine's label m) from its posterior Beta(yes_m + 1/2, no_m + 1/2), then
     every feature's label from that probability, independently; features the person did judge keep the person's label.
-    That the machine errs on a feature is taken to be independent of how much the feature is used.
+    That the machine errs on a feature is taken to be independent of how much the feature is used. Such errors dilute
+    a category towards no change, so that the draws need not lie around the change under the machine's own labels.
     """
     rng = np.random.default_rng((seed, 1))
     yes = rng.beta(agreement.confusion[:, 1] + 0.5, agreement.confusion[:, 0] + 0.5, size=(draws, 2))

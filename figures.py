@@ -57,7 +57,7 @@ def composition(rows: list[dict], about: dict) -> Figure:
     left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.5 / (1 + len(rows) * 0.24)))
     right.axvline(0, color="black", lw=0.8)
     noise = ", thin: label noise too" if any(row.get("noisy_low") is not None for row in rows) else ""
-    right.set_xlabel(f"relative change, % (bar: 95 % over pairs{noise})")
+    right.set_xlabel(f"relative change, %\n(bar: 95 % over pairs{noise})", fontsize=9)
     for axes in (left, right):
         axes.grid(axis="x", lw=0.4)
     return finish(figure, "Composition of the active features (Table 2)", about)
