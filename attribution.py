@@ -7,8 +7,9 @@ model steered by s v. L(0) is the base model's loss, L(1) the policy's, and the 
     share_k = Σ_positions v_k ∫₀¹ ∂L(s)/∂(s v_k) ds,      Σ_k share_k = L(1) - L(0)
 
 A negative share lowered the loss. The integral is a Gauss-Legendre sum, so the equality holds up to a residual, which
-is reported. A share says what a feature contributed along this path, together with all the others; ablation
-(eval_ablation.py) says what the loss would be without it. The two differ wherever features stand in for each other.
+is reported (a soft-threshold adapter's clamp puts kinks into L, and takes more nodes). A share says what a feature
+contributed along this path, together with all the others; ablation (eval_ablation.py) says what the loss would be
+without it. The two differ wherever features stand in for each other.
 """
 
 from typing import NamedTuple

@@ -217,6 +217,16 @@ def test_shares_sum_to_the_change_of_the_loss(golden):
     assert abs(attribution(policy, pairs, S, 1).residual) > abs(found.residual)
 
 
+def test_shares_are_complete_under_a_clamp_too(golden):
+    """A soft-threshold adapter: v of both signs, f + v clamped at 0."""
+    policy, pairs = golden
+    adapter = Adapter(64, 256, "soft-threshold").to(D)
+    adapter.load_state_dict(policy.steered.adapter.state_dict() | dict(raw_threshold=torch.full((256,), 0.02)))
+    steered = SteeredModel(policy.base, policy.steered.sae, adapter, policy.steered.layer).requires_grad_(False)
+    found = attribution(policy._replace(steered=steered), pairs[:4], S, 16)
+    assert abs(found.change) > 0.01 and abs(found.residual) < 0.05 * abs(found.change)
+
+
 def test_shares_against_autograd_on_a_whole_v(golden):
     """v [T, F] of one stream as a leaf of the graph, at each node of the same quadrature."""
     policy, pairs = golden
@@ -248,13 +258,19 @@ def test_where_a_position_stands(golden):
     model, line = policy.tokenizer.encode("model\n", add_special_tokens=False).ids
     prompt = [bos, start, 7, stop, line]
     whole, cut = [start, model, line, 8, 9, stop, line, eos], [start, model, line, 8, 9, stop]
-    packed = data.pack_pairs([data.Pair(prompt, whole, cut), data.Pair(prompt[1:], cut[:2], cut)])
+    packed = data.pack_pairs(
+        [data.Pair(prompt, whole, cut), data.Pair(prompt[1:], cut[:2], cut), data.Pair(prompt, cut, cut)]
+    )
     names = [KINDS[i] for i in attributing.position_kinds(packed, policy.tokenizer).tolist()]
     header, text, end = (lambda side, n, part=part: [f"{side} {part}"] * n for part in attributing.PARTS)
     expected = ["first"] + ["prompt"] * 4 + header("chosen", 3) + text("chosen", 2) + end("chosen", 3)
     expected += header("rejected", 3) + text("rejected", 2) + end("rejected", 1)
     expected += ["first"] + ["prompt"] * 3 + header("chosen", 2)
-    assert names == expected + header("rejected", 3) + text("rejected", 2) + end("rejected", 1)
+    expected += header("rejected", 3) + text("rejected", 2) + end("rejected", 1)
+    expected += ["first"] + ["prompt"] * 4  # a response that was cut ends where the next one begins
+    for side in ("chosen", "rejected"):
+        expected += header(side, 3) + text(side, 2) + end(side, 1)
+    assert names == expected
 
 
 def test_attribution_rows_share_out_the_whole(golden):
