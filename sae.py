@@ -126,7 +126,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                     arrays[name] = np.lib.format.read_array(f, allow_pickle=False).astype(np.float32, copy=False)
             return arrays
     except (OSError, ValueError, EOFError, KeyError, *ZIPFILE_RAISES) as e:
-        raise UserError(f"{path}: not a readable npz of {', '.join(ARRAYS)} ({e}).") from e
+        why = str(e)[:200]  # zipfile quotes names, which may be anything
+        raise UserError(f"{path}: not a readable npz of {', '.join(ARRAYS)} ({why}).") from e
 
 
 def read_saelens(folder: Path) -> dict[str, Tensor]:

@@ -430,7 +430,8 @@ def _train(s: Settings, ranks: Ranks) -> Path:
             **dict(penalty=penalty, total=row["loss"] + penalty, lr=s.lr * factor, grad_norm=grad_norm),
             **dict(pairs=s.batch_size, tokens=tokens, tokens_per_second=tokens / seconds, seconds=seconds),
         )
-        bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.2f}", L0=f"{row['l0']:.0f}", refresh=False)
+        shown_l0 = {} if s.full else dict(L0=f"{row['l0']:.0f}")
+        bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.2f}", **shown_l0, refresh=False)
         bar.update()
     bar.close()
     ahead.shutdown()

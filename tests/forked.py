@@ -1,5 +1,6 @@
 """train.py in one process or several, forked from one that has torch loaded already: a run costs no imports."""
 
+import functools
 import multiprocessing
 import os
 import shutil
@@ -7,9 +8,11 @@ import socket
 import sys
 import tempfile
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 from conftest import GOLDEN, ROOT, SAE_ID
 
 GOLDEN_FLAGS = ("--model", GOLDEN / "model", "--sae", GOLDEN / "sae", "--sae-id", SAE_ID, "--layer", 1)
@@ -26,11 +29,7 @@ class Run:
     """Processes that were started, as torchrun would start them when there are several."""
 
     def __init__(self, argv, processes: int = 1, env: dict | None = None, call=None):
-        context = multiprocessing.get_context("forkserver")
-        if "PYTHONPATH" not in os.environ:  # read by the server when it starts
-            os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        context.set_forkserver_preload(["train", "torch.distributed.checkpoint", "matplotlib.pyplot", "forked"])
+        context = _server()
         self.folder, self.processes = Path(tempfile.mkdtemp()), []
         env = dict(env or {}, FSRL_CACHE=os.environ["FSRL_CACHE"])
         if processes > 1:
@@ -78,6 +77,18 @@ def good(ended: list[Ended]) -> Ended:
     """What rank 0 said, after all went well."""
     assert all(end.returncode == 0 for end in ended), ended
     return ended[0]
+
+
+@functools.cache
+def _server():
+    """The process that all are forked from, started with one thread each in mind; nothing of it stays in ours."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "torch.distributed.checkpoint", "matplotlib.pyplot", "forked"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+    return context
 
 
 def free_port() -> int:
