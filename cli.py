@@ -36,8 +36,10 @@ def parse(settings: type, argv: list[str] | None = None, presets: dict[str, dict
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):  # `int | None`: the flag itself takes an int
             kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
-        shown = "" if field.default in (None, "") else f" (default: {field.default})"
+        shown = "" if field.default in (None, "", ()) else f" (default: {field.default})"
         options = dict(default=field.default, help=f"{field.metadata['help']}{shown}".replace("%", "%%"))
+        if typing.get_origin(kind) is tuple:  # `tuple[str, ...]`: any number of values after one flag
+            kind, options["nargs"] = typing.get_args(kind)[0], "*"
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -47,7 +49,8 @@ def parse(settings: type, argv: list[str] | None = None, presets: dict[str, dict
         first = _Parser(add_help=False, allow_abbrev=False)
         first.add_argument("--model")
         parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].model, {}))
-    return settings(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    return settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
 def run(main: Callable[[], None]) -> None:
