@@ -56,6 +56,7 @@ class Labels(NamedTuple):
     sae: dict[str, str | None]  # sae, sae_id, sae_sha256 as the file states them
     path: Path
     sha256: str
+    judge: str | None = None  # who gave them, as the file states it
 
 
 def load_labels(path: str | Path, sae: JumpReLUSAE, assume_match: bool = False) -> Labels:
@@ -81,7 +82,9 @@ def load_labels(path: str | Path, sae: JumpReLUSAE, assume_match: bool = False) 
             if not isinstance(category, str) or not isinstance(label, bool | None):
                 raise UserError(f"{path}: row {number}: category must be a name and label true, false or null.")
             categories.setdefault(category, np.zeros(sae.d_sae, dtype=bool))[k] = bool(label)
-    return Labels(path.stem, header.get("kind", "fires"), explanations, categories, matched, stated, path, sha256(path))
+    judge = header.get("judge") or ", ".join(sorted({str(row["judge"]) for row in rows if row.get("judge")})) or None
+    kind = header.get("kind", "fires")
+    return Labels(path.stem, kind, explanations, categories, matched, stated, path, sha256(path), judge)
 
 
 def read_rows(path: str | Path) -> tuple[dict, list[dict]]:
