@@ -7,6 +7,7 @@ the Hub; downloads are pinned to the commit they resolved to, which the caller r
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,3 +103,19 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     os.replace(part, path)
+
+
+@contextmanager
+def publish(folder: Path) -> Iterator[Path]:
+    """A new empty folder to write files into; at the end they are renamed into `folder`, over their namesakes there.
+
+    When the block raises, nothing in `folder` has changed. Raises UserError where it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part:
+            yield Path(part)
+            for path in sorted(Path(part).iterdir()):
+                os.replace(path, folder / path.name)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written ({e}).") from e
