@@ -136,13 +136,17 @@ def _head(run: Run) -> str:
             if settings.get(name) is not None
         ),
     }
-    rows = "".join(f"<dt>{name}</dt><dd>{_text(value)}</dd>" for name, value in facts.items() if value not in (None, ""))
     return (
         f"<h1>What {_text(_short(own.get('base_model') or run.folder.name))} learned from preferences</h1>"
         "<p>A frozen language model was trained on preferences through one small layer that, at each token, turns "
-        "features of a frozen sparse autoencoder up. This page says which, how often, and where.</p>"
-        f"<dl>{rows}</dl>"
+        "features of a frozen sparse autoencoder up. This page says which, how often, and where.</p>" + _facts(facts)
     )
+
+
+def _facts(facts: dict) -> str:
+    """Name and value of what is known."""
+    rows = (f"<dt>{name}</dt><dd>{_text(value)}</dd>" for name, value in facts.items() if value not in (None, ""))
+    return f"<dl>{''.join(rows)}</dl>"
 
 
 def _training(run: Run) -> str:
@@ -178,12 +182,9 @@ def _composition(run: Run) -> str:
             mcc = f"<small>agreement with a person: MCC {row['mcc']:.2f}</small>" if row.get("mcc") is not None else ""
             lines.append(f"<tr class=group><th colspan=5>{_text(row['category'])} {kind} {mcc}</th></tr>")
         sure = row["low"] is not None and not row["low"] <= 0 <= row["high"]
-        change = percent(row["change"], sign=True)
-        interval = f"{percent(row['low'], sign=True)} to {percent(row['high'], sign=True)}"
+        change, interval = percent(row["change"], sign=True), _between(row, "low", "high")
         if row.get("noisy_low") is not None:
-            interval += (
-                f"<br>label noise too: {percent(row['noisy_low'], sign=True)} to {percent(row['noisy_high'], sign=True)}"
-            )
+            interval += f"<br>label noise too: {_between(row, 'noisy_low', 'noisy_high')}"
         lines.append(
             f"<tr><td>{_text(row['context'])}</td><td class=n>{percent(row['sae'])}</td>"
             f"<td class=n>{percent(row['adapter'])}</td><td class=pic>{_interval(row, reach)}</td>"
@@ -192,15 +193,19 @@ def _composition(run: Run) -> str:
     thin = " and, thin, with the uncertainty of the labels too" if noise else ""
     return (
         "<h2>What it uses (Table 2)</h2>"
-        "<p>Of all active features at all positions, the share in each category: as the SAE finds them in the text, and "
-        f"as the adapter turns them up. The bar is the relative change with its 95 % interval over pairs{thin}; the "
-        f"line is no change, the edges are ±{100 * reach:.3g} %; bold where the interval excludes 0.</p>"
+        "<p>Of all active features at all positions, the share in each category: as the SAE finds them in the text, "
+        "and as the adapter turns them up. The bar is the relative change with its 95 % interval over "
+        f"pairs{thin}; the line is no change, the edges are ±{100 * reach:.3g} %. Bold: the interval excludes 0.</p>"
         "<table class=forest><thead><tr><th>context</th><th class=n>SAE</th><th class=n>adapter</th>"
         "<th class=pic>relative change</th><th class=n></th></tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table>{_labels(about)}"
-        "<p class=note>A share of use is not a share of effect: a policy may use a category more for no gain, or earn its "
-        "gain with few features of another. Ablation and attribution, where they were run, measure effect.</p>"
+        "<p class=note>A share of use is not a share of effect: a policy may use a category more for no gain, or earn "
+        "its gain with few features of another. Ablation and attribution, where they were run, measure effect.</p>"
     )
+
+
+def _between(row: dict, low: str, high: str) -> str:
+    return f"{percent(row[low], sign=True)} to {percent(row[high], sign=True)}"
 
 
 def _interval(row: dict, reach: float) -> str:
@@ -216,7 +221,7 @@ def _interval(row: dict, reach: float) -> str:
         if row.get(low) is not None:
             lines += f'<line x1="{x(row[low])}" x2="{x(row[high])}" y1="8" y2="8" class="{kind}"/>'
     lines += f'<circle cx="{x(row["change"])}" cy="8" r="3.5" class="{"more" if row["change"] > 0 else "less"}"/>'
-    label = f"{percent(row['change'], sign=True)}, {percent(row['low'], sign=True)} to {percent(row['high'], sign=True)}"
+    label = f"{percent(row['change'], sign=True)}, {_between(row, 'low', 'high')}"
     return f'<svg viewBox="0 0 200 16" role="img" aria-label="{label}">{lines}</svg>'
 
 
@@ -252,15 +257,16 @@ def _features(run: Run) -> str:
         for row in table.take(rank.argsort()[:FEATURES]).to_pylist():
             said = "<br>".join(_text(row[column]) for column in explained if row[column]) or "<i>no explanation</i>"
             tags = " ".join(f"<span class=tag>{_text(tag.replace('_', ': ', 1))}</span>" for tag in tagged if row[tag])
-            values = [row[f"{number}_prompt_chosen"] for number in numbers]
-            shown = [percent(values[0]), f"{values[1]:.4f}", percent(values[2]), f"{values[3]:.4f}", f"{values[4]:+.4f}"]
+            v_used, v, f_used, f, difference = (row[f"{number}_prompt_chosen"] for number in numbers)
+            shown = [percent(v_used), f"{v:.4f}", percent(f_used), f"{f:.4f}", f"{difference:+.4f}"]
             rows.append([_link(run, row["feature"]), f"{said} {tags}", *shown])
         sections.append(f"<h3>{heading}</h3>{_table(titles, rows, numbers=5, escaped=True)}")
     return (
         "<h2>Features promoted and suppressed</h2>"
-        "<p>By mean v − f over the positions of prompt+chosen: what the adapter adds to a feature, against what the SAE "
-        "finds of it there. An adapter with a ReLU turns nothing down; the second table has the features that are active "
-        f"in the text and that it leaves alone. All {table.num_rows:,} are in eval/features.parquet.</p>{''.join(sections)}"
+        "<p>By mean v − f over the positions of prompt+chosen: what the adapter adds to a feature, against what the "
+        "SAE finds of it there. An adapter with a ReLU turns nothing down; the second table has the features that are "
+        f"active in the text and that it leaves alone. All {table.num_rows:,} are in eval/features.parquet.</p>"
+        + "".join(sections)
     )
 
 
@@ -296,9 +302,9 @@ def _examples(run: Run) -> str:
     scale = "".join(f"<i class=s{i}>&nbsp;&nbsp;</i>" for i in range(10))
     return (
         "<h2>Where it steers</h2>"
-        f"<p>The first {len(found['pairs'])} pairs of the evaluation data. The darker a token, the stronger the steering "
-        f"there: ‖v‖₁ from 0 <span class=tokens>{scale}</span> to {full:.3g} and above. Hover or tap for the features "
-        f"turned up most.</p><div class=examples>{''.join(sections)}</div>"
+        f"<p>The first {len(found['pairs'])} pairs of the evaluation data. The darker a token, the stronger the "
+        f"steering there: ‖v‖₁ from 0 <span class=tokens>{scale}</span> to {full:.3g} and above. Hover or tap for the "
+        f"features turned up most.</p><div class=examples>{''.join(sections)}</div>"
     )
 
 
@@ -321,7 +327,8 @@ def _further(run: Run) -> str:
         rows = rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else []
         columns = list(dict.fromkeys(key for row in rows for key in row))
         cells = [[_cell(row.get(column)) for column in columns] for row in rows[:ROWS]]
-        more = f"<p class=note>{len(rows) - ROWS:,} more rows in eval/{_text(name)}.json.</p>" if len(rows) > ROWS else ""
+        left = len(rows) - ROWS
+        more = f"<p class=note>{left:,} more rows in eval/{_text(name)}.json.</p>" if left > 0 else ""
         if image or rows:
             heading = _text(name.replace("_", " ").capitalize())
             body = (_table([column.replace("_", " ") for column in columns], cells) if rows else "") + more
@@ -346,8 +353,7 @@ def _provenance(run: Run) -> str:
         "evaluated on": f"{about['data']}, {about['pairs']:,} pairs" if {"data", "pairs"} <= set(about) else None,
         "evaluated in": about.get("dtype"),
     }
-    rows = "".join(f"<dt>{name}</dt><dd>{_text(value)}</dd>" for name, value in facts.items() if value)
-    return f"<h2>Where this comes from</h2><dl>{rows}</dl>" if rows else ""
+    return f"<h2>Where this comes from</h2>{_facts(facts)}"
 
 
 def _table(titles: list[str], rows: list[list], numbers: int = 0, escaped: bool = False) -> str:
@@ -399,7 +405,8 @@ SHADES = "".join(f".s{i}{{background:rgba(214,69,80,{i * 0.075:.3f})}}" for i in
 STYLE = (
     """
 :root{color-scheme:light}
-body{font:16px/1.5 system-ui,sans-serif;color:#1c1c1c;background:#fff;max-width:60rem;margin:0 auto;padding:1rem 1rem 8rem}
+body{font:16px/1.5 system-ui,sans-serif;color:#1c1c1c;background:#fff;max-width:60rem;margin:0 auto;
+padding:1rem 1rem 8rem}
 h1{font-size:1.6rem;line-height:1.2}h2{font-size:1.25rem;margin-top:2.5rem;border-top:1px solid #ccc;padding-top:1rem}
 h3{font-size:1rem;margin:1.2rem 0 .3rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem}dt{color:#666}dd{margin:0;overflow-wrap:anywhere}
