@@ -104,11 +104,6 @@ def _composition(run: Run) -> list[str]:
         interval = f"{percent(row['low'], sign=True)} to {percent(row['high'], sign=True)}"
         share = percent(row["sae"]), percent(row["adapter"]), percent(row["change"], sign=True)
         rows.append((f"{row['labels']}: {row['category']}", row["context"], *share, interval))
-    labels = [
-        f"- {_name(t['name'])}: by what a feature {t['kind']}; judge: {t['judge'] or 'not stated'};"
-        f" {'of this SAE' if t['matched'] else '**assumed** to be of this SAE'}"
-        for t in about["labels"]
-    ]
     titles = ("category", "context", "SAE", "adapter", "relative change", "95 % over pairs")
     return [
         "## What it uses",
@@ -116,7 +111,7 @@ def _composition(run: Run) -> list[str]:
         f"Share of each category among active features, on {about['pairs']:,} pairs of {_name(about['data'])}.",
         "",
         *_table(titles, rows),
-        *labels,
+        *(f"- {_plain(table['text'])}" for table in about["labels"]),
         "",
     ]
 

@@ -480,6 +480,15 @@ def examples(policy: Policy, pairs: Sequence[Pair], labels: list[Labels]) -> dic
     return dict(pairs=shown, explanations={str(k): explain(labels, k) for k in sorted(named)})
 
 
+def described(table: Labels) -> dict:
+    """Which labels a table was made with, for its `about`; text says it in words."""
+    by = {"fires": "by what a feature fires on", "promotes": "by what a feature promotes"}.get(table.kind, table.kind)
+    match = "of this SAE" if table.matched else "ASSUMED to be of this SAE, the file does not say"
+    text = f"{table.name}: {by}; judge: {table.judge or 'not stated'}; {match}"
+    own = dict(name=table.name, kind=table.kind, judge=table.judge, matched=table.matched, sha256=table.sha256)
+    return own | dict(table.sae, text=text)
+
+
 # --- files --------------------------------------------------------------------------------------------------
 
 
@@ -542,9 +551,7 @@ def main() -> None:
         positions=dict(zip(CONTEXTS, counts.positions.tolist(), strict=True)),
         **dict(base_model=policy.settings.model, layer=policy.steered.layer, d_sae=sae.d_sae),
         **dict(sae=sae.source, sae_id=sae.sae_id, sae_sha256=sae.sha256, dtype=policy.settings.dtype),
-        labels=[
-            dict(name=t.name, kind=t.kind, judge=t.judge, matched=t.matched, sha256=t.sha256, **t.sae) for t in labels
-        ],
+        labels=[described(table) for table in labels],
         **dict(bootstrap=s.bootstrap, seed=s.seed, human=sha256(Path(s.human)) if s.human else None),
         code=train.code_revision(),
     )

@@ -19,19 +19,10 @@ NAME = {"adapter": "adapter (v)", "sae": "SAE (f)"}
 CONTEXT_COLOUR = {"prompt": "#7a7a7a", "prompt+chosen": "#2a9d6f", "prompt+rejected": "#d98032"}
 
 
-def described(about: dict) -> str:
-    """Which labels a table was made with: name, kind, judge, and whether they are known to be of this SAE."""
-    parts = []
-    for table in about["labels"]:
-        judge = f", judged by {table['judge']}" if table["judge"] else ""
-        match = "of this SAE" if table["matched"] else "ASSUMED to be of this SAE"
-        parts.append(f"{table['name']} (by what a feature {table['kind']}{judge}; {match})")
-    return "Labels: " + ("; ".join(parts) or "none") + "."
-
-
 def finish(figure: Figure, title: str, about: dict) -> Figure:
     figure.suptitle(title, fontsize=11, x=0.01, ha="left", fontweight="bold")
-    lines = textwrap.wrap(described(about), int(figure.get_size_inches()[0] * 15))
+    labels = "Labels: " + (". ".join(table["text"] for table in about["labels"]) or "none") + "."
+    lines = textwrap.wrap(labels, int(figure.get_size_inches()[0] * 15))
     note = f"{about['run']} on {about['data']}, {about['pairs']:,} pairs.\n" + "\n".join(lines)
     figure.supxlabel(note, fontsize=7, color="#555555", x=0.01, ha="left")
     plt.close(figure)  # out of pyplot's registry; the object stays
@@ -81,7 +72,7 @@ def top(value: str, title: str):
             max(1, len(contexts)), 2, figsize=(11, 1 + 2.9 * len(contexts)), layout="constrained", squeeze=False
         )
         for context, of in panels:
-            axes = grid[contexts.index(context)][of == "sae"]
+            axes = grid[contexts.index(context)][int(of == "sae")]
             here = [row for row in rows if (row["context"], row["of"]) == (context, of)]
             axes.barh([row["rank"] for row in here], [row[value] for row in here], color=COLOUR[of], alpha=0.35)
             for row in here:
@@ -125,7 +116,7 @@ def usage_rank(rows: list[dict], about: dict) -> Figure:
     size = dict(figsize=(10, 1 + 3.4 * len(contexts)), layout="constrained", squeeze=False)
     figure, grid = plt.subplots(max(1, len(contexts)), 2, sharey=True, **size)
     for context, of in panels:
-        axes = grid[contexts.index(context)][of == "sae"]
+        axes = grid[contexts.index(context)][int(of == "sae")]
         for name, category in curves:
             key = (context, of, name, category)
             here = [row for row in rows if (row["context"], row["of"], row["labels"], row["category"]) == key]

@@ -227,14 +227,11 @@ def _interval(row: dict, reach: float) -> str:
 
 def _labels(about: dict) -> str:
     """Which labels a table was made with; loud where they were only assumed to fit."""
-    if not about.get("labels"):
+    found = about.get("labels")
+    if not isinstance(found, list) or not all(isinstance(table, dict) and "text" in table for table in found):
         return ""
-    items = []
-    for table in about["labels"]:
-        judge = f"; judged by {_text(table['judge'])}" if table.get("judge") else "; judge not stated"
-        match = "of this SAE" if table["matched"] else "<b>assumed to be of this SAE: the file does not say</b>"
-        items.append(f"<b>{_text(table['name'])}</b>: by what a feature {_text(table['kind'])}{judge}; {match}")
-    return f"<p class=note>Labels: {'. '.join(items)}.</p>"
+    items = (f"<li>{_text(t['text'])}</li>" if t.get("matched") else f"<li><b>{_text(t['text'])}</b></li>" for t in found)
+    return f"<p class=note>Labels:</p><ul class=note>{''.join(items)}</ul>" if found else ""
 
 
 def _features(run: Run) -> str:
