@@ -30,9 +30,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -393,19 +395,20 @@ def log_linear_fit(values: np.ndarray) -> tuple[float, float, float]:
     return float(slope), float(intercept), float(1 - residual.var() / y.var())
 
 
-def l0_rows(counts: Counts, bins: int = 60) -> list[Row]:
-    """Positions by how many features are active there; a bin holds the counts from low to high, both included."""
-    n = counts.l0.shape[-1]
-    number, rows = torch.arange(n), []
+def l0_rows(counts: Counts, bins: int = 50) -> list[Row]:
+    """Positions by how many features are active there. A bin holds the counts from low to high, both included; bins
+    widen geometrically, because an adapter's L0 may reach from 0 to thousands.
+    """
+    number, rows = torch.arange(counts.l0.shape[-1]), []
     largest = int(counts.l0.sum((0, 1)).nonzero().max())
-    width = -(-(largest + 1) // bins)
+    edges = [0, *np.unique(np.geomspace(1, largest + 1, bins).round().astype(int)).tolist()]
     for (side, of), (i, context) in ((a, b) for a in enumerate(SIDES) for b in enumerate(CONTEXTS)):
         here = counts.l0[side, i]
         totals = dict(mean=(here * number).sum().item() / here.sum().item())
         totals |= {f"p{q}": int((here.cumsum(0) >= here.sum() * q / 100).nonzero()[0]) for q in (5, 50, 95)}
-        for low in range(0, largest + 1, width):
-            positions = int(here[low : low + width].sum())
-            rows.append(dict(of=of, context=context, low=low, high=low + width - 1, positions=positions) | totals)
+        for low, end in pairwise(edges):
+            row = dict(of=of, context=context, low=low, high=end - 1, positions=int(here[low:end].sum()))
+            rows.append(row | totals)
     return rows
 
 
@@ -506,7 +509,7 @@ def write_table(folder: Path, name: str, about: dict, rows: list[Row], draw) -> 
     (folder / f"{name}.csv").write_text(text.getvalue())
     (folder / f"{name}.json").write_text(json.dumps(dict(about=about, rows=rows), indent=1, allow_nan=False) + "\n")
     digest = hashlib.sha256(text.getvalue().encode()).hexdigest()
-    with warnings.catch_warnings():
+    with plt.rc_context(figures.STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # explanations come in every script
         draw(rows, about).savefig(folder / f"{name}.png", dpi=150, metadata={"Source": f"{name}.csv sha256 {digest}"})
 

@@ -1,6 +1,7 @@
 """The tables of eval_features.py as pictures: rows in, a matplotlib Figure out. Nothing is computed here.
 
-Every number drawn stands in the rows; about says which labels were used, and is printed under each figure.
+Every number drawn stands in the rows; about says which labels were used, and is printed under each figure. Call and
+save under plt.rc_context(STYLE).
 """
 
 import textwrap
@@ -11,8 +12,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-plt.rcParams["text.parse_math"] = False  # a dollar sign in an explanation is a dollar sign
-plt.rcParams["axes.spines.top"] = plt.rcParams["axes.spines.right"] = False
+STYLE = {
+    "text.parse_math": False,  # a dollar sign in an explanation is a dollar sign
+    **{"axes.spines.top": False, "axes.spines.right": False},
+}
 
 COLOUR = {"adapter": "#d1495b", "sae": "#3d6b8e"}
 NAME = {"adapter": "adapter (v)", "sae": "SAE (f)"}
@@ -51,8 +54,8 @@ def composition(rows: list[dict], about: dict) -> Figure:
     left.set_xlabel("% of active features")
     left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.5 / (1 + len(rows) * 0.24)))
     right.axvline(0, color="black", lw=0.8)
-    noise = "; thin: label noise too" if any(row.get("noisy_low") is not None for row in rows) else ""
-    right.set_xlabel(f"relative change, adapter against SAE, % (95 % over pairs{noise})")
+    noise = ", thin: label noise too" if any(row.get("noisy_low") is not None for row in rows) else ""
+    right.set_xlabel(f"relative change, % (bar: 95 % over pairs{noise})")
     for axes in (left, right):
         axes.grid(axis="x", lw=0.4)
     return finish(figure, "Composition of the active features (Table 2)", about)
@@ -99,6 +102,7 @@ def value_difference(rows: list[dict], about: dict) -> Figure:
         axes.stairs([row["features"] for row in here], edges, fill=True, color=CONTEXT_COLOUR[context], baseline=0.5)
         axes.axvline(0, color="black", lw=0.6)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
         totals = f"{here[0]['promoted']:,} promoted, {here[0]['suppressed']:,} suppressed, mean {here[0]['mean']:.3g}"
         axes.set_title(f"{context}: {totals}", fontsize=9, loc="left")
         axes.set_ylabel("features")
@@ -132,6 +136,7 @@ def usage_rank(rows: list[dict], about: dict) -> Figure:
             if not name and here[0]["fit"] is not None:
                 axes.plot(ranks, [row["fit"] for row in here], color=colour, lw=0.7, ls=(0, (2, 3)))
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_title(f"{NAME[of]}, {context}", fontsize=9, loc="left")
         axes.set_xlabel("rank by usage (within the category)", fontsize=8)
         axes.set_ylabel("share of positions", fontsize=8)
@@ -157,6 +162,8 @@ def l0(rows: list[dict], about: dict) -> Figure:
         axes.set_title(context, fontsize=9, loc="left")
         axes.set_ylabel("positions")
         axes.legend(frameon=False, fontsize=8)
+        axes.set_xscale("symlog", linthresh=1)
+        axes.xaxis.set_major_formatter("{x:g}")
     grid[-1].set_xlabel("L0: features active at a position")
     return finish(figure, "How many features are active at a position", about)
 
@@ -171,7 +178,9 @@ def l0_by_position(rows: list[dict], about: dict) -> Figure:
             axes.plot([(row["low"] + row["high"]) / 2 for row in here], [row["mean_l0"] for row in here], **style)
         axes.set_title(NAME[of], fontsize=9, loc="left")
         axes.set_ylabel("mean L0")
-        axes.set_ylim(0, None)
+        rows_of = [row for row in rows if row["of"] == of]
+        usual = max((row["positions"] for row in rows_of), default=1) / 50
+        axes.set_ylim(0, 1.2 * max((row["mean_l0"] for row in rows_of if row["positions"] >= usual), default=1) or 1)
     grid[0].legend(frameon=False, fontsize=8)
-    grid[1].set_xlabel("position in the sequence (<bos> is 0, left out)")
+    grid[1].set_xlabel("position in the sequence (<bos>, at 0, is left out); cut off where few positions remain")
     return finish(figure, "L0 by position", about)

@@ -34,7 +34,7 @@ OURS = {  # tables of eval_features.py -> heading and how to read the picture
         "Usage against rank (Figure 5)",
         "Dotted: least-squares line of log usage on rank over all active features; R² by category in the legend.",
     ),
-    "l0": ("How many features are active at a position", "Each context's positions, by L0."),
+    "l0": ("How many features are active at a position", "Each context's positions by L0; bins widen to the right."),
     "l0_by_position": ("L0 along the sequence", "Mean over the positions at the same distance from <bos>."),
 }
 
@@ -230,7 +230,8 @@ def _labels(about: dict) -> str:
     found = about.get("labels")
     if not isinstance(found, list) or not all(isinstance(table, dict) and "text" in table for table in found):
         return ""
-    items = (f"<li>{_text(t['text'])}</li>" if t.get("matched") else f"<li><b>{_text(t['text'])}</b></li>" for t in found)
+    tags = ("li" if table.get("matched") else "li class=loud" for table in found)
+    items = (f"<{tag}>{_text(table['text'])}</li>" for tag, table in zip(tags, found, strict=True))
     return f"<p class=note>Labels:</p><ul class=note>{''.join(items)}</ul>" if found else ""
 
 
@@ -412,6 +413,7 @@ th,td{text-align:left;vertical-align:top;padding:.25rem .5rem;border-bottom:1px 
 th{font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums}td.n{white-space:nowrap}
 .wide{overflow-x:auto}img{max-width:100%;height:auto;display:block}
 small,.note{color:#5a5a5a;font-size:.85rem;font-weight:400}
+.loud{color:#b3303f;font-weight:600}
 .group th{padding-top:.8rem;font-size:1rem}
 .pic{width:40%;text-align:center}svg{display:block;width:100%;height:auto;min-width:8rem;background:#fafafa}
 .zero{stroke:#888;stroke-width:.7}.pairs{stroke:#3d6b8e;stroke-width:4;opacity:.55}.noisy{stroke:#3d6b8e;stroke-width:1}
