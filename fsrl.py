@@ -140,18 +140,29 @@ class SteeredModel(nn.Module):
         plan = self.model.plan(packed)
         x = self.residual(packed, plan) if x is None else x
         x, l1, l0 = self.steer(x)
-        x = self.model.blocks(x, plan, self.layer + 1)
-        return Steered(self.model.final_norm(x), l1, l0)
+        return Steered(self.above(x, plan), l1, l0)
 
     def steer(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x' = x + v W_dec [T, d], and ‖v‖₁ and ‖v‖₀ [T]. Some rows at a time: v [T, F] is wide, and on a CPU a piece
-        that stays in cache is worked on faster and needs no fresh pages.
-        """
+        """x' = x + v W_dec [T, d], and ‖v‖₁ and ‖v‖₀ [T]."""
         parts = []
-        for rows in x.split(max(STEER_ROWS, STEER_ELEMENTS[x.device.type] // self.sae.d_sae)):
+        for rows in self.pieces(x):
             v = self.adapter(rows)  # [rows, d] -> [rows, F]
-            parts.append((rows + v.to(self.sae.W_dec.dtype) @ self.sae.W_dec, *sparsity(v)))  # [rows, F] -> [rows, d]
+            parts.append((self.add(rows, v), *sparsity(v)))
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    def pieces(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [T, d], some rows at a time: v [T, F] is wide, and on a CPU a piece that stays in cache is worked on
+        faster and needs no fresh pages.
+        """
+        return x.split(max(STEER_ROWS, STEER_ELEMENTS[x.device.type] // self.sae.d_sae))
+
+    def add(self, x: Tensor, v: Tensor) -> Tensor:
+        """x' = x + v W_dec for any steering: x [rows, d], v [rows, F] -> [rows, d]."""
+        return x + v.to(self.sae.W_dec.dtype) @ self.sae.W_dec
+
+    def above(self, x: Tensor, plan: Plan) -> Tensor:
+        """From the residual stream above the adapter, x' [T, d], to final states after the last norm, [T, d]."""
+        return self.model.final_norm(self.model.blocks(x, plan, self.layer + 1))
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Steered final states of one sequence, after the last norm: int64 [T] -> [T, d]."""
