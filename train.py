@@ -131,14 +131,19 @@ class Scores(NamedTuple):
 
 def score(steered: SteeredModel, packed: Packed, s: Settings, x: Tensor | None = None) -> Scores:
     """Run the steered model over packed pairs. x: the residual stream below the adapter, where it is cached."""
-    head, softcap = steered.model.model.embed_tokens.weight, steered.model.config.final_logit_softcapping
     hidden, l1, l0 = steered(packed, x)
+    losses, chosen, rejected = preference(steered.model, hidden, packed, s)
+    # Multiplied and summed, not a dot product: autocast would round that to bfloat16.
+    return Scores(losses, chosen, rejected, (l1 * packed.copies).sum(), (l0 * packed.copies).sum())
+
+
+def preference(model: Gemma2, hidden: Tensor, packed: Packed, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Final states [T, d] of packed pairs -> SimPO losses and mean log-probabilities, chosen and rejected, each [P]."""
+    head, softcap = model.model.embed_tokens.weight, model.config.final_logit_softcapping
     logps = simpo.token_logps(hidden[packed.source], head, packed.target, softcap)
     logps = simpo.mean_logps(logps, packed.sequence, packed.lengths)
     chosen, rejected = logps[0::2], logps[1::2]
-    losses = simpo.simpo_loss(chosen, rejected, s.beta, s.gamma_ratio)
-    # Multiplied and summed, not a dot product: autocast would round that to bfloat16.
-    return Scores(losses, chosen, rejected, (l1 * packed.copies).sum(), (l0 * packed.copies).sum())
+    return simpo.simpo_loss(chosen, rejected, s.beta, s.gamma_ratio), chosen, rejected
 
 
 def means(sums: Tensor, pairs: int, positions: int, beta: float) -> dict[str, float]:
