@@ -25,10 +25,11 @@ from data import Pair
 from packed import Packed
 from policy import Policy
 
-# Where a feature steered. A response's header is `<start_of_turn>model` and its line break, its end all from
-# <end_of_turn> on. A position's steering acts on the tokens after it: the header decides how an answer begins.
+# Where a feature steered. "first" is the first position: <bos>, or what stands first in a truncated prompt. A response's
+# header is `<start_of_turn>model` and its line break, its end all from <end_of_turn> on. A position's steering acts on
+# the tokens after it: the header decides how an answer begins.
 PARTS = ("header", "text", "end")
-KINDS = ("bos", "prompt", *(f"{response} {part}" for response in ("chosen", "rejected") for part in PARTS))
+KINDS = ("first", "prompt", *(f"{response} {part}" for response in ("chosen", "rejected") for part in PARTS))
 
 
 class Attribution(NamedTuple):
@@ -117,6 +118,5 @@ def position_kinds(packed: Packed, tokenizer: Tokenizer) -> Tensor:
     sequence = packed.tree * 3 + branch
     for back in range(3):  # <end_of_turn>, a line break, <eos>: what truncation left of them
         part[(stop.roll(back)) & (sequence == sequence.roll(back))] = 2
-    kind = torch.where(branch == 0, KINDS.index("prompt"), 2 + len(PARTS) * (branch - 1) + part)
-    kind[tokens == tokenizer.token_to_id("<bos>")] = KINDS.index("bos")
-    return kind
+    kind = torch.where(branch == 0, KINDS.index("prompt"), KINDS.index("chosen header") + 3 * (branch - 1) + part)
+    return torch.where(packed.position == 0, KINDS.index("first"), kind)
