@@ -25,9 +25,9 @@ from data import Pair
 from packed import Packed
 from policy import Policy
 
-# Where a feature steered. "first" is the first position: <bos>, or what stands first in a truncated prompt. A response's
-# header is `<start_of_turn>model` and its line break, its end all from <end_of_turn> on. A position's steering acts on
-# the tokens after it: the header decides how an answer begins.
+# Where a feature steered. "first" is the first position: <bos>, or what stands first in a truncated prompt. Of a
+# response, the header is `<start_of_turn>model` and its line break, the end all from <end_of_turn> on. A position's
+# steering acts on the tokens after it: the header decides how an answer begins.
 PARTS = ("header", "text", "end")
 KINDS = ("first", "prompt", *(f"{response} {part}" for response in ("chosen", "rejected") for part in PARTS))
 
