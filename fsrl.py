@@ -48,6 +48,12 @@ class Adapter(nn.Module):
         nn.init.uniform_(self.weight, -INIT_RANGE, INIT_RANGE, generator=generator)
         nn.init.zeros_(self.bias)
 
+    @torch.no_grad()
+    def silence(self, features: list[int]) -> None:
+        """v = 0 for these features, now and under any training: a ReLU that stands at 0 passes no gradient on."""
+        self.weight[features] = 0
+        self.bias[features] = 0
+
     def forward(self, x: Tensor) -> Tensor:
         """Residual stream x [T, d] -> steering v [T, F]."""
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias).relu_()
