@@ -80,6 +80,7 @@ class Settings:
     max_prompt_length: int = flag(1800, "tokens of a truncated prompt")
     adapter: str = flag("relu", "kind of adapter", choices=("relu",))
     init_adapter: str | None = flag(None, "adapter folder (ours or the authors') to start from")
+    mask_features: str | None = flag(None, "json list of features that never steer, as eval_ablation.py writes them")
     shuffle: bool = flag(True, "a new order each epoch, from --seed; --no-shuffle: file order")
     seed: int = flag(0, "seed of the order of the pairs and of the initial weights")
     dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16"))
@@ -311,10 +312,23 @@ def load(s: Settings):
     else:
         adapter = Adapter(model.config.hidden_size, sae.d_sae, s.adapter)
         adapter.init_weights(torch.Generator().manual_seed(s.seed))
+    if s.mask_features:
+        adapter.silence(read_features(s.mask_features, sae.d_sae))
     tokenizer = data.load_tokenizer(model.folder)
     if tokenizer.get_vocab_size(with_added_tokens=True) > model.config.vocab_size:
         raise UserError(f"--model {s.model}: its tokenizer knows more tokens than its embedding has rows.")
     return SteeredModel(model, sae, adapter.to(s.device), s.layer), tokenizer
+
+
+def read_features(path: str, d_sae: int) -> list[int]:
+    """A json list of feature indices. Raises UserError for anything else."""
+    try:
+        features = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"--mask-features {path}: a json list of features was expected ({e}).") from e
+    if not isinstance(features, list) or not all(type(k) is int and 0 <= k < d_sae for k in features):
+        raise UserError(f"--mask-features {path}: a json list of whole numbers from 0 to {d_sae - 1} was expected.")
+    return features
 
 
 class Preferences(NamedTuple):
@@ -369,6 +383,7 @@ def open_run(s: Settings, steered: SteeredModel, preferences: Preferences) -> Pa
         names = (f"{Path(s.model).name}{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 10_000))])
         out = next(p for p in map(Path("runs").joinpath, names) if not (p / "metrics.jsonl").exists())
     files = [*sorted(steered.model.folder.glob("*.safetensors")), *(f.path for f in preferences.files)]
+    files += [Path(s.mask_features)] if s.mask_features else []
     packages = ("torch", "safetensors", "huggingface-hub", "tokenizers", "numpy", "pyarrow")
     config = dict(
         settings=asdict(s),
