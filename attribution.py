@@ -77,10 +77,8 @@ def attribution(
                 return train.preference(policy.base, steered.above(x, plan), packed, s)[0]  # noqa: B023 (called here)
 
             base[micro], full[micro] = loss(x).cpu(), loss(steered.steer(x)[0]).cpu()
-            by_kind, by_pair = (
-                torch.zeros(len(KINDS), F_, device=x.device),
-                torch.zeros(len(micro), F_, device=x.device),
-            )
+            by_kind = torch.zeros(len(KINDS), F_, dtype=x.dtype, device=x.device)
+            by_pair = torch.zeros(len(micro), F_, dtype=x.dtype, device=x.device)
             for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
                 x_node = torch.cat([steered.add(rows, node * _v(steered, rows)) for rows in steered.pieces(x)])
                 with torch.enable_grad():

@@ -187,7 +187,7 @@ def measure(policy: Policy, pairs: list[Pair], s: train.Settings) -> Means:
         for micro in data.microbatches(pairs, s.tokens_per_microbatch):
             packed = data.pack_pairs([pairs[i] for i in micro]).to(s.device)
             x = steered.residual(packed, policy.base.plan(packed))
-            weight = packed.copies * (packed.position > 0)
+            weight = (packed.copies * (packed.position > 0)).to(x.dtype)
             side = torch.stack([packed.branch == 1, packed.branch == 2], 1).to(weight.dtype)  # [T, 2]
             positions += weight.sum().item()
             responses += side.sum(0)
@@ -349,10 +349,9 @@ def attribution_rows(found: Attribution, tables: list[Labels], used: np.ndarray,
     Categories of a file may overlap; "(none)" are the features that it puts in no category, "(all)" all of them.
     """
     every = np.ones(found.shares.shape[1], dtype=bool)
-    low, high = interval(found.pair_category.T, s.bootstrap, s.seed)
-    all_low, all_high = interval(found.policy - found.base, s.bootstrap, s.seed)
-    entries = [(dict(labels=None, kind=None, matched=None, category="(all)"), every, all_low.item(), all_high.item())]
-    for i, (table, category, mask) in enumerate(categories(tables)):
+    low, high = interval(torch.cat([(found.policy - found.base)[None], found.pair_category.T]), s.bootstrap, s.seed)
+    entries = [(dict(labels=None, kind=None, matched=None, category="(all)"), every, low[0].item(), high[0].item())]
+    for i, (table, category, mask) in enumerate(categories(tables), start=1):
         about = dict(labels=table.name, kind=table.kind, matched=table.matched, category=category)
         entries.append((about, mask, low[i].item(), high[i].item()))
     rows = []
