@@ -422,7 +422,8 @@ small,.note{color:#5a5a5a;font-size:.85rem;font-weight:400}
 .zero{stroke:#888;stroke-width:.7}.pairs{stroke:#3d6b8e;stroke-width:4;opacity:.55}.noisy{stroke:#3d6b8e;stroke-width:1}
 .more{fill:#b3303f}.less{fill:#24557a}
 .tag{background:#eef2f5;border-radius:.5rem;padding:0 .4rem;font-size:.78rem;white-space:nowrap}
-.tokens{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7}.tokens i{font-style:normal;border-radius:2px}
+.tokens{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7}
+.tokens i{font-style:normal;unicode-bidi:isolate;border-radius:2px}
 .examples i{cursor:help;outline:none}.examples i:hover,.examples i:focus{box-shadow:0 0 0 2px #1c1c1c}
 .examples i:hover::after,.examples i:focus::after{content:attr(data-t);position:fixed;left:0;right:0;bottom:0;z-index:9;
 background:#1c1c1c;color:#fff;font:.85rem/1.4 ui-monospace,monospace;padding:.6rem 1rem;white-space:pre-wrap}
