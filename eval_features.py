@@ -67,6 +67,9 @@ EXAMPLES, EXAMPLE_TOKENS, EXAMPLE_FEATURES = 4, 400, 4  # pairs shown, tokens of
 @dataclass(frozen=True)
 class Settings:
     run: str | None = flag(None, "a folder that train.py wrote, an adapter folder, or its Hub id")
+    model: str | None = flag(None, "where the base model is now; unset: where the run says")
+    sae: str | None = flag(None, "where the SAE is now; unset: where the run says")
+    sae_id: str | None = flag(None, "folder within --sae")
     data: str | None = flag(None, "tiny, a parquet or jsonl file, a folder, a Hub id; unset: the run's evaluation data")
     labels: tuple[str, ...] = flag((), "label files of the run's SAE; unset: those of tiny for tiny, else none")
     assume_labels_match: bool = flag(False, "take label files that do not say so to be of the run's SAE")
@@ -535,7 +538,7 @@ def out_folder(s: Settings) -> Path:
 def main() -> None:
     s = cli.parse(Settings, doc=__doc__)
     out = out_folder(s)
-    policy = open_policy(s.run, device=s.device, dtype=s.dtype)
+    policy = open_policy(s.run, s.model, s.sae, s.sae_id, s.device, s.dtype)
     if policy.steered is None:
         raise UserError(f"--run {s.run}: has no adapter; there is no steering to read in a model trained whole.")
     sae = policy.steered.sae

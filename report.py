@@ -172,7 +172,8 @@ def _composition(run: Run) -> str:
         return ""
     about, rows = run.tables["composition"]["about"], run.tables["composition"]["rows"]
     ends = [row.get(key) for row in rows for key in ("change", "low", "high", "noisy_low", "noisy_high")]
-    reach = max((abs(x) for x in ends if x is not None), default=0) or 1.0
+    ends = [x for x in ends if x is not None]
+    edges = min([0.0, *ends]), max([0.01, *ends])
     noise = any(row.get("noisy_low") is not None for row in rows)
     lines, group = [], None
     for row in rows:
@@ -186,8 +187,8 @@ def _composition(run: Run) -> str:
         if row.get("noisy_low") is not None:
             interval += f"<br>label noise too: {_between(row, 'noisy_low', 'noisy_high')}"
         lines.append(
-            f"<tr><td>{_text(row['context'])}</td><td class=n>{percent(row['sae'])}</td>"
-            f"<td class=n>{percent(row['adapter'])}</td><td class=pic>{_interval(row, reach)}</td>"
+            f"<tr><td>{_text(row['context'])}</td><td class=n data-h=SAE>{percent(row['sae'])}</td>"
+            f"<td class=n data-h=adapter>{percent(row['adapter'])}</td><td class=pic>{_interval(row, *edges)}</td>"
             f"<td class=n>{'<b>' + change + '</b>' if sure else change}<br><small>{interval}</small></td></tr>"
         )
     thin = " and, thin, with the uncertainty of the labels too" if noise else ""
@@ -195,7 +196,8 @@ def _composition(run: Run) -> str:
         "<h2>What it uses (Table 2)</h2>"
         "<p>Of all active features at all positions, the share in each category: as the SAE finds them in the text, "
         "and as the adapter turns them up. The bar is the relative change with its 95 % interval over "
-        f"pairs{thin}; the line is no change, the edges are ±{100 * reach:.3g} %. Bold: the interval excludes 0.</p>"
+        f"pairs{thin}; the line is no change, the field reaches from {100 * edges[0]:+.0f} to {100 * edges[1]:+.0f} %. "
+        "Bold: the interval excludes 0.</p>"
         "<table class=forest><thead><tr><th>context</th><th class=n>SAE</th><th class=n>adapter</th>"
         "<th class=pic>relative change</th><th class=n></th></tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table>{_labels(about)}"
@@ -208,15 +210,15 @@ def _between(row: dict, low: str, high: str) -> str:
     return f"{percent(row[low], sign=True)} to {percent(row[high], sign=True)}"
 
 
-def _interval(row: dict, reach: float) -> str:
-    """One row of the forest plot as inline SVG, 0 in the middle."""
+def _interval(row: dict, left: float, right: float) -> str:
+    """One row of the forest plot as inline SVG, from left to right; 0 lies between."""
     if row["change"] is None:
         return ""
 
     def x(value: float) -> str:
-        return f"{100 + 96 * value / reach:.1f}"
+        return f"{5 + 190 * (value - left) / (right - left):.1f}"
 
-    lines = '<line x1="100" x2="100" y1="0" y2="16" class="zero"/>'
+    lines = f'<line x1="{x(0)}" x2="{x(0)}" y1="0" y2="16" class="zero"/>'
     for low, high, kind in (("noisy_low", "noisy_high", "noisy"), ("low", "high", "pairs")):
         if row.get(low) is not None:
             lines += f'<line x1="{x(row[low])}" x2="{x(row[high])}" y1="8" y2="8" class="{kind}"/>'
@@ -258,7 +260,8 @@ def _features(run: Run) -> str:
             v_used, v, f_used, f, difference = (row[f"{number}_prompt_chosen"] for number in numbers)
             shown = [percent(v_used), f"{v:.4f}", percent(f_used), f"{f:.4f}", f"{difference:+.4f}"]
             rows.append([_link(run, row["feature"]), f"{said} {tags}", *shown])
-        sections.append(f"<h3>{heading}</h3>{_table(titles, rows, numbers=5, escaped=True)}")
+        shown = _table(titles, rows, numbers=5, escaped=True)
+        sections.append(f"<h3>{heading}</h3><div class=features>{shown}</div>")
     return (
         "<h2>Features promoted and suppressed</h2>"
         "<p>By mean v − f over the positions of prompt+chosen: what the adapter adds to a feature, against what the "
@@ -411,7 +414,7 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem}dt{color:#
 table{border-collapse:collapse;font-size:.88rem;width:100%}
 th,td{text-align:left;vertical-align:top;padding:.25rem .5rem;border-bottom:1px solid #e5e5e5}
 th{font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums}td.n{white-space:nowrap}
-.wide{overflow-x:auto}img{max-width:100%;height:auto;display:block}
+.wide{overflow-x:auto}.features td:nth-child(2){min-width:14rem}img{max-width:min(100%,46rem);height:auto;display:block}
 small,.note{color:#5a5a5a;font-size:.85rem;font-weight:400}
 .loud{color:#b3303f;font-weight:600}
 .group th{padding-top:.8rem;font-size:1rem}
@@ -419,13 +422,15 @@ small,.note{color:#5a5a5a;font-size:.85rem;font-weight:400}
 .zero{stroke:#888;stroke-width:.7}.pairs{stroke:#3d6b8e;stroke-width:4;opacity:.55}.noisy{stroke:#3d6b8e;stroke-width:1}
 .more{fill:#b3303f}.less{fill:#24557a}
 .tag{background:#eef2f5;border-radius:.5rem;padding:0 .4rem;font-size:.78rem;white-space:nowrap}
-.tokens{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7}.tokens i{font-style:normal;border-radius:2px}
+.tokens{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7}
+.tokens i{font-style:normal;unicode-bidi:isolate;border-radius:2px}
 .examples i{cursor:help;outline:none}.examples i:hover,.examples i:focus{box-shadow:0 0 0 2px #1c1c1c}
 .examples i:hover::after,.examples i:focus::after{content:attr(data-t);position:fixed;left:0;right:0;bottom:0;z-index:9;
 background:#1c1c1c;color:#fff;font:.85rem/1.4 ui-monospace,monospace;padding:.6rem 1rem;white-space:pre-wrap}
 .examples:has(i:hover) i:focus:not(:hover)::after{content:none}
 @media(max-width:40rem){dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}
-.forest thead{display:none}.forest tr{display:flex;flex-wrap:wrap;border-bottom:1px solid #e5e5e5}
+.forest thead{display:none}.forest [data-h]::before{content:attr(data-h) " ";color:#5a5a5a}
+.forest tr{display:flex;flex-wrap:wrap;border-bottom:1px solid #e5e5e5}
 .forest td,.forest th{border:0;flex:1 0 auto}.forest td.pic{flex:1 0 100%;order:9}}
 @media print{body{max-width:none;padding:0;font-size:10pt}h2,h3{break-after:avoid}tr,img{break-inside:avoid}
 .wide{overflow:visible}a{color:inherit}i{print-color-adjust:exact;-webkit-print-color-adjust:exact}

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, load, script
+from conftest import GOLDEN, ROOT, SAE_ID, load, script
 from PIL import Image
 
 import eval_features as ef
@@ -369,18 +369,25 @@ def test_examples_are_the_first_pairs(audited):
 # --- mistakes and interruptions -----------------------------------------------------------------------------
 
 
-def test_mistakes_end_in_a_sentence_and_leave_nothing(tiny_run, tmp_path):
+def test_mistakes_end_in_a_sentence_and_leave_nothing(tiny_run, tmp_path, monkeypatch):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     other = tmp_path / "other.jsonl"
     labels.write_labels(other, dict(kind="fires", sae="tiny", sae_id=tiny.SAE_ID, sae_sha256="0" * 64), [])
+    result = script("eval_features.py", "--run", run, "--labels", other)
+    assert result.returncode == 2 and "other.jsonl: belongs to the SAE" in result.stderr, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
     for flags, named in (
-        (("--run", run, "--labels", other), "other.jsonl: belongs to the SAE"),
         (("--run", tmp_path / "nothing"), "nothing"),
+        (("--run", "owner/name"), "--out"),
+        (("--run", run, "--labels", other, "--assume-labels-match"), "belongs to the SAE"),
+        (("--run", run, "--labels", other.parent / "absent.jsonl"), "absent.jsonl"),
+        (("--run", run, "--human", tmp_path / "absent.csv"), "absent.csv"),
+        (("--run", run, "--bootstrap", 0), "--bootstrap"),
         ((), "--run"),
     ):
-        result = script("eval_features.py", *flags)
-        assert result.returncode == 2 and named in result.stderr, result.stderr
-        assert len(result.stderr.strip().splitlines()) == 1
+        monkeypatch.setattr(sys, "argv", ["eval_features.py", *map(str, flags)])
+        with pytest.raises(UserError, match=named):
+            ef.main()
     assert not (run / "eval").exists() and not (run / "report.html").exists()
 
 
@@ -410,12 +417,18 @@ def test_publish_changes_all_or_nothing(tmp_path):
     assert sorted((p.name, p.read_text()) for p in tmp_path.iterdir()) == [("a.csv", "new"), ("b.csv", "new")]
 
 
-def test_an_adapter_folder_of_the_authors_is_read(tmp_path):
-    """No run, no labels: usage alone, into --out."""
-    import policy
+def test_an_adapter_folder_without_labels(tmp_path, monkeypatch):
+    """The authors' format, no run around it: usage without composition, into --out."""
+    from matplotlib.figure import Figure
 
-    opened = policy.open_policy(str(GOLDEN / "adapter_mid"), str(GOLDEN / "model"), str(GOLDEN / "sae"), None, "cpu")
-    counts = ef.usage(opened.steered, some_pairs(2), opened.settings, progress=False)
-    rows = ef.top_rows(counts.usage, "usage", [])
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.write_bytes(b""))  # drawing is tested above
+    g = GOLDEN
+    flags = ("--run", g / "adapter_mid", "--model", g / "model", "--sae", g / "sae", "--sae-id", SAE_ID)
+    flags += ("--data", g / "dataset", "--pairs", 3, "--device", "cpu", "--out", tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["eval_features.py", *map(str, flags)])
+    ef.main()
+    files = {path.stem for path in (tmp_path / "out" / "eval").iterdir()}
+    assert files == {*TABLES, "features", "examples"} - {"composition"}
+    rows = json.loads((tmp_path / "out" / "eval" / "top_usage.json").read_text())["rows"]
     assert [row["rank"] for row in rows] == [*range(1, ef.TOP + 1)] * 6 and rows[0]["explanation"] == ""
-    assert ef.composition_rows(counts, [], {}, 5, 0) == []
+    assert "Table 2" not in (tmp_path / "out" / "report.html").read_text()
