@@ -1,0 +1,484 @@
+"""Does the audit find the truth? Train policies on preferences whose cause is known, audit them, count the right names.
+
+    python -m tiny.planted                 every cause, several seeds; writes OUT/runs.jsonl, planted.json, tables.md
+    python -m tiny.planted --update        the same, and puts the tables into tiny/PLANTED.md
+
+Each run trains an adapter on pairs of one cause (world.pairs), and every measure is then asked, on fresh pairs of that
+cause, which category the policy was trained for. A measure sees what an auditor of real data has: the policy, its SAE,
+the pairs and the label files. It never sees what was planted, with one exception that says so ("true spans").
+
+Runs that OUT/runs.jsonl holds already are not made again, so an interrupted command goes on where it stopped.
+"""
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import choices as ch
+import cli
+import data
+import eval_ablation
+import eval_features
+import train
+from attribution import attribution
+from cli import flag
+from data import Pair
+from fsrl import Adapter, SteeredModel
+from labels import Labels, load_labels
+from policy import Policy
+from sae import JumpReLUSAE
+from sources import UserError, write_whole
+from tiny import LABELS_DIR, LAYER, ROOT, build, measure, world
+
+PLANTED = {name: cause.category for name, cause in world.CAUSES.items() if cause.category}
+MIXES = ({"style": 1, "honesty": 3}, {"style": 1, "honesty": 1}, {"style": 3, "honesty": 1})
+KINDS = ("fires", "promotes")
+MEASURES = (
+    *("composition", "ablation", "ablation - matched", "attribution", "attribution per feature"),
+    *("choices", "data alone"),
+)
+LEVEL = 0.01  # of all of a measure's categories together, for saying that there is anything at all
+PAGE = ROOT / "PLANTED.md"
+MARKS = ("<!-- written by python -m tiny.planted --update -->", "<!-- end of what it writes -->")
+# Kinds of tokens finer than a category, by the spans that realise them: what an explanation of a feature names.
+FINE = {
+    "list": ("bullet", "number", "lead-in"),
+    "heading": ("heading",),
+    "bold": ("bold",),
+    "exclamation": ("exclamation",),
+    "summary": ("summary",),
+    "flattery": ("flattery",),
+    "honesty": ("hedging", "ignorance", "over-claiming", "closing caveat", "closing boast"),
+    "refusal": ("refusal", "compliance"),
+}
+REALISES = {  # cause -> what it shows as, among FINE
+    "style": ("list", "bold", "summary"),
+    "bullets": ("list",),
+    "bold": ("bold",),
+    "honesty": ("honesty",),
+    "refusal": ("refusal",),
+    "anti-flattery": ("flattery",),
+}
+REST_LABELS = ("content", "chat")  # labels of the tiny world that are no category of interest
+
+
+@dataclass(frozen=True)
+class Settings:
+    seeds: int = flag(4, "seeds of every cause")
+    first_seed: int = flag(0, "the first of them; 100 to 102 are those that the measures were developed on")
+    causes: tuple[str, ...] = flag((), "only these causes; unset: all, and the mixes")
+    pairs: int = flag(768, "training pairs of a run, each seen once")
+    eval_pairs: int = flag(192, "fresh pairs that a policy is audited on")
+    loss_pairs: int = flag(32, "so many of them for the audits that need many passes: ablation and attribution")
+    steps: int = flag(6, "nodes of the attribution's integral")
+    out: str = flag("runs/planted", "folder to write")
+    update: bool = flag(False, "put the tables into tiny/PLANTED.md")
+
+    def __post_init__(self):
+        for name in ("seeds", "pairs", "eval_pairs", "loss_pairs", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1 was expected.")
+        if self.pairs < 32 or self.loss_pairs > self.eval_pairs:
+            raise UserError("--pairs: at least 32 were expected; --loss-pairs: at most --eval-pairs.")
+        for cause in self.causes:
+            if cause not in world.CAUSES:
+                raise UserError(f"--causes {cause}: one of {', '.join(world.CAUSES)} was expected.")
+
+
+# --- a run: plant and train ---------------------------------------------------------------------------------
+
+
+def tokenise(tokenizer, pairs: list[world.TextPair]) -> tuple[list[Pair], list[list[int]]]:
+    """Token ids as data.load_pairs gives them, and of every response token, chosen before rejected, the index in
+    measure.NAMES of the span it stands in.
+    """
+    result, names = [], []
+    for pair in pairs:
+        ids, owners = [], []
+        sides = (pair.chosen.prompt_spans, pair.chosen.response_spans, pair.rejected.response_spans)
+        for spans in sides:
+            encoding = tokenizer.encode("".join(span.text for span in spans), add_special_tokens=False)
+            at = world.span_of_characters(spans)
+            ids.append(encoding.ids)
+            owners.append([measure.NAME_INDEX[spans[at[begin]].name] for begin, _ in encoding.offsets])
+        result.append(Pair(*ids))
+        names.append(owners[1] + owners[2])
+    return result, names
+
+
+class Streams:
+    """Residual streams below the adapter of a list of pairs, in memory: what activations.Activations keeps on disk."""
+
+    @torch.inference_mode()
+    def __init__(self, steered: SteeredModel, pairs: list[Pair], at_once: int = 32):
+        self.streams = []
+        for i in range(0, len(pairs), at_once):
+            some = pairs[i : i + at_once]
+            packed = data.pack_pairs(some)
+            x = steered.residual(packed, steered.model.plan(packed))
+            self.streams += x.split([pair.tokens for pair in some])
+
+    def __call__(self, indices: list[int]) -> Tensor:
+        return torch.cat([self.streams[i] for i in indices]).clone()  # out of inference mode
+
+
+def fit(steered: SteeredModel, pairs: list[Pair], s: train.Settings) -> None:
+    """train.py's loop over one epoch, without its files."""
+    streams, trained = Streams(steered, pairs), list(steered.adapter.parameters())
+    optimizer, steps = train.make_optimizer(trained, s), len(pairs) // s.batch_size
+    order = data.epoch_order(len(pairs), s.seed, 0, s.shuffle)
+    for step in tqdm(range(steps), desc="training", unit="step", leave=False):
+        indices = order[step * s.batch_size : (step + 1) * s.batch_size]
+        optimizer.param_groups[0]["lr"] = s.lr * train.lr_factor(step, steps, s)
+        train.backward(steered, train.Batch([pairs[i] for i in indices], indices, streams), s.l1, s)
+        torch.nn.utils.clip_grad_norm_(trained, s.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    steered.requires_grad_(False)
+
+
+def plant(base, tokenizer, sae: JumpReLUSAE, cause: str | dict, seed: int, pairs: int) -> Policy:
+    """A policy trained on `pairs` pairs of the cause."""
+    s = replace(train.Settings(model="tiny", **train.PRESETS["tiny"]), seed=seed, device="cpu", dtype="float32")
+    adapter = Adapter(base.config.hidden_size, sae.d_sae)
+    adapter.init_weights(torch.Generator().manual_seed(seed))
+    steered = SteeredModel(base, sae, adapter, LAYER)
+    fit(steered, tokenise(tokenizer, world.pairs(cause, pairs, seed))[0], s)
+    return Policy(base, steered, tokenizer, s, "planted", None)
+
+
+# --- the measures -------------------------------------------------------------------------------------------
+
+# A measure's answer: category -> (score, z). The category with the largest score is the one it names; a |z| that chance
+# reaches too seldom (LEVEL, over all categories) says that there is something to name.
+Answer = dict[str, tuple[float, float]]
+
+
+def over_pairs(values: Tensor) -> list[tuple[float, float]]:
+    """[P, C] -> of each column its mean and that mean in standard errors."""
+    mean, error = values.mean(0), values.std(0) / math.sqrt(len(values))
+    return list(zip(mean.tolist(), (mean / error.clamp(min=1e-12)).tolist(), strict=True))
+
+
+def composition(policy: Policy, pairs: list[Pair], tables: list[Labels]) -> dict[str, Answer]:
+    """Table 2 of the paper: relative change of a category's share of active features, adapter against SAE."""
+    members = {(t.kind, c): torch.from_numpy(m) for t in tables for c, m in t.categories.items()}
+    masks = torch.stack(list(members.values()))
+    counts = eval_features.usage(policy.steered, pairs, policy.settings, masks, progress=False)
+    change = torch.stack([eval_features.relative_change(eval_features.composition(counts, m)) for m in masks])[:, 1]
+    drawn = eval_features.relative_change(eval_features.bootstrap(counts.pair_events, 200, 0))[..., 1]  # [B, C]
+    z = change / drawn.std(0)
+    values = dict(zip(members, zip(change.tolist(), z.tolist(), strict=True), strict=True))
+    return {f"composition|{kind}": {c: v for (k, c), v in values.items() if k == kind} for kind in KINDS}
+
+
+def ablation(policy: Policy, pairs: list[Pair], tables: list[Labels]) -> dict[str, Answer]:
+    """Rise of the loss when a category's features are silenced, and its excess over as many matched in usage."""
+    usage = eval_ablation.measure(policy, pairs, policy.settings).usage.numpy()
+    masks = [np.zeros(len(usage), dtype=bool)]
+    places = {}
+    for t in tables:
+        for category, mask in t.categories.items():
+            control = eval_ablation.matched_set(mask, usage)
+            places[t.kind, category] = (len(masks), len(masks) + 1 if control is not None else None)
+            masks += [mask] if control is None else [mask, control]
+    losses = eval_ablation.ablate(policy, pairs, torch.from_numpy(np.stack(masks)), policy.settings)
+    answers = {f"{name}|{kind}": {} for name in ("ablation", "ablation - matched") for kind in KINDS}
+    for (kind, category), (own, control) in places.items():
+        (answers[f"ablation|{kind}"][category],) = over_pairs((losses[own] - losses[0])[:, None])
+        if control is not None:
+            (answers[f"ablation - matched|{kind}"][category],) = over_pairs((losses[own] - losses[control])[:, None])
+    return answers
+
+
+def attributed(policy: Policy, pairs: list[Pair], tables: list[Labels], steps: int) -> dict[str, Answer]:
+    """What a category's features earned of the loss (integrated gradients), in all and per feature in use."""
+    keys = [(t.kind, c) for t in tables for c in t.categories]
+    masks = torch.stack([torch.from_numpy(m) for t in tables for m in t.categories.values()])
+    found = attribution(policy, pairs, policy.settings, steps, masks)
+    used = (found.shares.abs().sum(0) > 0).double()
+    earned = over_pairs(-found.pair_category)
+    answers = {f"{name}|{kind}": {} for name in ("attribution", "attribution per feature") for kind in KINDS}
+    for (kind, category), (score, z), mask in zip(keys, earned, masks, strict=True):
+        answers[f"attribution|{kind}"][category] = (score, z)
+        answers[f"attribution per feature|{kind}"][category] = (score / max(1.0, (used @ mask.double()).item()), z)
+    return answers
+
+
+def explained(table: Labels) -> dict[str, np.ndarray]:
+    """FINE -> the features whose explanation opens with one of its kinds of spans."""
+    groups = {name: np.zeros(len(next(iter(table.categories.values()))), dtype=bool) for name in FINE}
+    for k, text in table.explanations.items():
+        said = re.sub(r"^(fires on|promotes) ", "", text)
+        for name, spans in FINE.items():
+            groups[name][k] = any(said.startswith(measure.NAMES[span]) for span in spans)
+    return groups
+
+
+def true_classes(policy: Policy, pairs: list[Pair], names: list[list[int]]) -> ch.Classes:
+    """The partition that a faultless judge of every token would give: the one thing here that reads the truth."""
+    category = torch.tensor([{"style": 0, "alignment": 1}.get(label, 2) for label in span_labels()])
+    total, count = torch.zeros(policy.base.config.vocab_size, 3), torch.zeros(policy.base.config.vocab_size)
+    packed = data.pack_pairs(pairs)
+    text = ch.in_text(packed, policy)
+    label = category[torch.tensor([name for row in names for name in row])]
+    total.index_put_((packed.target[text], label[text]), torch.ones(int(text.sum())), accumulate=True)
+    count.index_add_(0, packed.target[text], torch.ones(int(text.sum())))
+    return ch.partition(policy, ("style", "alignment", ch.END, ch.REST), total, count)
+
+
+def span_labels() -> list[str]:
+    """The label of each of measure.NAMES."""
+    found = {span.name: span.label for text in world.corpus(500, 0) for span in text.spans}
+    return [found[name] for name in measure.NAMES]
+
+
+def chosen(policy: Policy, pairs: list[Pair], tables: list[Labels], names: list[list[int]]) -> dict[str, Answer]:
+    """choices.py under each kind of label; and, without any policy, the classes' frequencies in the two responses."""
+    s, partitions = policy.settings, {}
+    for t in tables:
+        masks = {c: m for c, m in t.categories.items() if c not in REST_LABELS}
+        partitions[t.kind] = ch.classes(policy, pairs, s, masks, t.kind)
+        if t.kind == "fires":
+            partitions["fires, explanations"] = ch.classes(policy, pairs, s, explained(t))
+    partitions["true spans"] = true_classes(policy, pairs, names)
+    answers = {}
+    for kind, found in zip(partitions, ch.choices(policy, pairs, s, list(partitions.values())), strict=True):
+        p = found.p_values()
+        values = zip(found.shares.mean(0).tolist(), p.tolist(), strict=True)  # p, where the others have z
+        answers[f"choices|{kind}"] = dict(zip(found.names, values, strict=True))
+    packed = data.pack_pairs(pairs)
+    weight = (1 - 2 * (packed.sequence % 2)) / packed.lengths[packed.sequence].double()
+    for kind in (*KINDS, "true spans"):
+        of_token = partitions[kind].of_token[packed.target]
+        gap = torch.zeros(len(pairs), len(partitions[kind].names), dtype=torch.float64)
+        gap.index_put_((packed.sequence // 2, of_token), weight, accumulate=True)
+        values = zip(partitions[kind].names, over_pairs(gap), strict=True)
+        answers[f"data alone|{kind}"] = {name: (abs(mean), z) for name, (mean, z) in values}
+    return answers
+
+
+def significant(measure_name: str, answer: Answer, category: str) -> bool:
+    """Whether the measure calls this category's score more than chance."""
+    value = answer[category][1]
+    if measure_name.startswith("choices"):
+        return value <= LEVEL
+    return math.erfc(abs(value) / math.sqrt(2)) * len(answer) <= LEVEL
+
+
+def audit(policy: Policy, cause: str | dict, seed: int, s: Settings, tables: list[Labels]) -> dict:
+    """One row of runs.jsonl: what every measure says of the policy."""
+    pairs, names = tokenise(policy.tokenizer, world.pairs(cause, s.eval_pairs, seed + 600_000))
+    few = pairs[: s.loss_pairs]
+    batch = train.Batch(few, range(len(few)))
+    after = train.evaluate(policy.steered, batch, policy.settings, False)
+    answers = composition(policy, pairs, tables) | ablation(policy, few, tables)
+    answers |= attributed(policy, few, tables, s.steps) | chosen(policy, pairs, tables, names)
+    return dict(loss=after["loss"], accuracy=after["accuracy"], l0=after["l0"], answers=answers)
+
+
+# --- many runs ----------------------------------------------------------------------------------------------
+
+
+def jobs(s: Settings) -> Iterator[tuple[str | dict, int]]:
+    """(cause, seed), all causes of a seed before the next; the null twice, since its rate is a rate of rare events."""
+    for seed in range(s.first_seed, s.first_seed + s.seeds):
+        for cause in s.causes or world.CAUSES:
+            yield cause, seed
+        if "none" in (s.causes or world.CAUSES):
+            yield "none", seed + 10_000
+        if not s.causes:
+            for mix in MIXES:
+                yield mix, seed
+
+
+def name_of(cause: str | dict) -> str:
+    return cause if isinstance(cause, str) else " : ".join(f"{w} {c}" for c, w in cause.items())
+
+
+def run(s: Settings) -> list[dict]:
+    """All runs of s, those already in OUT/runs.jsonl read from there."""
+    out = Path(s.out)
+    about = {name: getattr(s, name) for name in ("pairs", "eval_pairs", "loss_pairs", "steps")}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lines = (out / "runs.jsonl").read_text().splitlines() if (out / "runs.jsonl").exists() else []
+        known = [json.loads(line) for line in lines]
+        if any(row["settings"] != about for row in known):
+            raise UserError(f"--out {out}: holds runs under other settings; choose another folder or remove it.")
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"--out {out}: its runs.jsonl cannot be read or written ({e}).") from e
+    done = {(row["cause"], row["seed"]): row for row in known}
+    base, tokenizer = build.load()
+    base.requires_grad_(False)
+    sae = JumpReLUSAE.from_pretrained("tiny")
+    tables = [load_labels(LABELS_DIR / f"{kind}.jsonl", sae) for kind in KINDS]
+    wanted, rows = list(jobs(s)), []
+    for cause, seed in tqdm(wanted, desc="planted", unit="run"):
+        name = name_of(cause)
+        if (name, seed) not in done:
+            started = time.perf_counter()
+            policy = plant(base, tokenizer, sae, cause, seed, s.pairs)
+            trained = time.perf_counter()
+            row = dict(cause=name, seed=seed, settings=about) | audit(policy, cause, seed, s, tables)
+            row |= dict(train_seconds=trained - started, audit_seconds=time.perf_counter() - trained)
+            done[name, seed] = row
+            write_whole(out / "runs.jsonl", "".join(json.dumps(r) + "\n" for r in done.values()))
+        rows.append(done[name, seed])
+    return rows
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """95 % interval of a rate (Wilson's score interval)."""
+    z, p = 1.959964, hits / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def rate(hits: list[bool]) -> str:
+    if not hits:
+        return "–"
+    low, high = wilson(sum(hits), len(hits))
+    return f"{sum(hits)}/{len(hits)} ({100 * low:.0f}–{100 * high:.0f} %)"
+
+
+def top(answer: Answer) -> str:
+    return max(answer, key=lambda category: answer[category][0])
+
+
+def right(cause: str, kind: str, category: str) -> bool:
+    return category in REALISES[cause] if kind == "fires, explanations" else category == PLANTED[cause]
+
+
+def spearman(x: list[float], y: list[float]) -> float:
+    """Rank correlation, ties at their mean rank; nan for a constant."""
+
+    def ranks(values):
+        values = np.asarray(values)
+        return np.array([(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values])
+
+    a, b = ranks(x), ranks(y)
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else math.nan
+
+
+def summarise(rows: list[dict]) -> dict[str, dict]:
+    """measure|label kind -> what the tables say of it."""
+    weight = {"style": 1.0, "honesty": 0.0} | {name_of(m): m["style"] / sum(m.values()) for m in MIXES}
+    result = {}
+    for key in rows[0]["answers"]:
+        name, kind = key.split("|")
+        planted = [(r["cause"], r["answers"][key]) for r in rows if r["cause"] in PLANTED]
+        first = [right(c, kind, top(a)) for c, a in planted]
+        sure = [right(c, kind, top(a)) and significant(name, a, top(a)) for c, a in planted]
+        null = [r["answers"][key] for r in rows if r["cause"] == "none"]
+        two, ends = [], []
+        if kind != "fires, explanations":
+            other = {"style": "alignment", "alignment": "style"}
+            two = [a[PLANTED[c]][0] > a[other[PLANTED[c]]][0] for c, a in planted if len(a.keys() & other) == 2]
+            mixed = [(weight[r["cause"]], r["answers"][key]) for r in rows if r["cause"] in weight]
+            ends = [(w, a["style"][0] - a["alignment"][0]) for w, a in mixed if len(a.keys() & other) == 2]
+        wrong: dict[str, dict[str, int]] = {}
+        for (cause, answer), ok in zip(planted, first, strict=True):
+            if not ok:
+                said = wrong.setdefault(cause, {})
+                said[top(answer)] = said.get(top(answer), 0) + 1
+        brevity = [top(r["answers"][key]) for r in rows if r["cause"] == "brevity"]
+        result[key] = dict(
+            first=first,
+            sure=sure,
+            two=two,
+            alarms=[any(significant(name, a, c) for c in a) for a in null],
+            spearman=spearman(*zip(*ends, strict=True)) if len({w for w, _ in ends}) > 2 else None,
+            wrong=wrong,
+            brevity={c: brevity.count(c) for c in dict.fromkeys(brevity)},
+        )
+    return result
+
+
+def table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def tally(counts: dict[str, int]) -> str:
+    return ", ".join(f"{c} {n}" for c, n in sorted(counts.items(), key=lambda item: -item[1])) or "–"
+
+
+def tables_md(rows: list[dict], s: Settings, command: str) -> str:
+    """The tables of PLANTED.md."""
+    found = summarise(rows)
+    order = sorted(found, key=lambda key: -sum(found[key]["first"]))
+    main = []
+    for key in order:
+        f, (name, kind) = found[key], key.split("|")
+        rho = "–" if f["spearman"] is None else f"{f['spearman']:+.2f}"
+        main.append((name, kind, rate(f["first"]), rate(f["two"]), rate(f["sure"]), rho, rate(f["alarms"])))
+    head = ("measure", "labels", "first of all", "style or alignment", "first, and sure", "rank correlation", "alarms")
+    parts = [
+        f"`{command}`: {len(rows)} runs, {s.pairs} training pairs each, audited on {s.eval_pairs} fresh ones "
+        f"({s.loss_pairs} for ablation and attribution). Training took "
+        f"{sum(r['train_seconds'] for r in rows) / 60:.1f} minutes in all, the audits "
+        f"{sum(r['audit_seconds'] for r in rows) / 60:.1f}, with "
+        f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}.\n",
+        table(head, main),
+        "What each names where it is wrong, and under brevity, whose cause has no category:\n",
+    ]
+    wrongs = []
+    for key in order:
+        said = "; ".join(f"{cause}: {tally(counts)}" for cause, counts in found[key]["wrong"].items()) or "–"
+        wrongs.append((*key.split("|"), said, tally(found[key]["brevity"])))
+    parts.append(table(("measure", "labels", "instead of the planted cause", "under brevity"), wrongs))
+    parts.append("Choices by cause, labels of kind fires: mean share of the gap's change, nats per token (seeds):\n")
+    causes = list(dict.fromkeys(r["cause"] for r in rows))
+    shares = []
+    for cause in causes:
+        these = [r for r in rows if r["cause"] == cause]
+        answers = [r["answers"]["choices|fires"] for r in these]
+        means = {c: np.mean([a[c][0] for a in answers]) for c in answers[0]}
+        called = [top(a) if significant("choices", a, top(a)) else "nothing" for a in answers]
+        loss = f"{np.mean([r['loss'] for r in these]):.2f}"
+        counted = tally({c: called.count(c) for c in called})
+        shares.append((f"{cause} ({len(these)})", loss, *(f"{m:+.3f}" for m in means.values()), counted))
+    names = tuple(rows[0]["answers"]["choices|fires"])
+    parts.append(table(("planted", "loss after", *names, "says"), shares))
+    return "\n".join(parts)
+
+
+def write(rows: list[dict], s: Settings, command: str) -> None:
+    out, text = Path(s.out), tables_md(rows, s, command)
+    write_whole(out / "planted.json", json.dumps(dict(settings=asdict(s), measures=summarise(rows)), indent=1) + "\n")
+    write_whole(out / "tables.md", text)
+    if s.update:
+        page = PAGE.read_text()
+        before, marked, rest = page.partition(MARKS[0])
+        _, closed, after = rest.partition(MARKS[1])
+        if not marked or not closed:
+            raise UserError(f"{PAGE}: lacks the two marks between which the tables stand.")
+        write_whole(PAGE, f"{before}{MARKS[0]}\n\n{text}\n{MARKS[1]}{after}")
+    print(text)
+
+
+def main() -> None:
+    s = cli.parse(Settings, doc=__doc__)
+    if s.update and not PAGE.exists():
+        raise UserError(f"{PAGE}: does not exist.")
+    default = Settings()
+    changed = [(k, v) for k, v in asdict(s).items() if v != getattr(default, k) and k not in ("out", "update")]
+    flags = "".join(f" --{k.replace('_', '-')} {' '.join(v) if isinstance(v, tuple) else v}" for k, v in changed)
+    write(run(s), s, f"python -m tiny.planted{flags}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
