@@ -57,8 +57,12 @@ class Choices(NamedTuple):
         return (sign_flip(self.shares, draws, seed) * len(self.names)).clamp(max=1)
 
     def named(self, level: float = 0.01) -> str | None:
-        """The class that earned most of the gap, or None where its p-value is above `level`."""
-        top = int(self.shares.mean(0).argmax())
+        """The category that earned most of the gap, or None where its p-value is above `level`.
+
+        Neither END nor REST is ever named; where REST has the largest share of all, most of what the policy learned
+        lies outside the categories, and a name says only which of them comes first.
+        """
+        top = int(self.shares.mean(0)[:-2].argmax())
         return self.names[top] if self.p_values()[top] <= level else None
 
 
@@ -137,11 +141,60 @@ def choices(policy: Policy, pairs: Sequence[Pair], s: train.Settings, partitions
     return [Choices(c.names, share, change) for c, share in zip(partitions, shares, strict=True)]
 
 
+def feature_shares(policy: Policy, pairs: Sequence[Pair], s: train.Settings, c: Classes, steps: int = 8) -> Tensor:
+    """Which features earned each class's share: integrated gradients of the shares along the steering, as in
+    attribution.py. Means over pairs, float64 [C, F] on the CPU; a row sums to the class's mean share, but for the error
+    of the integral. steps: its nodes, each a forward pass and C backward passes through the upper blocks.
+    """
+    steered, V, C = policy.steered, policy.base.config.vocab_size, len(c.names)
+    member, at_once = torch.eye(C)[c.of_token].to(s.device), max(1, simpo.CHUNK_ELEMENTS[s.device.split(":")[0]] // V)
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    total = torch.zeros(C, steered.sae.d_sae, dtype=torch.float64)
+    with train.autocast(s), torch.no_grad(), tqdm(total=len(pairs), desc="features", unit="pair", leave=False) as bar:
+        for micro in data.microbatches(pairs, s.tokens_per_microbatch):
+            packed = data.pack_pairs([pairs[i] for i in micro]).to(s.device)
+            plan = policy.base.plan(packed)
+            x = steered.residual(packed, plan)
+            base = steered.above(x, plan)[packed.source]  # [N, d]
+            token_weight = (1 - 2 * (packed.sequence % 2)) / packed.lengths[packed.sequence].double()
+            for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
+                with torch.enable_grad():
+                    steering = [steered.adapter(rows).detach() for rows in steered.pieces(x)]
+                    moved = torch.cat(
+                        [steered.add(r, node * v) for r, v in zip(steered.pieces(x), steering, strict=True)]
+                    )
+                    moved = moved.detach().requires_grad_()
+                    states = steered.above(moved, plan)[packed.source]
+                by_state = torch.zeros(C, *states.shape, device=x.device)  # gradient of each share, [C, N, d]
+                for rows in torch.arange(len(states), device=x.device).split(at_once):
+                    target = packed.target[rows]
+                    before = policy.base.head(base[rows]).log_softmax(-1)
+                    with torch.enable_grad():
+                        h = states[rows].detach().requires_grad_()
+                        after = policy.base.head(h).log_softmax(-1)
+                        own = target[:, None]
+                        gained = (after.gather(1, own) - before.gather(1, own)).squeeze(1).double()
+                        p0, p1 = ((lp.exp() @ member).double() for lp in (before, after))
+                        terms = token_shares(gained, p0, p1, c.of_token.to(x.device)[target])
+                        shares = (token_weight[rows] @ terms).unbind()  # C of them
+                    for k, share in enumerate(shares):
+                        by_state[k, rows] = torch.autograd.grad(share, h, retain_graph=k + 1 < C)[0]
+                for k in range(C):
+                    (gradient,) = torch.autograd.grad(states, moved, by_state[k], retain_graph=k + 1 < C)  # [T, d]
+                    for r, v, d_x in zip(steered.pieces(x), steering, steered.pieces(gradient), strict=True):
+                        with torch.enable_grad():  # through `add`, whatever it is for this kind of adapter
+                            at = (node * v).requires_grad_()
+                            (d_v,) = torch.autograd.grad(steered.add(r, at), at, d_x)  # [rows, F]
+                        total[k] += weight * (d_v * v).sum(0).double().cpu()
+            bar.update(len(micro))
+    return total / len(pairs)
+
+
 def token_shares(change: Tensor, p0: Tensor, p1: Tensor, own: Tensor) -> Tensor:
     """Δ log p(y) of n tokens [n] -> [n, C], by class. p0, p1 [n, C]: probability of each class; the last is the rest.
     own [n]: the token's class.
     """
-    difference, n = p1 - p0, torch.arange(len(own))
+    difference, n = p1 - p0, torch.arange(len(own), device=own.device)
     a, b = p0[n, own].clamp(min=1e-30), p1[n, own].clamp(min=1e-30)
     ratio = (b / a).log()
     mean = torch.where(ratio.abs() < 1e-6, (a + b) / 2, (b - a) / torch.where(ratio == 0, 1.0, ratio))

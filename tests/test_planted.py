@@ -59,6 +59,24 @@ def test_shares_sum_to_the_change_of_the_gap():
         torch.testing.assert_close(found.shares.sum(1), found.change, atol=1e-9, rtol=0)
 
 
+def test_features_earn_the_whole_share():
+    policy = golden_policy()
+    pairs, V = golden_pairs(policy.tokenizer), policy.base.config.vocab_size
+    of_token = torch.randint(0, 4, (V,), generator=torch.Generator().manual_seed(1))
+    classes = ch.Classes(("a", "b", ch.END, ch.REST), of_token)
+    by_feature = ch.feature_shares(policy, pairs, S, classes, steps=8)
+    whole = ch.choices(policy, pairs, S, [classes])[0].shares.mean(0)
+    assert whole.abs().max() > 0.01
+    torch.testing.assert_close(by_feature.sum(1), whole, atol=1e-4, rtol=1e-3)
+    silent = policy.steered.adapter(policy.steered.residual(*_packed(policy, pairs))).sum(0) == 0
+    assert silent.any() and not by_feature[:, silent].any()
+
+
+def _packed(policy, pairs):
+    packed = data.pack_pairs(pairs)
+    return packed, policy.base.plan(packed)
+
+
 def test_a_choice_against_the_rest_belongs_to_the_category():
     p0 = torch.tensor([[0.3, 0.0, 0.7], [0.3, 0.0, 0.7], [0.3, 0.0, 0.7]], dtype=torch.float64)
     p1 = torch.tensor([[0.8, 0.0, 0.2], [0.8, 0.0, 0.2], [0.3, 0.0, 0.7]], dtype=torch.float64)
@@ -169,10 +187,13 @@ def test_counting():
 
     def row(cause, seed, truth):
         right = {c: strong if c == truth else weak for c in ("style", "alignment")}
-        return dict(cause=cause, seed=seed, answers={"good|fires": right, "bad|fires": dict(style=strong, alignment=weak)})
+        return dict(
+            cause=cause, seed=seed, answers={"good|fires": right, "bad|fires": dict(style=strong, alignment=weak)}
+        )
 
     rows = [row(cause, 0, category) for cause, category in planted.PLANTED.items()] + [row("none", 0, None)]
     found = planted.summarise(rows)
-    assert all(found["good|fires"]["first"]) and not any(found["good|fires"]["alarms"])
-    assert sum(found["bad|fires"]["first"]) == 3 and found["bad|fires"]["alarms"] == [True]
-    assert found["bad|fires"]["wrong"]["honesty"] == {"style": 1}
+    good, bad = found["good|fires"], found["bad|fires"]
+    assert all(good["first"] + good["category"] + good["sure"]) and not any(good["alarms"])
+    assert sum(bad["first"]) == sum(bad["category"]) == 3 and bad["alarms"] == [True]
+    assert bad["wrong"]["honesty"] == {"style": 1} and "style" not in bad["wrong"]

@@ -40,6 +40,7 @@ from sources import UserError, write_whole
 from tiny import LABELS_DIR, LAYER, ROOT, build, measure, world
 
 PLANTED = {name: cause.category for name, cause in world.CAUSES.items() if cause.category}
+SHUFFLED = "shuffled style"  # pairs of `style`, every other one swapped for training: nothing to learn, much to see
 MIXES = ({"style": 1, "honesty": 3}, {"style": 1, "honesty": 1}, {"style": 3, "honesty": 1})
 KINDS = ("fires", "promotes")
 MEASURES = (
@@ -146,13 +147,21 @@ def fit(steered: SteeredModel, pairs: list[Pair], s: train.Settings) -> None:
     steered.requires_grad_(False)
 
 
+def shown(cause: str | dict) -> str | dict:
+    """The cause of the pairs that a policy is trained and audited on, before any are swapped."""
+    return "style" if cause == SHUFFLED else cause
+
+
 def plant(base, tokenizer, sae: JumpReLUSAE, cause: str | dict, seed: int, pairs: int) -> Policy:
-    """A policy trained on `pairs` pairs of the cause."""
+    """A policy trained on `pairs` pairs of the cause; of SHUFFLED, half of them swapped."""
     s = replace(train.Settings(model="tiny", **train.PRESETS["tiny"]), seed=seed, device="cpu", dtype="float32")
     adapter = Adapter(base.config.hidden_size, sae.d_sae)
     adapter.init_weights(torch.Generator().manual_seed(seed))
     steered = SteeredModel(base, sae, adapter, LAYER)
-    fit(steered, tokenise(tokenizer, world.pairs(cause, pairs, seed))[0], s)
+    known, _ = tokenise(tokenizer, world.pairs(shown(cause), pairs, seed))
+    if cause == SHUFFLED:
+        known = [Pair(p.prompt, p.rejected, p.chosen) if i % 2 else p for i, p in enumerate(known)]
+    fit(steered, known, s)
     return Policy(base, steered, tokenizer, s, "planted", None)
 
 
@@ -277,7 +286,7 @@ def significant(measure_name: str, answer: Answer, category: str) -> bool:
 
 def audit(policy: Policy, cause: str | dict, seed: int, s: Settings, tables: list[Labels]) -> dict:
     """One row of runs.jsonl: what every measure says of the policy."""
-    pairs, names = tokenise(policy.tokenizer, world.pairs(cause, s.eval_pairs, seed + 600_000))
+    pairs, names = tokenise(policy.tokenizer, world.pairs(shown(cause), s.eval_pairs, seed + 600_000))
     few = pairs[: s.loss_pairs]
     batch = train.Batch(few, range(len(few)))
     after = train.evaluate(policy.steered, batch, policy.settings, False)
@@ -297,8 +306,8 @@ def jobs(s: Settings) -> Iterator[tuple[str | dict, int]]:
         if "none" in (s.causes or world.CAUSES):
             yield "none", seed + 10_000
         if not s.causes:
-            for mix in MIXES:
-                yield mix, seed
+            for cause in (*MIXES, SHUFFLED):
+                yield cause, seed
 
 
 def name_of(cause: str | dict) -> str:
@@ -350,12 +359,17 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 def rate(hits: list[bool]) -> str:
     if not hits:
         return "–"
-    low, high = wilson(sum(hits), len(hits))
+    low, high = (max(0.0, bound) for bound in wilson(sum(hits), len(hits)))
     return f"{sum(hits)}/{len(hits)} ({100 * low:.0f}–{100 * high:.0f} %)"
 
 
 def top(answer: Answer) -> str:
-    return max(answer, key=lambda category: answer[category][0])
+    return max(answer, key=lambda name: answer[name][0])
+
+
+def categories(answer: Answer) -> Answer:
+    """Without what is no category: content, chat, the end of the response, the rest."""
+    return {name: value for name, value in answer.items() if name not in (*REST_LABELS, ch.END, ch.REST)}
 
 
 def right(cause: str, kind: str, category: str) -> bool:
@@ -379,30 +393,30 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
     result = {}
     for key in rows[0]["answers"]:
         name, kind = key.split("|")
-        planted = [(r["cause"], r["answers"][key]) for r in rows if r["cause"] in PLANTED]
-        first = [right(c, kind, top(a)) for c, a in planted]
-        sure = [right(c, kind, top(a)) and significant(name, a, top(a)) for c, a in planted]
-        null = [r["answers"][key] for r in rows if r["cause"] == "none"]
-        two, ends = [], []
-        if kind != "fires, explanations":
-            other = {"style": "alignment", "alignment": "style"}
-            two = [a[PLANTED[c]][0] > a[other[PLANTED[c]]][0] for c, a in planted if len(a.keys() & other) == 2]
-            mixed = [(weight[r["cause"]], r["answers"][key]) for r in rows if r["cause"] in weight]
-            ends = [(w, a["style"][0] - a["alignment"][0]) for w, a in mixed if len(a.keys() & other) == 2]
-        wrong: dict[str, dict[str, int]] = {}
-        for (cause, answer), ok in zip(planted, first, strict=True):
-            if not ok:
-                said = wrong.setdefault(cause, {})
-                said[top(answer)] = said.get(top(answer), 0) + 1
-        brevity = [top(r["answers"][key]) for r in rows if r["cause"] == "brevity"]
+        first, category, sure, alarms, shuffled, sizes = [], [], [], [], [], []
+        wrong: dict[str, list[str]] = {}
+        for row in rows:
+            cause, answer = row["cause"], row["answers"][key]
+            among = categories(answer)
+            named = top(among)
+            found = significant(name, answer, named)
+            if cause in PLANTED:
+                first.append(right(cause, kind, top(answer)))
+                category.append(right(cause, kind, named))
+                sure.append(category[-1] and found)
+                if not category[-1]:
+                    wrong.setdefault(cause, []).append(named)
+            if cause in ("none", SHUFFLED):
+                alarm = any(significant(name, answer, c) for c in among)
+                (alarms if cause == "none" else shuffled).append(alarm)
+            if cause == "brevity":
+                wrong.setdefault(cause, []).append(named if found else "nothing")
+            if cause in weight and {"style", "alignment"} <= among.keys():
+                sizes.append((weight[cause], among["style"][0] - among["alignment"][0]))
         result[key] = dict(
-            first=first,
-            sure=sure,
-            two=two,
-            alarms=[any(significant(name, a, c) for c in a) for a in null],
-            spearman=spearman(*zip(*ends, strict=True)) if len({w for w, _ in ends}) > 2 else None,
-            wrong=wrong,
-            brevity={c: brevity.count(c) for c in dict.fromkeys(brevity)},
+            **dict(first=first, category=category, sure=sure, alarms=alarms, shuffled=shuffled),
+            spearman=spearman(*zip(*sizes, strict=True)) if len({w for w, _ in sizes}) > 2 else None,
+            wrong={cause: {c: said.count(c) for c in dict.fromkeys(said)} for cause, said in wrong.items()},
         )
     return result
 
@@ -419,40 +433,40 @@ def tally(counts: dict[str, int]) -> str:
 def tables_md(rows: list[dict], s: Settings, command: str) -> str:
     """The tables of PLANTED.md."""
     found = summarise(rows)
-    order = sorted(found, key=lambda key: -sum(found[key]["first"]))
-    main = []
+    order = sorted(found, key=lambda key: (-sum(found[key]["category"]), -sum(found[key]["first"])))
+    minutes = [sum(row[f"{part}_seconds"] for row in rows) / 60 for part in ("train", "audit")]
+    parts = [
+        f"`{command}`: {len(rows)} runs, {s.pairs} training pairs each, audited on {s.eval_pairs} fresh ones "
+        f"({s.loss_pairs} for ablation and attribution). Training took {minutes[0]:.1f} minutes in all, the audits "
+        f"{minutes[1]:.1f}, with {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}.\n"
+    ]
+    main, wrongs = [], []
     for key in order:
         f, (name, kind) = found[key], key.split("|")
         rho = "–" if f["spearman"] is None else f"{f['spearman']:+.2f}"
-        main.append((name, kind, rate(f["first"]), rate(f["two"]), rate(f["sure"]), rho, rate(f["alarms"])))
-    head = ("measure", "labels", "first of all", "style or alignment", "first, and sure", "rank correlation", "alarms")
-    parts = [
-        f"`{command}`: {len(rows)} runs, {s.pairs} training pairs each, audited on {s.eval_pairs} fresh ones "
-        f"({s.loss_pairs} for ablation and attribution). Training took "
-        f"{sum(r['train_seconds'] for r in rows) / 60:.1f} minutes in all, the audits "
-        f"{sum(r['audit_seconds'] for r in rows) / 60:.1f}, with "
-        f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}.\n",
-        table(head, main),
-        "What each names where it is wrong, and under brevity, whose cause has no category:\n",
-    ]
-    wrongs = []
-    for key in order:
-        said = "; ".join(f"{cause}: {tally(counts)}" for cause, counts in found[key]["wrong"].items()) or "–"
-        wrongs.append((*key.split("|"), said, tally(found[key]["brevity"])))
-    parts.append(table(("measure", "labels", "instead of the planted cause", "under brevity"), wrongs))
-    parts.append("Choices by cause, labels of kind fires: mean share of the gap's change, nats per token (seeds):\n")
-    causes = list(dict.fromkeys(r["cause"] for r in rows))
+        main.append(
+            (name, kind, *(rate(f[column]) for column in ("category", "sure", "first")), rho, rate(f["alarms"]))
+        )
+        wrongs.append((name, kind, "; ".join(f"{cause}: {tally(said)}" for cause, said in f["wrong"].items()) or "–"))
+    head = ("measure", "labels", "right category first", "… and sure of it", "first of all labels")
+    parts.append(table((*head, "follows the weight", "false alarms, none", "… shuffled"), main))
+    parts.append("What each names instead, and what it says of brevity, whose cause no category's tokens realise:\n")
+    parts.append(table(("measure", "labels", "planted: named (runs)"), wrongs))
+    parts.append(
+        "Choices under labels of kind fires, by cause: mean share of the gap's change in nats per token, and what the "
+        "measure says.\n"
+    )
     shares = []
-    for cause in causes:
-        these = [r for r in rows if r["cause"] == cause]
-        answers = [r["answers"]["choices|fires"] for r in these]
-        means = {c: np.mean([a[c][0] for a in answers]) for c in answers[0]}
-        called = [top(a) if significant("choices", a, top(a)) else "nothing" for a in answers]
-        loss = f"{np.mean([r['loss'] for r in these]):.2f}"
-        counted = tally({c: called.count(c) for c in called})
-        shares.append((f"{cause} ({len(these)})", loss, *(f"{m:+.3f}" for m in means.values()), counted))
-    names = tuple(rows[0]["answers"]["choices|fires"])
-    parts.append(table(("planted", "loss after", *names, "says"), shares))
+    for cause in dict.fromkeys(row["cause"] for row in rows):
+        these = [row for row in rows if row["cause"] == cause]
+        answers = [row["answers"]["choices|fires"] for row in these]
+        named = [(top(categories(a)), a) for a in answers]
+        said = [c if significant("choices", a, c) else "nothing" for c, a in named]
+        means = (f"{np.mean([a[c][0] for a in answers]):+.3f}" for c in answers[0])
+        losses = f"{np.mean([row['loss'] for row in these]):.2f}"
+        shares.append((f"{cause} ({len(these)})", losses, *means, tally({c: said.count(c) for c in said})))
+    classes = tuple(rows[0]["answers"]["choices|fires"])
+    parts.append(table(("planted (runs)", "loss after", *classes, "says (runs)"), shares))
     return "\n".join(parts)
 
 
