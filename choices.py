@@ -88,16 +88,16 @@ def classes(
     member = torch.cat([member, (member.sum(0, keepdim=True) == 0).float()]).T.to(s.device)  # [F, C - 1]
     total = torch.zeros(V, member.shape[1], device=s.device)
     count = torch.zeros(V, device=s.device)
-    with train.autocast(s):
-        for micro in tqdm(data.microbatches(pairs, s.tokens_per_microbatch), desc="classes", leave=False):
-            packed = data.pack_pairs([pairs[i] for i in micro]).to(s.device)
+    for micro in tqdm(data.microbatches(pairs, s.tokens_per_microbatch), desc="classes", leave=False):
+        packed = data.pack_pairs([pairs[i] for i in micro]).to(s.device)
+        with train.autocast(s):
             x = steered.residual(packed, policy.base.plan(packed))
-            text = in_text(packed, policy)
-            at = (packed.source if kind == "promotes" else (packed.branch > 0).nonzero().squeeze(1))[text]
-            mass = torch.cat([steered.sae.encode(rows).float() @ member for rows in steered.pieces(x[at])])
-            share = mass / mass.sum(1, keepdim=True).clamp(min=1e-12)
-            total.index_add_(0, packed.target[text], share)
-            count.index_add_(0, packed.target[text], torch.ones_like(share[:, 0]))
+        text = in_text(packed, policy)
+        at = (packed.source if kind == "promotes" else (packed.branch > 0).nonzero().squeeze(1))[text]
+        mass = torch.cat([steered.sae.encode(rows).float() @ member for rows in steered.pieces(x[at])])
+        share = mass / mass.sum(1, keepdim=True).clamp(min=1e-12)
+        total.index_add_(0, packed.target[text], share)
+        count.index_add_(0, packed.target[text], torch.ones_like(share[:, 0]))
     return partition(policy, names, total.cpu(), count.cpu())
 
 
@@ -115,19 +115,20 @@ def partition(policy: Policy, names: tuple[str, ...], total: Tensor, count: Tens
 @torch.inference_mode()
 def choices(policy: Policy, pairs: Sequence[Pair], s: train.Settings, partitions: Sequence[Classes]) -> list[Choices]:
     """The change of every pair's gap, shared out under each partition, from one pass of base model and policy."""
-    V, P, steered = policy.base.config.vocab_size, len(pairs), policy.steered
+    P, steered = len(pairs), policy.steered
     member = [torch.eye(len(c.names))[c.of_token].to(s.device) for c in partitions]  # [V, C] each
     shares = [torch.zeros(P, len(c.names), dtype=torch.float64) for c in partitions]
     change = torch.zeros(P, dtype=torch.float64)
-    with train.autocast(s), tqdm(total=P, desc="choices", unit="pair", leave=False) as bar:
+    with tqdm(total=P, desc="choices", unit="pair", leave=False) as bar:
         for micro in data.microbatches(pairs, s.tokens_per_microbatch):
             packed = data.pack_pairs([pairs[i] for i in micro]).to(s.device)
             plan = policy.base.plan(packed)
-            x = steered.residual(packed, plan)
-            states = [steered.above(y, plan)[packed.source] for y in (x, steered.steer(x)[0])]  # [N, d] each
+            with train.autocast(s):  # not below: it would round sums of probabilities to bfloat16
+                x = steered.residual(packed, plan)
+                states = [steered.above(y, plan)[packed.source] for y in (x, steered.steer(x)[0])]  # [N, d] each
             pair = torch.tensor(micro)[packed.sequence.cpu() // 2]
-            weight = ((1 - 2 * (packed.sequence % 2)) / packed.lengths[packed.sequence].double()).cpu()
-            for rows in torch.arange(len(pair)).split(max(1, simpo.CHUNK_ELEMENTS[x.device.type] // V)):
+            weight = token_weight(packed).cpu()
+            for rows in torch.arange(len(pair)).split(rows_at_once(policy)):
                 target = packed.target[rows.to(x.device)]
                 logp = [policy.base.head(h[rows.to(x.device)]).log_softmax(-1) for h in states]  # [n, V] each
                 y0, y1 = (lp.gather(1, target[:, None]).squeeze(1).double().cpu() for lp in logp)
@@ -141,53 +142,66 @@ def choices(policy: Policy, pairs: Sequence[Pair], s: train.Settings, partitions
     return [Choices(c.names, share, change) for c, share in zip(partitions, shares, strict=True)]
 
 
+@torch.no_grad()
 def feature_shares(policy: Policy, pairs: Sequence[Pair], s: train.Settings, c: Classes, steps: int = 8) -> Tensor:
     """Which features earned each class's share: integrated gradients of the shares along the steering, as in
     attribution.py. Means over pairs, float64 [C, F] on the CPU; a row sums to the class's mean share, but for the error
     of the integral. steps: its nodes, each a forward pass and C backward passes through the upper blocks.
     """
-    steered, V, C = policy.steered, policy.base.config.vocab_size, len(c.names)
-    member, at_once = torch.eye(C)[c.of_token].to(s.device), max(1, simpo.CHUNK_ELEMENTS[s.device.split(":")[0]] // V)
+    steered, C = policy.steered, len(c.names)
+    member, of_token = torch.eye(C)[c.of_token].to(s.device), c.of_token.to(s.device)  # [V, C], [V]
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     total = torch.zeros(C, steered.sae.d_sae, dtype=torch.float64)
-    with train.autocast(s), torch.no_grad(), tqdm(total=len(pairs), desc="features", unit="pair", leave=False) as bar:
+    with tqdm(total=len(pairs), desc="features", unit="pair", leave=False) as bar:
         for micro in data.microbatches(pairs, s.tokens_per_microbatch):
             packed = data.pack_pairs([pairs[i] for i in micro]).to(s.device)
             plan = policy.base.plan(packed)
-            x = steered.residual(packed, plan)
-            base = steered.above(x, plan)[packed.source]  # [N, d]
-            token_weight = (1 - 2 * (packed.sequence % 2)) / packed.lengths[packed.sequence].double()
-            for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-                with torch.enable_grad():
-                    steering = [steered.adapter(rows).detach() for rows in steered.pieces(x)]
-                    moved = torch.cat(
-                        [steered.add(r, node * v) for r, v in zip(steered.pieces(x), steering, strict=True)]
-                    )
-                    moved = moved.detach().requires_grad_()
+            with train.autocast(s):
+                x = steered.residual(packed, plan)
+                base = steered.above(x, plan)[packed.source]  # [N, d]
+                steering = [steered.adapter(rows).to(x.dtype) for rows in steered.pieces(x)]
+            parts = list(zip(steered.pieces(x), steering, strict=True))
+            for node, share_of_path in zip((nodes + 1) / 2, weights / 2, strict=True):
+                moved = torch.cat([steered.add(rows, node * v) for rows, v in parts]).requires_grad_()  # [T, d]
+                with torch.enable_grad(), train.autocast(s):
                     states = steered.above(moved, plan)[packed.source]
-                by_state = torch.zeros(C, *states.shape, device=x.device)  # gradient of each share, [C, N, d]
-                for rows in torch.arange(len(states), device=x.device).split(at_once):
-                    target = packed.target[rows]
-                    before = policy.base.head(base[rows]).log_softmax(-1)
-                    with torch.enable_grad():
-                        h = states[rows].detach().requires_grad_()
-                        after = policy.base.head(h).log_softmax(-1)
-                        own = target[:, None]
-                        gained = (after.gather(1, own) - before.gather(1, own)).squeeze(1).double()
-                        p0, p1 = ((lp.exp() @ member).double() for lp in (before, after))
-                        terms = token_shares(gained, p0, p1, c.of_token.to(x.device)[target])
-                        shares = (token_weight[rows] @ terms).unbind()  # C of them
-                    for k, share in enumerate(shares):
-                        by_state[k, rows] = torch.autograd.grad(share, h, retain_graph=k + 1 < C)[0]
+                by_state = _state_gradients(policy, packed, base, states.detach(), member, of_token)
                 for k in range(C):
-                    (gradient,) = torch.autograd.grad(states, moved, by_state[k], retain_graph=k + 1 < C)  # [T, d]
-                    for r, v, d_x in zip(steered.pieces(x), steering, steered.pieces(gradient), strict=True):
+                    (by_x,) = torch.autograd.grad(states, moved, by_state[k], retain_graph=k + 1 < C)  # [T, d]
+                    for (rows, v), d_x in zip(parts, steered.pieces(by_x), strict=True):
                         with torch.enable_grad():  # through `add`, whatever it is for this kind of adapter
                             at = (node * v).requires_grad_()
-                            (d_v,) = torch.autograd.grad(steered.add(r, at), at, d_x)  # [rows, F]
-                        total[k] += weight * (d_v * v).sum(0).double().cpu()
+                            (d_v,) = torch.autograd.grad(steered.add(rows, at), at, d_x)  # [rows, F]
+                        total[k] += share_of_path * (d_v * v).sum(0).double().cpu()
             bar.update(len(micro))
     return total / len(pairs)
+
+
+def _state_gradients(policy: Policy, packed: Packed, base: Tensor, states: Tensor, member: Tensor, of_token: Tensor):
+    """Gradient of each class's share, summed over pairs, with respect to the steered final states: [C, N, d]."""
+    gradients = torch.zeros(member.shape[1], *states.shape, device=states.device)
+    weight = token_weight(packed)
+    for rows in torch.arange(len(states), device=states.device).split(rows_at_once(policy)):
+        target = packed.target[rows]
+        before = policy.base.head(base[rows]).log_softmax(-1)
+        with torch.enable_grad():
+            h = states[rows].requires_grad_()
+            after = policy.base.head(h).log_softmax(-1)
+            change = (after - before).gather(1, target[:, None]).squeeze(1).double()
+            p0, p1 = ((logp.exp() @ member).double() for logp in (before, after))  # [n, V] -> [n, C]
+            shares = (weight[rows] @ token_shares(change, p0, p1, of_token[target])).unbind()
+        for k, share in enumerate(shares):
+            gradients[k, rows] = torch.autograd.grad(share, h, retain_graph=k + 1 < len(shares))[0]
+    return gradients
+
+
+def token_weight(packed: Packed) -> Tensor:
+    """What each target's log-probability counts in its pair's gap: 1/|w| or -1/|l|, float64 [N]."""
+    return (1 - 2 * (packed.sequence % 2)) / packed.lengths[packed.sequence].double()
+
+
+def rows_at_once(policy: Policy) -> int:
+    return max(1, simpo.CHUNK_ELEMENTS[policy.base.device.type] // policy.base.config.vocab_size)
 
 
 def token_shares(change: Tensor, p0: Tensor, p1: Tensor, own: Tensor) -> Tensor:

@@ -64,17 +64,13 @@ def test_features_earn_the_whole_share():
     pairs, V = golden_pairs(policy.tokenizer), policy.base.config.vocab_size
     of_token = torch.randint(0, 4, (V,), generator=torch.Generator().manual_seed(1))
     classes = ch.Classes(("a", "b", ch.END, ch.REST), of_token)
+    with torch.no_grad():
+        policy.steered.adapter.bias[:100] = -1e6  # features that never steer
     by_feature = ch.feature_shares(policy, pairs, S, classes, steps=8)
     whole = ch.choices(policy, pairs, S, [classes])[0].shares.mean(0)
     assert whole.abs().max() > 0.01
     torch.testing.assert_close(by_feature.sum(1), whole, atol=1e-4, rtol=1e-3)
-    silent = policy.steered.adapter(policy.steered.residual(*_packed(policy, pairs))).sum(0) == 0
-    assert silent.any() and not by_feature[:, silent].any()
-
-
-def _packed(policy, pairs):
-    packed = data.pack_pairs(pairs)
-    return packed, policy.base.plan(packed)
+    assert not by_feature[:, :100].any() and by_feature[:, 100:].any()
 
 
 def test_a_choice_against_the_rest_belongs_to_the_category():
@@ -121,7 +117,7 @@ def test_tokens_are_those_that_training_reads(tiny_world, tmp_path):
 @pytest.fixture(scope="module")
 def bold(tiny_world):
     """A policy trained for bold type, and fresh pairs of the same cause."""
-    policy = planted.plant(*tiny_world, "bold", 7, 192)
+    policy = planted.plant(*tiny_world, "bold", 7, 128)
     return policy, *planted.tokenise(policy.tokenizer, world.pairs("bold", 48, 700_000))
 
 
@@ -135,7 +131,7 @@ def test_the_planted_cause_is_named(bold):
         assert planted.significant("choices", answer, expected)
 
 
-def test_nothing_is_named_when_the_adapter_is_silent_or_the_preference_is_undone(bold):
+def test_nothing_is_named_when_the_preference_is_undone(bold):
     """Half the pairs swapped: the same policy earned nothing on them."""
     policy, pairs, _ = bold
     masks = load_labels(LABELS_DIR / "fires.jsonl", policy.steered.sae).categories

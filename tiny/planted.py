@@ -266,7 +266,7 @@ def chosen(policy: Policy, pairs: list[Pair], tables: list[Labels], names: list[
         values = zip(found.shares.mean(0).tolist(), p.tolist(), strict=True)  # p, where the others have z
         answers[f"choices|{kind}"] = dict(zip(found.names, values, strict=True))
     packed = data.pack_pairs(pairs)
-    weight = (1 - 2 * (packed.sequence % 2)) / packed.lengths[packed.sequence].double()
+    weight = ch.token_weight(packed)
     for kind in (*KINDS, "true spans"):
         of_token = partitions[kind].of_token[packed.target]
         gap = torch.zeros(len(pairs), len(partitions[kind].names), dtype=torch.float64)
