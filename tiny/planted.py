@@ -387,6 +387,26 @@ def spearman(x: list[float], y: list[float]) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else math.nan
 
 
+def contrasted(rows: list[dict]) -> list[dict]:
+    """Rows with one more measure: composition, less its mean over policies that had nothing to learn (not over the
+    policy itself), z in standard deviations between those. As they are where there are fewer than four of those.
+    """
+    result, keys = [], [f"composition|{kind}" for kind in KINDS if f"composition|{kind}" in rows[0]["answers"]]
+    for row in rows:
+        null = [r["answers"] for r in rows if r["cause"] == "none" and r is not row]
+        if len(null) < 3:
+            return rows
+        more = {}
+        for key in keys:
+            scores = {c: [answers[key][c][0] for answers in null] for c in row["answers"][key]}
+            deviation = {c: np.std(v, ddof=1) * math.sqrt(1 + 1 / len(v)) for c, v in scores.items()}
+            change = {c: value - np.mean(scores[c]) for c, (value, _) in row["answers"][key].items()}
+            name = key.replace("composition", "composition - null")
+            more[name] = {c: (float(d), float(d / max(deviation[c], 1e-12))) for c, d in change.items()}
+        result.append(row | dict(answers=row["answers"] | more))
+    return result
+
+
 def summarise(rows: list[dict]) -> dict[str, dict]:
     """measure|label kind -> what the tables say of it."""
     weight = {"style": 1.0, "honesty": 0.0} | {name_of(m): m["style"] / sum(m.values()) for m in MIXES}
@@ -432,6 +452,7 @@ def tally(counts: dict[str, int]) -> str:
 
 def tables_md(rows: list[dict], s: Settings, command: str) -> str:
     """The tables of PLANTED.md."""
+    rows = contrasted(rows)
     found = summarise(rows)
     order = sorted(found, key=lambda key: (-sum(found[key]["category"]), -sum(found[key]["first"])))
     minutes = [sum(row[f"{part}_seconds"] for row in rows) / 60 for part in ("train", "audit")]
@@ -472,7 +493,10 @@ def tables_md(rows: list[dict], s: Settings, command: str) -> str:
 
 def write(rows: list[dict], s: Settings, command: str) -> None:
     out, text = Path(s.out), tables_md(rows, s, command)
-    write_whole(out / "planted.json", json.dumps(dict(settings=asdict(s), measures=summarise(rows)), indent=1) + "\n")
+    write_whole(
+        out / "planted.json",
+        json.dumps(dict(settings=asdict(s), measures=summarise(contrasted(rows))), indent=1) + "\n",
+    )
     write_whole(out / "tables.md", text)
     if s.update:
         page = PAGE.read_text()
