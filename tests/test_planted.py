@@ -163,12 +163,12 @@ def test_rates_and_ranks():
 
 
 def test_runs_are_written_counted_and_not_made_twice(tmp_path):
-    size = ("--seeds", 1, "--causes", "none", "--pairs", 32, "--eval-pairs", 8, "--loss-pairs", 2, "--steps", 1)
+    size = ("--seeds", 1, "--causes", "bold", "--pairs", 32, "--eval-pairs", 8, "--loss-pairs", 2, "--steps", 1)
     first = script("-m", "tiny.planted", *size, "--out", tmp_path)
     assert first.returncode == 0, first.stderr
     runs = (tmp_path / "runs.jsonl").read_text()
     rows = [json.loads(line) for line in runs.splitlines()]
-    assert [(r["cause"], r["seed"]) for r in rows] == [("none", 0), ("none", 10_000)]
+    assert [(r["cause"], r["seed"]) for r in rows] == [("bold", 0)]
     assert {key.split("|")[0] for key in rows[0]["answers"]} == set(planted.MEASURES)
     assert (tmp_path / "tables.md").read_text() in first.stdout
     again = script("-m", "tiny.planted", *size, "--out", tmp_path)
