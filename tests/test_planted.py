@@ -1,0 +1,195 @@
+"""The choice measure is complete and charges whom it says; planting trains, asks, counts and resumes."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import load, script
+
+import choices as ch
+import data
+import train
+from data import Pair
+from labels import load_labels
+from policy import Policy
+from sae import JumpReLUSAE
+from tiny import LABELS_DIR, WIDTH, build, planted, world
+
+S = train.Settings(device="cpu", dtype="float32", tokens_per_microbatch=70)
+
+
+def golden_policy() -> Policy:
+    g = load()
+    return Policy(g.model, g.steered.requires_grad_(False), data.load_tokenizer(g.model.folder), S, "golden", None)
+
+
+def golden_pairs(tokenizer, n: int = 5) -> list[Pair]:
+    """Ragged answers in chat markup, an empty one among them."""
+    markup = [tokenizer.encode(text, add_special_tokens=False).ids for text in ("model\n", "\n")]
+    start, end, eos = map(tokenizer.token_to_id, ("<start_of_turn>", "<end_of_turn>", "<eos>"))
+    g = torch.Generator().manual_seed(0)
+
+    def words(n):
+        return torch.randint(10, 512, (n,), generator=g).tolist()
+
+    def answer(n):
+        return [start, *markup[0], *words(n), end, *markup[1], eos]
+
+    return [Pair([2, *words(3 + i)], answer(4 * i), answer(7)) for i in range(n)]
+
+
+def test_shares_sum_to_the_change_of_the_gap():
+    """Under any partition; and the change is what scoring base model and policy one after the other gives."""
+    policy = golden_policy()
+    pairs, V = golden_pairs(policy.tokenizer), policy.base.config.vocab_size
+    g = torch.Generator().manual_seed(1)
+    partitions = [ch.Classes(("a", "b", ch.END, ch.REST), torch.randint(0, 4, (V,), generator=g)) for _ in range(2)]
+    packed = data.pack_pairs(pairs)
+    steered = train.score(policy.steered, packed, S)
+    x = policy.steered.residual(packed, policy.base.plan(packed))
+    _, chosen, rejected = train.preference(
+        policy.base, policy.steered.above(x, policy.base.plan(packed)), packed, S
+    )  # the base model's
+    change = (steered.logp_chosen - steered.logp_rejected) - (chosen - rejected)
+    assert change.abs().max() > 0.01  # the adapter does something
+    for found in ch.choices(policy, pairs, S, partitions):
+        torch.testing.assert_close(found.change, change, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.shares.sum(1), found.change, atol=1e-9, rtol=0)
+
+
+def test_features_earn_the_whole_share():
+    policy = golden_policy()
+    pairs, V = golden_pairs(policy.tokenizer), policy.base.config.vocab_size
+    of_token = torch.randint(0, 4, (V,), generator=torch.Generator().manual_seed(1))
+    classes = ch.Classes(("a", "b", ch.END, ch.REST), of_token)
+    with torch.no_grad():
+        policy.steered.adapter.bias[:100] = -1e6  # features that never steer
+    by_feature = ch.feature_shares(policy, pairs, S, classes, steps=8)
+    whole = ch.choices(policy, pairs, S, [classes])[0].shares.mean(0)
+    assert whole.abs().max() > 0.01
+    torch.testing.assert_close(by_feature.sum(1), whole, atol=1e-4, rtol=1e-3)
+    assert not by_feature[:, :100].any() and by_feature[:, 100:].any()
+
+
+def test_a_choice_against_the_rest_belongs_to_the_category():
+    p0 = torch.tensor([[0.3, 0.0, 0.7], [0.3, 0.0, 0.7], [0.3, 0.0, 0.7]], dtype=torch.float64)
+    p1 = torch.tensor([[0.8, 0.0, 0.2], [0.8, 0.0, 0.2], [0.3, 0.0, 0.7]], dtype=torch.float64)
+    # A token of the rest, then one of class 0, at a place where class 0 became likelier; then a choice within the rest.
+    change = torch.tensor([math.log(0.2 / 0.7), math.log(0.8 / 0.3), -1.5], dtype=torch.float64)
+    terms = ch.token_shares(change, p0, p1, torch.tensor([2, 0, 2]))
+    expected = torch.tensor([[change[0], 0, 0], [change[1], 0, 0], [0, 0, -1.5]], dtype=torch.float64)
+    torch.testing.assert_close(terms, expected)
+
+
+def test_a_choice_between_two_categories_and_the_rest_is_shared_by_mass():
+    p0 = torch.tensor([[0.1, 0.1, 0.8]], dtype=torch.float64)
+    p1 = torch.tensor([[0.4, 0.2, 0.4]], dtype=torch.float64)
+    terms = ch.token_shares(torch.tensor([math.log(0.5)], dtype=torch.float64), p0, p1, torch.tensor([2]))
+    torch.testing.assert_close(terms[0] / math.log(0.5), torch.tensor([0.75, 0.25, 0.0], dtype=torch.float64))
+
+
+def test_sign_flip_is_the_permutation_test():
+    g = torch.Generator().manual_seed(0)
+    null = torch.randn(40, 400, generator=g, dtype=torch.float64)
+    p = ch.sign_flip(null, 999)
+    assert abs((p <= 0.1).double().mean() - 0.1) < 0.05  # uniform where there is nothing
+    assert ch.sign_flip(torch.full((20, 1), 0.1, dtype=torch.float64), 999).item() == pytest.approx(0.001, abs=1e-9)
+    assert ch.sign_flip(torch.full((20, 1), -0.1, dtype=torch.float64), 999).item() == 1.0
+
+
+@pytest.fixture(scope="module")
+def tiny_world():
+    base, tokenizer = build.load()
+    return base.requires_grad_(False), tokenizer, JumpReLUSAE.from_pretrained("tiny")
+
+
+def test_tokens_are_those_that_training_reads(tiny_world, tmp_path):
+    _, tokenizer, _ = tiny_world
+    some = world.pairs({"style": 1, "honesty": 1}, 20, 3)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(p.row(str(i))) + "\n" for i, p in enumerate(some)))
+    pairs, names = planted.tokenise(tokenizer, some)
+    assert pairs == data.load_pairs(str(tmp_path / "rows.jsonl"), tokenizer)
+    assert [len(n) for n in names] == [len(p.chosen) + len(p.rejected) for p in pairs]
+
+
+@pytest.fixture(scope="module")
+def bold(tiny_world):
+    """A policy trained for bold type, and fresh pairs of the same cause."""
+    policy = planted.plant(*tiny_world, "bold", 7, 128)
+    return policy, *planted.tokenise(policy.tokenizer, world.pairs("bold", 48, 700_000))
+
+
+def test_the_planted_cause_is_named(bold):
+    policy, pairs, names = bold
+    tables = [load_labels(LABELS_DIR / f"{kind}.jsonl", policy.steered.sae) for kind in planted.KINDS]
+    answers = planted.chosen(policy, pairs, tables, names)
+    for kind, expected in (("fires", "style"), ("true spans", "style"), ("fires, explanations", "bold")):
+        answer = answers[f"choices|{kind}"]
+        assert planted.top(answer) == expected
+        assert planted.significant("choices", answer, expected)
+
+
+def test_nothing_is_named_when_the_preference_is_undone(bold):
+    """Half the pairs swapped: the same policy earned nothing on them."""
+    policy, pairs, _ = bold
+    masks = load_labels(LABELS_DIR / "fires.jsonl", policy.steered.sae).categories
+    masks = {c: m for c, m in masks.items() if c not in planted.REST_LABELS}
+    classes = ch.classes(policy, pairs, policy.settings, masks)
+    mixed = [Pair(p.prompt, p.rejected, p.chosen) if i % 2 else p for i, p in enumerate(pairs)]
+    (before,), (after,) = (ch.choices(policy, some, policy.settings, [classes]) for some in (pairs, mixed))
+    torch.testing.assert_close(after.shares[1::2], -before.shares[1::2], atol=1e-5, rtol=1e-4)
+    assert before.named() == "style" and after.named() is None
+
+
+def test_classes_follow_the_labels_they_are_given(bold):
+    """Labels of other features make another partition, and markup belongs to no category."""
+    policy, pairs, _ = bold
+    mask = np.zeros(WIDTH, dtype=bool)
+    mask[:512] = True
+    found = [ch.classes(policy, pairs, policy.settings, {"it": m}).of_token for m in (mask, ~mask)]
+    end, start = (policy.tokenizer.token_to_id(t) for t in ("<end_of_turn>", "<start_of_turn>"))
+    assert not torch.equal(*found)
+    for of_token in found:
+        assert of_token[end] == 1 and of_token[start] == 2
+
+
+def test_rates_and_ranks():
+    assert planted.wilson(24, 24) == pytest.approx((0.8620, 1.0), abs=1e-3)
+    assert planted.wilson(1, 10) == pytest.approx((0.0179, 0.4042), abs=1e-3)
+    assert planted.spearman([1, 2, 2, 3], [1, 5, 3, 9]) == pytest.approx(0.9487, abs=1e-4)
+    assert planted.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+
+
+def test_runs_are_written_counted_and_not_made_twice(tmp_path):
+    size = ("--seeds", 1, "--causes", "bold", "--pairs", 32, "--eval-pairs", 8, "--loss-pairs", 2, "--steps", 1)
+    first = script("-m", "tiny.planted", *size, "--out", tmp_path)
+    assert first.returncode == 0, first.stderr
+    runs = (tmp_path / "runs.jsonl").read_text()
+    rows = [json.loads(line) for line in runs.splitlines()]
+    assert [(r["cause"], r["seed"]) for r in rows] == [("bold", 0)]
+    assert {key.split("|")[0] for key in rows[0]["answers"]} == set(planted.MEASURES)
+    assert (tmp_path / "tables.md").read_text() in first.stdout
+    again = script("-m", "tiny.planted", *size, "--out", tmp_path)
+    assert again.returncode == 0 and (tmp_path / "runs.jsonl").read_text() == runs
+    other = script("-m", "tiny.planted", *size, "--pairs", 64, "--out", tmp_path)
+    assert other.returncode == 2 and "other settings" in other.stderr and "Traceback" not in other.stderr
+
+
+def test_counting():
+    """A made-up study: one measure that is always right, one that names style whatever was planted."""
+    strong, weak = (1.0, 9.0), (0.0, 0.1)
+
+    def row(cause, seed, truth):
+        right = {c: strong if c == truth else weak for c in ("style", "alignment")}
+        return dict(
+            cause=cause, seed=seed, answers={"good|fires": right, "bad|fires": dict(style=strong, alignment=weak)}
+        )
+
+    rows = [row(cause, 0, category) for cause, category in planted.PLANTED.items()] + [row("none", 0, None)]
+    found = planted.summarise(rows)
+    good, bad = found["good|fires"], found["bad|fires"]
+    assert all(good["first"] + good["category"] + good["sure"]) and not any(good["alarms"])
+    assert sum(bad["first"]) == sum(bad["category"]) == 3 and bad["alarms"] == [True]
+    assert bad["wrong"]["honesty"] == {"style": 1} and "style" not in bad["wrong"]
