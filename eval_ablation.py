@@ -11,6 +11,7 @@ conditions is resampled as a difference, pair by pair. Written to OUT/eval/, as 
     topk                  per position only the k % of the dictionary with the largest |v| (Figure 2), rounded up
     ablation              the features of a category zeroed, beside controls of the same number of features
     static                steering that does not read its context, with what it recovers of the policy's gain
+    choices               the widened preference gap by kinds of tokens (choices.py): names the category the data taught
     attribution           integrated gradients (attribution.py) by category and by where the steering acts
     attribution_features  the same by feature: the largest shares; all of them in attribution_features.parquet
     masks/                the feature sets behind `ablation`, for train.py --mask-features
@@ -44,12 +45,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import choices
 import cli
 import data
 import figures
 import report
 import train
 from attribution import KINDS, Attribution, attribution
+from choices import Choices, classes
 from cli import flag
 from data import Pair
 from eval_features import TINY_LABELS, Row, categories, described_run, explain, out_folder, write_table
@@ -74,6 +77,7 @@ class Settings:
     coefficients: tuple[float, ...] = flag((0.25, 0.5, 1, 2, 4, 8), "c of static steering")
     top_features: tuple[int, ...] = flag((1, 4, 16, 64, 256), "m of static steering by the top mean features")
     static_pairs: int = flag(1024, "training pairs behind static steering, the first ones; 0: none of it")
+    rest: tuple[str, ...] = flag(("content", "chat"), "categories that choices counts as the rest")
     steps: int = flag(32, "nodes of the attribution's integral, a forward and a backward pass each; 0: no attribution")
     bootstrap: int = flag(1000, "resamples of the pairs behind each interval")
     seed: int = flag(0, "seed of the resamples and of the random controls")
@@ -360,6 +364,19 @@ def attribution_rows(found: Attribution, tables: list[Labels], used: np.ndarray,
     return rows
 
 
+def choice_rows(found: Choices, table: Labels, s: Settings) -> list[Row]:
+    """choices.py's shares of the widened preference gap; `named` is true of the category that the data names."""
+    low, high = interval(found.shares.T, s.bootstrap, s.seed)  # [C]
+    change, p_values, named = found.change.mean().item(), found.p_values(seed=s.seed), found.named()
+    rows = []
+    for c, name in enumerate(found.names):
+        share = found.shares[:, c].mean().item()
+        row = dict(labels=table.name, kind=table.kind, matched=table.matched, tokens=name, share=share)
+        row |= dict(low=low[c].item(), high=high[c].item(), part_of_change=share / change if change else None)
+        rows.append(row | dict(p_value=p_values[c].item(), named=name == named))
+    return rows
+
+
 def category_masks(tables: list[Labels]) -> list[tuple[Labels, str, np.ndarray]]:
     """(file, category, bool [F]) of every category that has features, and "(none)": what a file puts in none."""
     found = []
@@ -428,6 +445,13 @@ def main() -> None:
         outputs.append(("ablation", about, rows, figures.ablation))
     if s.static_pairs:
         outputs.append(("static", plain, static_rows(directions[0], conditions.static, base, full, s), figures.static))
+    choice = []
+    for table in tables:
+        if masks := {name: mask for name, mask in table.categories.items() if name not in s.rest and mask.any()}:
+            found = choices.choices(policy, pairs, settings, [classes(policy, pairs, settings, masks, table.kind)])
+            choice += choice_rows(found[0], table, s)
+    if choice:
+        outputs.append(("choices", about | dict(rest=list(s.rest)), choice, figures.choices))
     columns = None
     if s.steps:
         members = [torch.from_numpy(mask) for _, _, mask in category_masks(tables)]
@@ -494,6 +518,13 @@ def print_summary(outputs: list) -> None:
     tables = {name: (about, rows) for name, about, rows, _ in outputs}
     curve = tables["topk"][1]
     print(f"\n{'SimPO loss':<34}{'base':>9} {'policy':>9}\n{'':34}{curve[0]['loss']:9.3f} {curve[-1]['loss']:9.3f}")
+    if "choices" in tables:
+        rows = tables["choices"][1]
+        for name in dict.fromkeys(row["labels"] for row in rows):
+            here = [row for row in rows if row["labels"] == name]
+            shares = ", ".join(f"{row['tokens']} {row['part_of_change'] or 0:.0%}" for row in here)
+            said = next((row["tokens"] for row in here if row["named"]), "no category")
+            print(f"\nThe policy's choices, by {name}, name: {said} (shares of the widened gap: {shares})")
     if "ablation" in tables:
         print(f"\n{'loss added by zeroing':<34}{'itself':>9} {'matched':>9} {'random':>9}")
         rows = tables["ablation"][1]

@@ -280,6 +280,22 @@ def static(rows: list[dict], about: dict) -> Figure:
     return finish(figure, "Steering that does not read its context", about)
 
 
+def choices(rows: list[dict], about: dict) -> Figure:
+    """Shares of the widened preference gap by kinds of tokens; the named category is filled."""
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.3 * len(rows)), layout="constrained")
+    for y, row in enumerate(rows):
+        colour = CONDITION_COLOUR["policy" if row["named"] else "random"]
+        axes.barh(y, row["share"], height=0.6, color=colour)
+        axes.plot([row["low"], row["high"]], [y, y], color="black", lw=1.5)
+    axes.axvline(0, color="black", lw=0.8)
+    ticks = [f"{row['labels']}: {row['tokens']}{' (named)' if row['named'] else ''}" for row in rows]
+    axes.set_yticks(range(len(rows)), ticks, fontsize=8)
+    axes.set(ylim=(len(rows) - 0.5, -0.5))
+    axes.set_xlabel("share of the change of the mean log-probability gap, chosen − rejected (line: 95 % over pairs)")
+    axes.grid(axis="x", lw=0.4)
+    return finish(figure, "What the policy chooses otherwise", about)
+
+
 def attribution(rows: list[dict], about: dict) -> Figure:
     """Shares of the loss's change by category, each bar divided by where the features steered."""
     groups = list(dict.fromkeys((row["labels"], row["category"]) for row in rows))

@@ -97,7 +97,8 @@ def eval_pairs(
     _, commit = data.data_files(name, None, revision)
 
     def read(part):
-        return data.load_pairs(name, policy.tokenizer, s.max_length, s.max_prompt_length, part, commit, progress=True)
+        limits = s.max_length, s.max_prompt_length
+        return data.load_pairs(name, policy.tokenizer, *limits, part, commit, True, s.on_bad_row)
 
     pairs = read(split) or (read(None) if source or s.eval_data else [])
     if not pairs:

@@ -38,6 +38,11 @@ OURS = {  # tables of eval_features.py -> heading and how to read the picture
     "l0_by_position": ("L0 along the sequence", "Mean over the positions at the same distance from <bos>."),
 }
 FURTHER = {  # tables of eval_ablation.py
+    "choices": (
+        "What it chooses otherwise",
+        "The widened gap between chosen and rejected responses, shared out among kinds of tokens; p is an exact test "
+        "over pairs, corrected for the number of kinds.",
+    ),
     "topk": ("Only the strongest features kept (Figure 2)", "SimPO loss with k % of the dictionary at each position."),
     "ablation": ("Categories taken away", "Loss added by zeroing a category, beside as many other features."),
     "static": ("Steering that does not read its context", "What one and the same vector at every position recovers."),
@@ -205,7 +210,7 @@ def _composition(run: Run) -> str:
         "<th class=pic>relative change</th><th class=n></th></tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table>{_labels(about)}"
         "<p class=note>A share of use is not a share of effect: a policy may use a category more for no gain, or earn "
-        "its gain with few features of another. Ablation and attribution, where they were run, measure effect.</p>"
+        "its gain with few features of another. Choices, ablation and attribution measure effect, where they were run.</p>"
     )
 
 
