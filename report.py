@@ -210,7 +210,7 @@ def _composition(run: Run) -> str:
         "<th class=pic>relative change</th><th class=n></th></tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table>{_labels(about)}"
         "<p class=note>A share of use is not a share of effect: a policy may use a category more for no gain, or earn "
-        "its gain with few features of another. Choices, ablation and attribution measure effect, where they were run.</p>"
+        "its gain with few features of another. Choices, ablation and attribution, where run, measure effect.</p>"
     )
 
 
