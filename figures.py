@@ -291,7 +291,7 @@ def choices(rows: list[dict], about: dict) -> Figure:
     ticks = [f"{row['labels']}: {row['tokens']}{' (named)' if row['named'] else ''}" for row in rows]
     axes.set_yticks(range(len(rows)), ticks, fontsize=8)
     axes.set(ylim=(len(rows) - 0.5, -0.5))
-    axes.set_xlabel("share of the change of the mean log-probability gap, chosen − rejected (line: 95 % over pairs)")
+    axes.set_xlabel("share of the change of ℓ(chosen) − ℓ(rejected) (line: 95 % over pairs)")
     axes.grid(axis="x", lw=0.4)
     return finish(figure, "What the policy chooses otherwise", about)
 
