@@ -162,6 +162,7 @@ def draw(rows: list[dict], means: list[dict], path: Path) -> None:
         line = front([p for p in means if p["method"] == method])
         axis.plot([p["l0"] for p in line], [p["loss"] for p in line], color=color, marker=marker, ms=7, label=method)
     axis.set(xscale="log", yscale="log", xlabel="L0: features steered per position", ylabel="SimPO loss (evaluation)")
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
