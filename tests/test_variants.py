@@ -245,6 +245,15 @@ def test_groups_partition_the_parameters_and_each_has_its_learning_rate(tmp_path
         assert moved == pytest.approx(rate, rel=0.05), name
 
 
+def test_a_run_keeps_its_thresholds_above_zero(tmp_path):
+    """Without a penalty the loss would push some thresholds below zero, at this learning rate within a step."""
+    made("soft-threshold").float().save_pretrained(tmp_path / "start", {})
+    flags = dict(adapter="soft-threshold", l1=0.0, threshold_lr=1.0, schedule="constant")
+    run(tmp_path / "run", init_adapter=str(tmp_path / "start"), **flags)
+    thresholds = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")["threshold"]
+    assert (thresholds >= 0).all() and (thresholds == 0).any()
+
+
 def test_the_total_includes_the_l0_penalty_and_thresholds_follow_it(tmp_path):
     flags = dict(adapter="jumprelu", threshold_lr=0.1, schedule="constant", max_steps=6, lr=1e-4, bandwidth=0.3)
     made("jumprelu").float().save_pretrained(tmp_path / "start", {})
