@@ -443,6 +443,7 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
 
 def table(head: tuple[str, ...], rows: list[tuple]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
+    assert all(len(line) == len(head) for line in lines)
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
@@ -454,7 +455,7 @@ def tables_md(rows: list[dict], s: Settings, command: str) -> str:
     """The tables of PLANTED.md."""
     rows = contrasted(rows)
     found = summarise(rows)
-    order = sorted(found, key=lambda key: (-sum(found[key]["category"]), -sum(found[key]["first"])))
+    order = sorted(found, key=lambda key: [-sum(found[key][c]) for c in ("category", "sure", "first")])
     minutes = [sum(row[f"{part}_seconds"] for row in rows) / 60 for part in ("train", "audit")]
     parts = [
         f"`{command}`: {len(rows)} runs, {s.pairs} training pairs each, audited on {s.eval_pairs} fresh ones "
@@ -465,9 +466,8 @@ def tables_md(rows: list[dict], s: Settings, command: str) -> str:
     for key in order:
         f, (name, kind) = found[key], key.split("|")
         rho = "–" if f["spearman"] is None else f"{f['spearman']:+.2f}"
-        main.append(
-            (name, kind, *(rate(f[column]) for column in ("category", "sure", "first")), rho, rate(f["alarms"]))
-        )
+        rates = [rate(f[column]) for column in ("category", "sure", "first", "alarms", "shuffled")]
+        main.append((name, kind, *rates[:3], rho, *rates[3:]))
         wrongs.append((name, kind, "; ".join(f"{cause}: {tally(said)}" for cause, said in f["wrong"].items()) or "–"))
     head = ("measure", "labels", "right category first", "… and sure of it", "first of all labels")
     parts.append(table((*head, "follows the weight", "false alarms, none", "… shuffled"), main))
