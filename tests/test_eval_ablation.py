@@ -346,7 +346,8 @@ def test_one_command_writes_every_table(masked_run, labels, tmp_path):
     flags = ("--labels", labels, "--bootstrap", 20, "--steps", 4, "--random-sets", 2, "--static-pairs", 8)
     result = script("eval_ablation.py", "--run", masked_run, *flags, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    folder, names = tmp_path / "eval", ("topk", "ablation", "static", "attribution", "attribution_features")
+    folder, names = tmp_path / "eval", ("topk", "ablation", "static", "choices")
+    names += ("attribution", "attribution_features")
     files = {f"{name}.{kind}" for name in names for kind in ("csv", "json", "png")}
     assert {p.name for p in folder.iterdir()} == files | {"attribution_features.parquet", "masks"}
     tables = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
@@ -363,6 +364,11 @@ def test_one_command_writes_every_table(masked_run, labels, tmp_path):
     assert curve[-1]["loss"] == pytest.approx(last, rel=1e-6) and curve[-1]["percent"] == 100
     assert tables["static"]["rows"][1]["loss"] == curve[-1]["loss"]
     assert tables["static"]["rows"][0]["loss"] == curve[0]["loss"]
+    found = tables["choices"]["rows"]
+    assert [row["tokens"] for row in found] == ["three", "../x", "end", "rest"]
+    assert sum(row["part_of_change"] for row in found) == pytest.approx(1, abs=1e-6)
+    gap = [[r for r in rows if r["split"] == "eval"][i]["margin"] / tables["topk"]["about"]["beta"] for i in (0, -1)]
+    assert sum(row["share"] for row in found) == pytest.approx(gap[1] - gap[0], abs=1e-5)
     about = tables["attribution"]["about"]
     assert about["change"] == pytest.approx(curve[-1]["loss"] - curve[0]["loss"], rel=1e-5)
     stored = pq.read_table(folder / "attribution_features.parquet").to_pydict()
