@@ -24,7 +24,7 @@ from attribution import KINDS, attribution
 from fsrl import Adapter, SteeredModel
 from labels import Labels, load_labels, write_labels
 from packed import pack
-from policy import Policy
+from policy import Policy, eval_pairs, open_policy
 
 S = train.Settings(device="cpu", dtype="float32")
 D = torch.float64
@@ -367,8 +367,13 @@ def test_one_command_writes_every_table(masked_run, labels, tmp_path):
     found = tables["choices"]["rows"]
     assert [row["tokens"] for row in found] == ["three", "../x", "end", "rest"]
     assert sum(row["part_of_change"] for row in found) == pytest.approx(1, abs=1e-6)
-    gap = [[r for r in rows if r["split"] == "eval"][i]["margin"] / tables["topk"]["about"]["beta"] for i in (0, -1)]
-    assert sum(row["share"] for row in found) == pytest.approx(gap[1] - gap[0], abs=1e-5)
+    opened = open_policy(str(masked_run))
+    pairs, _ = eval_pairs(opened)
+    batch = train.Batch(pairs, range(len(pairs)))
+    both = opened.base, opened.steered
+    margins = [train.evaluate(model, batch, opened.settings, False)["margin"] for model in both]
+    beta = opened.settings.beta
+    assert sum(row["share"] for row in found) == pytest.approx((margins[1] - margins[0]) / beta, abs=1e-5)
     about = tables["attribution"]["about"]
     assert about["change"] == pytest.approx(curve[-1]["loss"] - curve[0]["loss"], rel=1e-5)
     stored = pq.read_table(folder / "attribution_features.parquet").to_pydict()
