@@ -10,6 +10,8 @@ Every newest token therefore has the same slot: it is written with a slice, a sl
 that ever needs a mask is the empty slots before a shorter prompt.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -23,8 +25,10 @@ class Cache:
         self.end = max(lengths)  # slots in use
         shape = (len(lengths), heads, self.end + max(1, room), head_dim)
         # Zeros, because an empty slot's weight of 0 times whatever memory held could be NaN.
-        self.keys = [like.new_zeros(shape) for _ in range(blocks)]  # each [B, KV, capacity, hd]
-        self.values = [like.new_zeros(shape) for _ in range(blocks)]
+        # Plain tensors even where `like` is a weight that is sharded over processes.
+        zeros = functools.partial(torch.zeros, shape, dtype=like.dtype, device=like.device)
+        self.keys = [zeros() for _ in range(blocks)]  # each [B, KV, capacity, hd]
+        self.values = [zeros() for _ in range(blocks)]
         self.start = torch.tensor([self.end - n for n in lengths], device=like.device)  # [B], first slot of each
         self._rows_changed()
         self.where: tuple = ()  # (rows, slots) that the next forward writes: tensors for a prompt, slices for a step
