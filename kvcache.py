@@ -10,8 +10,6 @@ Every newest token therefore has the same slot: it is written with a slice, a sl
 that ever needs a mask is the empty slots before a shorter prompt.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -21,15 +19,14 @@ from packed import Packed
 class Cache:
     """Of B sequences, whose prompts have the given lengths, in every block; room: for so many new tokens at first."""
 
-    def __init__(self, blocks: int, heads: int, head_dim: int, lengths: list[int], room: int, like: Tensor):
+    def __init__(self, blocks: int, lengths: list[int], room: int, device: torch.device):
         self.end = max(lengths)  # slots in use
-        shape = (len(lengths), heads, self.end + max(1, room), head_dim)
-        # Zeros, because an empty slot's weight of 0 times whatever memory held could be NaN.
-        # Plain tensors even where `like` is a weight that is sharded over processes.
-        zeros = functools.partial(torch.zeros, shape, dtype=like.dtype, device=like.device)
-        self.keys = [zeros() for _ in range(blocks)]  # each [B, KV, capacity, hd]
-        self.values = [zeros() for _ in range(blocks)]
-        self.start = torch.tensor([self.end - n for n in lengths], device=like.device)  # [B], first slot of each
+        self.capacity = self.end + max(1, room)
+        # Each [B, KV, capacity, hd], made when a block first writes: the dtype is that of what it computes, which under
+        # FSDP2 is not that of its weights.
+        self.keys: list[Tensor | None] = [None] * blocks
+        self.values: list[Tensor | None] = [None] * blocks
+        self.start = torch.tensor([self.end - n for n in lengths], device=device)  # [B], first slot of each
         self._rows_changed()
         self.where: tuple = ()  # (rows, slots) that the next forward writes: tensors for a prompt, slices for a step
 
@@ -45,10 +42,11 @@ class Cache:
 
     def step(self) -> Tensor:
         """The next forward is one new token of each sequence, at the positions returned: int64 [B]."""
-        if self.end == self.keys[0].shape[2]:
+        if self.end == self.capacity:
             for tensors in (self.keys, self.values):  # in place, so that a block's old tensor goes before the next's
                 for i, old in enumerate(tensors):
                     tensors[i] = torch.cat([old, torch.zeros_like(old)], dim=2)
+            self.capacity *= 2
             self._rows_changed()
         self.where = slice(None), slice(self.end, self.end + 1)
         self.end += 1
@@ -57,6 +55,10 @@ class Cache:
     def write(self, block: int, k: Tensor, v: Tensor) -> None:
         """k, v [T, KV, hd] of a forward's positions."""
         rows, slots = self.where
+        if self.keys[block] is None:
+            # Zeros, because an empty slot's weight of 0 times whatever memory held could be NaN.
+            shape = (len(self.start), k.shape[1], self.capacity, k.shape[2])
+            self.keys[block], self.values[block] = k.new_zeros(shape), v.new_zeros(shape)
         if self.stepping:
             k, v = k[:, :, None], v[:, :, None]  # [B, KV, hd] -> [B, KV, 1, hd]
         self.keys[block][rows, :, slots] = k
@@ -85,6 +87,6 @@ class Cache:
         self._rows_changed()
 
     def _rows_changed(self) -> None:
-        slots = torch.arange(self.keys[0].shape[2], device=self.start.device)
+        slots = torch.arange(self.capacity, device=self.start.device)
         self.empty = slots < self.start[:, None]  # [B, capacity]
         self.first, self.last = int(self.start.min()), int(self.start.max())  # from `last` on every slot is filled

@@ -428,8 +428,7 @@ class Gemma2(nn.Module):
 
     def cache(self, lengths: list[int], room: int) -> Cache:
         """Keys and values for prompts of these lengths and, at first, `room` new tokens of each."""
-        c, like = self.config, self.model.norm.weight
-        return Cache(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, lengths, room, like)
+        return Cache(self.config.num_hidden_layers, lengths, room, self.device)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [T] -> residual stream [T, d]. The scale sqrt(d) is rounded to the weights' dtype, as Gemma's is."""

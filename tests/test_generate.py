@@ -12,6 +12,7 @@ from conftest import GOLDEN, ROOT, load, script
 
 import data
 import decoding
+import distributed
 import generate
 import kvcache
 from decoding import GREEDY, Sampling, choose
@@ -207,8 +208,7 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours():
 
 
 def test_the_cache_grows_and_empty_slots_are_never_seen():
-    like = torch.zeros(())
-    cache = kvcache.Cache(1, 1, 2, [3, 1], 1, like)
+    cache = kvcache.Cache(1, [3, 1], 1, torch.device("cpu"))
     cache.prompts(pack([([1, 2, 3], []), ([4], [])]), 0)
     k = torch.tensor([[1.0, 0], [2, 0], [3, 0], [9, 0]])[:, None]
     cache.write(0, k, k)
@@ -219,6 +219,27 @@ def test_the_cache_grows_and_empty_slots_are_never_seen():
     torch.testing.assert_close(out[:, 0, 0], torch.tensor([31 / 8, 34 / 6]))
     out = cache.attend(0, torch.zeros(2, 1, 2), 6, 1.0, None)
     torch.testing.assert_close(out[:, 0, 0], torch.tensor([28 / 6, 34 / 6]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sharded_model_generates_and_goes_on_training(tmp_path, dtype):
+    """As train.py's samples do under --shard: weights are DTensors, and with --full --dtype bfloat16 float32 ones."""
+    prompt = prompts(3, 20, 1)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for name in ("model", "steered"):
+            expected = decoding.generate(getattr(load(), name), prompt, 12, never)
+            ours = getattr(load(), name)
+            base, own = (ours, None) if name == "model" else (ours.model, ours.adapter)
+            distributed.shard(ours, base.model.layers, own, "cpu", dtype)
+            new = decoding.generate(ours, prompt, 12, never)
+            assert len(new[0]) == 12 and (new == expected or dtype == torch.bfloat16)
+            if own is not None:
+                ours(pack([(prompt[0], [])])).l1.sum().backward()
+                assert own.weight.grad.full_tensor().any()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # --- text ---------------------------------------------------------------------------------------------------
