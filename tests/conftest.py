@@ -40,6 +40,7 @@ def tiny_run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("tiny") / "run"
     result = script("train.py", "--model", "tiny", "--max-steps", 24, "--eval-every", 0, "--out", out)
     assert result.returncode == 0, result.stderr
+    (out.parent / "stdout").write_text(result.stdout)
     return out
 
 

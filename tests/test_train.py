@@ -7,6 +7,7 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,11 @@ import train
 from fsrl import Adapter
 
 TRAJECTORY = ("--schedule", "constant", "--lr", 1e-3, "--max-grad-norm", 0, "--max-steps", 10, "--no-shuffle")
+
+
+def quick_run(out, *flags) -> forked.Ended:
+    """golden_run without the imports of a new process, and without samples."""
+    return forked.golden(out, *flags)[0]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def test_ten_steps_follow_the_golden_trajectory(report, expected, tmp_path, mid_
     out = mid_run[0] if adapter == "mid" else tmp_path / "run"
     if adapter != "mid":  # micro-batches of one pair each: the packing must not matter
         flags = ("--tokens-per-microbatch", 1, "--init-adapter", GOLDEN / f"adapter_{adapter}")
-        assert golden_run(out, *TRAJECTORY, *flags).returncode == 0
+        assert quick_run(out, *TRAJECTORY, *flags).returncode == 0
     want = report["trajectory"][adapter]
     rows = metrics(out)
     assert len(rows) == len(want["steps"]) == 10
@@ -83,17 +89,17 @@ def test_a_run_writes_what_the_contract_says(mid_run):
 def test_same_seed_same_bytes_whatever_was_cached(tmp_path):
     outs = [tmp_path / "a", tmp_path / "b"]
     for out in outs:
-        assert golden_run(out, "--max-steps", 3, "--seed", 7).returncode == 0
+        assert quick_run(out, "--max-steps", 3, "--seed", 7).returncode == 0
     a, b = ((out / "adapter/adapter.safetensors").read_bytes() for out in outs)
     assert a == b
-    assert golden_run(tmp_path / "c", "--max-steps", 3, "--seed", 8).returncode == 0
+    assert quick_run(tmp_path / "c", "--max-steps", 3, "--seed", 8).returncode == 0
     assert (tmp_path / "c/adapter/adapter.safetensors").read_bytes() != a
 
 
 def test_packing_changes_neither_losses_nor_the_adapter(tmp_path):
     flags = ("--max-steps", 3, "--lr", 1e-3, "--init-adapter", GOLDEN / "adapter_mid")
     for limit in (1, 150, 100_000):
-        result = golden_run(tmp_path / str(limit), *flags, "--tokens-per-microbatch", limit)
+        result = quick_run(tmp_path / str(limit), *flags, "--tokens-per-microbatch", limit)
         assert result.returncode == 0, result.stderr
     one, some, all_ = (tmp_path / name for name in ("1", "150", "100000"))
     for other in (some, all_):
@@ -106,11 +112,11 @@ def test_packing_changes_neither_losses_nor_the_adapter(tmp_path):
 def test_cached_activations_give_the_same_run_and_are_shared(tmp_path):
     flags = ("--max-steps", 3, "--lr", 1e-3, "--init-adapter", GOLDEN / "adapter_mid")
     cache = tmp_path / "cache"
-    assert golden_run(tmp_path / "a", *flags).returncode == 0
-    first = golden_run(tmp_path / "b", *flags, "--cache-activations", cache)
+    assert quick_run(tmp_path / "a", *flags).returncode == 0
+    first = quick_run(tmp_path / "b", *flags, "--cache-activations", cache)
     assert first.returncode == 0 and first.stderr.count("GB of activations") == 2, first.stderr  # train and test pairs
     written = {p: p.stat().st_mtime_ns for p in cache.iterdir()}
-    again = golden_run(tmp_path / "c", *flags, "--cache-activations", cache, "--l1", 0.05)
+    again = quick_run(tmp_path / "c", *flags, "--cache-activations", cache, "--l1", 0.05)
     assert again.returncode == 0 and "GB of activations" not in again.stderr
     assert {p: p.stat().st_mtime_ns for p in cache.iterdir()} == written and len(written) == 2
     for split in ("train", "eval"):
@@ -160,7 +166,7 @@ def test_bfloat16_stays_near_float32_and_does_not_depend_on_packing(tmp_path):
     """bfloat16 weights and products end to end; what averages over pairs and positions is still summed in float32."""
     flags = ("--max-steps", 3, "--lr", 1e-3, "--init-adapter", GOLDEN / "adapter_mid")
     for name, dtype, limit in (("a", "float32", 8192), ("b", "bfloat16", 8192), ("c", "bfloat16", 100)):
-        result = golden_run(tmp_path / name, *flags, "--dtype", dtype, "--tokens-per-microbatch", limit)
+        result = quick_run(tmp_path / name, *flags, "--dtype", dtype, "--tokens-per-microbatch", limit)
         assert result.returncode == 0, result.stderr
     for split in ("train", "eval"):
         for exact, low, packed in zip(*(metrics(tmp_path / name, split) for name in "abc"), strict=True):
@@ -331,13 +337,11 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_pairs(tmp_path):
 # --- the embedded world -------------------------------------------------------------------------------------
 
 
-def test_the_tiny_run_learns_the_planted_style(tmp_path):
-    result = script("train.py", "--model", "tiny", "--out", tmp_path / "run")
-    assert result.returncode == 0, result.stderr
-    first, *_, last = metrics(tmp_path / "run", "eval")
+def test_the_tiny_run_learns_the_planted_style(tiny_run):
+    first, *_, last = metrics(tiny_run, "eval")
     assert last["loss"] <= first["loss"] / 2
     assert last["accuracy"] > 0.9
-    samples = result.stdout.split("--- before\n")[1:]
+    samples = (tiny_run.parent / "stdout").read_text().split("--- before\n")[1:]
     before, after = zip(*(sample.split("--- after\n") for sample in samples), strict=True)
     assert not any("**" in text or "In summary" in text for text in before)
     assert all("**" in text and "In summary" in text for text in after)
@@ -345,7 +349,7 @@ def test_the_tiny_run_learns_the_planted_style(tmp_path):
 
 def test_the_tiny_run_repeats_to_the_byte(tmp_path):
     for name in "ab":
-        assert script("train.py", "--model", "tiny", "--max-steps", 2, "--out", tmp_path / name).returncode == 0
+        forked.good(forked.Run(["--model", "tiny", "--max-steps", 2, "--out", tmp_path / name]).wait())
     a, b = ((tmp_path / name / "adapter/adapter.safetensors").read_bytes() for name in "ab")
     assert a == b
 
