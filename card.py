@@ -117,7 +117,7 @@ def _composition(run: Run) -> list[str]:
 
 
 def _revised(name: str | None, revision: str | None) -> str | None:
-    return f"[{name}](https://huggingface.co/{name}) at {revision}" if revision and name else name and _name(name)
+    return f"[{name}](/{name}) at {revision}" if revision and name else name and _name(name)
 
 
 def _name(name: str | None) -> str:

@@ -1,6 +1,6 @@
 """Documents per second of a benchmark, ours against lm-evaluation-harness's own `hf` model, on the same weights.
 
-    pip install -r requirements-eval.txt -r requirements-dev.txt accelerate==1.15.0
+    pip install -r requirements-eval.txt -r requirements-dev.txt
     python benchmarks/harness.py --task truthfulqa_mc2 --data-dir DIR
 
 Builds a Gemma-2 of a given shape with random weights and a byte-level BPE trained on the questions, saves them as a
