@@ -38,11 +38,6 @@ OURS = {  # tables of eval_features.py -> heading and how to read the picture
     "l0_by_position": ("L0 along the sequence", "Mean over the positions at the same distance from <bos>."),
 }
 FURTHER = {  # tables of eval_ablation.py
-    "choices": (
-        "What it chooses otherwise",
-        "The widened gap between chosen and rejected responses, shared out among kinds of tokens; p is an exact test "
-        "over pairs, corrected for the number of kinds.",
-    ),
     "topk": ("Only the strongest features kept (Figure 2)", "SimPO loss with k % of the dictionary at each position."),
     "ablation": ("Categories taken away", "Loss added by zeroing a category, beside as many other features."),
     "static": ("Steering that does not read its context", "What one and the same vector at every position recovers."),
@@ -119,7 +114,7 @@ def percent(share: float | None, sign: bool = False) -> str:
 def write_report(out: str | Path) -> Path:
     """Write OUT/report.html whole; returns its path. Raises UserError where a file is not what its name says."""
     run = read_run(out)
-    sections = (_head, _training, _composition, _features, _examples, _figures, _further, _provenance)
+    sections = (_head, _training, _choices, _composition, _features, _examples, _figures, _further, _provenance)
     try:
         parts = [section(run) for section in sections]
     except (KeyError, TypeError, AttributeError) as e:
@@ -172,6 +167,32 @@ def _training(run: Run) -> str:
     note = "A fresh adapter steers about half of the features, by next to nothing."
     table = _table([f"{where} means", "before", f"after step {last.get('step')}"], rows, numbers=2)
     return f"<h2>Before and after</h2>{table}<p class=note>{note}</p>{_image(run.folder / 'loss.png', 'losses')}"
+
+
+def _choices(run: Run) -> str:
+    """The audit's headline, where eval_ablation.py was run: what the widened gap between the responses is made of."""
+    table = run.tables.get("choices")
+    if not table:
+        return ""
+    said, cells = [], []
+    for name in dict.fromkeys(row["labels"] for row in table["rows"]):
+        here = [row for row in table["rows"] if row["labels"] == name]
+        named = next((row["tokens"] for row in here if row["named"]), "no category")
+        rest = here[-1]["part_of_change"]
+        said.append(f"by <i>{_text(name)}</i> it names <b>{_text(named)}</b> (the rest: {percent(rest)})")
+    for row in table["rows"]:
+        where = (row["labels"], row["tokens"], percent(row["part_of_change"], sign=True))
+        cells.append([*where, f"{row['share']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}", f"{row['p_value']:.2g}"])
+    titles = ["labels", "tokens", "part of the gap's change", "share", "95 % over pairs", "p"]
+    image = _image(run.folder / "eval" / "choices.png", "shares of the widened gap by kinds of tokens")
+    return (
+        f"<h2>What it chooses otherwise</h2><p>In one line: {'; '.join(said)}.</p>"
+        "<p>Training widens the gap between the mean log-probabilities of chosen and rejected responses. Every token "
+        "has its part in that change, and the parts are shared out among kinds of tokens, as the features' labels tell "
+        "them apart. p: an exact test over pairs, corrected for the number of kinds. Where the rest, tokens of no "
+        "category, has the largest share, a name says only which category comes first.</p>"
+        f"{image}{_table(titles, cells, numbers=4)}{_labels(table.get('about') or {})}"
+    )
 
 
 def _composition(run: Run) -> str:
@@ -332,7 +353,7 @@ def _figure(heading: str, note: str, image: str) -> str:
 
 def _further(run: Run) -> str:
     """What other evaluations left in eval/: their pictures, and their tables where those are short."""
-    others = [name for name in run.tables if name not in {*OURS, *FURTHER, "composition", "examples"}]
+    others = [name for name in run.tables if name not in {*OURS, *FURTHER, "choices", "composition", "examples"}]
     shown = []
     for name in [*FURTHER, *others]:
         table = run.tables.get(name, {})
