@@ -10,7 +10,13 @@ from report import Run, before_after, percent, read_run
 from sources import write_whole
 
 TAGS = ("fsrl", "sparse-autoencoder", "feature-steering", "simpo", "preference-optimization", "interpretability")
+KINDS = {  # of adapter: what stands after the linear layer, what it does to features, what is penalised
+    "relu": ("a ReLU", "turn up", "an L1"),
+    "jumprelu": ("a JumpReLU", "turn up", "a sparsity"),
+    "soft-threshold": ("a soft threshold", "turn up or down", "an L1"),
+}
 SETTINGS = ("l1", "beta", "gamma_ratio", "lr", "schedule", "warmup_ratio", "batch_size", "epochs", "max_steps", "seed")
+OF_VARIANTS = ("l0", "threshold_init", "threshold_lr", "threshold_parametrisation", "bandwidth")  # not of relu
 
 
 def write_card(out: str | Path) -> Path:
@@ -28,15 +34,17 @@ def write_card(out: str | Path) -> Path:
 def card(run: Run) -> str:
     own, settings = run.adapter, run.config.get("settings", {})
     base, sae, trained_on = own.get("base_model"), own.get("sae"), settings.get("data")
+    named = SETTINGS if own.get("activation") == "relu" else (*SETTINGS, *OF_VARIANTS)
+    kind, turn, penalty = KINDS.get(own.get("activation"), KINDS["relu"])
     return "\n".join(
         [
             *front_matter(base if own.get("base_model_revision") else None, trained_on if run.data_revision else None),
             f"# FSRL adapter for {_name(base)}, layer {own.get('layer')}",
             "",
-            "One linear layer with a ReLU that reads the residual stream of a frozen model and says, token by token,"
-            " which features of a frozen sparse autoencoder (SAE) to turn up: Feature Steering with Reinforcement"
+            f"One linear layer with {kind} that reads the residual stream of a frozen model and says, token by token,"
+            f" which features of a frozen sparse autoencoder (SAE) to {turn}: Feature Steering with Reinforcement"
             " Learning, [arXiv 2509.12934](https://arxiv.org/abs/2509.12934). It was trained on preferences with SimPO"
-            " and an L1 penalty; model and SAE are unchanged.",
+            f" and {penalty} penalty; model and SAE are unchanged.",
             "",
             *_table(
                 ("", ""),
@@ -48,7 +56,7 @@ def card(run: Run) -> str:
                     ("SAE sha256", own.get("sae_sha256")),
                     ("adapter", f"{own.get('activation')}, weight [{own.get('d_sae')}, {own.get('d_model')}], float32"),
                     ("trained on", _revised(trained_on, run.data_revision)),
-                    *((name.replace("_", " "), settings.get(name)) for name in SETTINGS),
+                    *((name.replace("_", " "), settings.get(name)) for name in named),
                     ("code", run.config.get("code")),
                 ],
             ),

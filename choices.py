@@ -229,4 +229,6 @@ def sign_flip(shares: Tensor, draws: int = 9999, seed: int = 0) -> Tensor:
     """p-value of each class: how often a mean as large appears when the sign of every pair is drawn, [P, C] -> [C]."""
     signs = torch.from_numpy(np.random.default_rng(seed).choice([-1.0, 1.0], (draws, len(shares))))
     drawn = signs @ shares / len(shares)  # [draws, C]
-    return (1 + (drawn >= shares.mean(0)).sum(0)) / (1 + draws)
+    mean = shares.mean(0)
+    tie = 1e-12 * shares.abs().mean(0)  # the same pairs under the same signs, but for the order of the sum
+    return (1 + (drawn >= mean - tie).sum(0)) / (1 + draws)

@@ -233,12 +233,12 @@ def random_set(mask: np.ndarray, seed: tuple[int, ...]) -> np.ndarray | None:
 
 def matched_set(mask: np.ndarray, usage: np.ndarray) -> np.ndarray | None:
     """One feature outside mask for each used one inside: nearest usage first come, without replacement, the most used
-    first; None where too few features outside are used.
+    first; None where none inside is used, or too few outside are.
     """
     outside = [k for k in np.argsort(usage, kind="stable").tolist() if not mask[k] and usage[k] > 0]
     values, taken = usage[outside].tolist(), np.zeros(len(mask), dtype=bool)
     inside = np.sort(usage[mask & (usage > 0)])[::-1].tolist()
-    if len(inside) > len(outside):
+    if not inside or len(inside) > len(outside):
         return None
     for wanted in inside:
         i = bisect_left(values, wanted)
@@ -367,7 +367,7 @@ def attribution_rows(found: Attribution, tables: list[Labels], used: np.ndarray,
 def choice_rows(found: Choices, table: Labels, s: Settings) -> list[Row]:
     """choices.py's shares of the widened preference gap; `named` is true of the category that the data names."""
     low, high = interval(found.shares.T, s.bootstrap, s.seed)  # [C]
-    change, p_values, named = found.change.mean().item(), found.p_values(seed=s.seed), found.named()
+    change, p_values, named = found.change.mean().item(), found.p_values(), found.named()
     rows = []
     for c, name in enumerate(found.names):
         share = found.shares[:, c].mean().item()
@@ -428,7 +428,9 @@ def main() -> None:
     about |= dict(beta=settings.beta, gamma_ratio=settings.gamma_ratio)
     directions = [], torch.zeros(0, steered.sae.d_model)
     if s.static_pairs:
-        train_pairs, train_source = eval_pairs(policy, settings.data, s.static_pairs, split="train")
+        recorded = (policy.folder / "config.json").is_file() or not s.data  # a bare adapter does not say
+        train_source = settings.data if recorded else s.data
+        train_pairs, train_source = eval_pairs(policy, train_source, s.static_pairs, split="train")
         about |= dict(static_data=train_source, static_pairs=len(train_pairs))
         directions = static_directions(measure(policy, train_pairs, settings), steered, s)
 

@@ -47,6 +47,7 @@ import card
 import cli
 import data
 import figures
+import judges
 import report
 import tiny
 import train
@@ -219,10 +220,8 @@ class Agreement(NamedTuple):
 
     @property
     def mcc(self) -> float:
-        """Matthews correlation of the two; nan where either says the same of all features."""
         (tn, fn), (fp, tp) = self.confusion.astype(float)  # first axis: the machine's
-        scale = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-        return float((tp * tn - fp * fn) / scale**0.5) if scale else float("nan")
+        return float(judges.mcc(np.array([tp, fp, fn, tn])))
 
 
 def noisy_changes(counts: Counts, machine: np.ndarray, agreement: Agreement, draws: int, seed: int) -> Tensor:

@@ -109,12 +109,18 @@ class Adapter(nn.Module):
         """
         x = x.to(self.weight.dtype)
         few = len(x) < FEW  # [T, d] -> [T, F]
-        z = linear(x, self.weight).add_(self.bias) if few else F.linear(x, self.weight, self.bias)
+        if self.activation == "jumprelu":
+            # The bias is added in float32: rounded to bfloat16 it may stand below the threshold it starts at, for good.
+            product = linear(x, self.weight) if few else F.linear(x, self.weight)
+            z = product + self.bias
+        else:
+            z = linear(x, self.weight).add_(self.bias) if few else F.linear(x, self.weight, self.bias)
         l0 = None
         if self.activation == "relu":
             v = z.relu_()
         elif self.activation == "jumprelu":
             v, l0 = _JumpReLU.apply(z.relu_(), self.threshold, self.bandwidth)
+            v = v.to(product.dtype)
         else:
             v = z.sign() * F.relu(z.abs() - self.threshold)
         if not norms:

@@ -283,7 +283,9 @@ def ways(s: Settings, policy: Policy, change: Change | None) -> Iterator[tuple[s
         yield "base", policy.base, None
         yield "steered", policy.steered, change
     elif policy.folder:
-        yield "base", open_policy(None, s.model or policy.settings.model, device=s.device, dtype=s.dtype).base, None
+        own, revision = policy.settings, None if s.model else policy.settings.model_revision
+        base = open_policy(None, s.model or own.model, None, None, s.device, s.dtype, revision).base
+        yield "base", base, None
         yield "fine-tuned", policy.base, None
     else:
         raise UserError(f"--compare: {policy.name} is a base model; there is nothing to compare it with.")

@@ -275,11 +275,11 @@ def agreement(tp: int, fp: int, fn: int, tn: int, resamples: int = 10_000, seed:
     if n == 0:
         return Agreement(0, *[float("nan")] * 5, 0, 0, 0, 0)
     drawn = np.random.default_rng(seed).multinomial(n, table / n, size=resamples)
-    low, high = np.percentile(_mcc(drawn.T.astype(np.float64)), [2.5, 97.5])
+    low, high = np.percentile(mcc(drawn.T.astype(np.float64)), [2.5, 97.5])
     accuracy = (tp + tn) / n
     chance = ((tp + fp) * (tp + fn) + (fn + tn) * (fp + tn)) / n**2
     kappa = (accuracy - chance) / (1 - chance) if chance < 1 else 0.0
-    return Agreement(n, accuracy, float(_mcc(table)), float(low), float(high), kappa, tp, fp, fn, tn)
+    return Agreement(n, accuracy, float(mcc(table)), float(low), float(high), kappa, tp, fp, fn, tn)
 
 
 def compare(predicted: np.ndarray, true: np.ndarray) -> Agreement:
@@ -288,7 +288,8 @@ def compare(predicted: np.ndarray, true: np.ndarray) -> Agreement:
     return agreement(*(int(cell.sum()) for cell in cells))
 
 
-def _mcc(table: np.ndarray) -> np.ndarray:
+def mcc(table: np.ndarray) -> np.ndarray:
+    """Matthews correlation of tp, fp, fn, tn [4, ...] -> [...]; 0 where a side uses one label only."""
     tp, fp, fn, tn = table
     product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
     return np.where(product > 0, (tp * tn - fp * fn) / np.sqrt(np.maximum(product, 1)), 0.0)

@@ -38,15 +38,16 @@ def open_policy(
     sae_id: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    model_revision: str | None = None,
 ) -> Policy:
     """Open what train.py left (OUT, with adapter/ or model/), an adapter folder (ours or the authors'), or its Hub id.
 
-    None as run is the base model alone. model, sae and sae_id stand in for the names the run recorded, for when those
-    have moved. Raises UserError where something is missing or does not fit together.
+    None as run is the base model alone, at model_revision. model, sae and sae_id stand in for the names the run
+    recorded, for when those have moved. Raises UserError where something is missing or does not fit together.
     """
     if run is None:
         named = train.PRESETS.get(model, {}) | (dict(model=model) if model else {})
-        s = train.resolve_device(train.Settings(**named, device=device, dtype=dtype))
+        s = train.resolve_device(train.Settings(**named, model_revision=model_revision, device=device, dtype=dtype))
         base = Gemma2.from_pretrained(s.model, getattr(torch, s.dtype), s.device, s.model_revision)
         return Policy(base, None, data.load_tokenizer(base.folder), s, s.model, None)
 

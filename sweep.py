@@ -103,6 +103,8 @@ class Run:
         for name, value in ours.items():
             if name not in ELSEWHERE and name in theirs and value not in ("auto", theirs[name]):
                 raise UserError(f"--out {self.out}: holds a run with {name} {theirs[name]}, not {value}.")
+        if not train.same_stream(ours, theirs):
+            raise UserError(f"--out {self.out}: under bfloat16 a run with cached activations is not one without.")
         return True
 
 

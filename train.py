@@ -141,12 +141,16 @@ class Settings:
         for name in ("warmup_ratio", "penalty_warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: a share between 0 and 1.")
-        exclude = dict(full=("init_adapter", "cache_activations", "mask_features"))
+        exclude = dict(full=("init_adapter", "cache_activations", "mask_features", "l0"))
         exclude |= dict(shard=("zero", "cache_activations"))
         for one, others in exclude.items():
             for other in others:
                 if getattr(self, one) and getattr(self, other):
                     raise UserError(f"--{one} and --{other.replace('_', '-')} exclude each other.")
+        if self.full and self.adapter != "relu":
+            raise UserError(f"--full and --adapter {self.adapter} exclude each other.")
+        if self.adapter == "soft-threshold" and self.threshold_init and not self.init_adapter:
+            raise UserError(f"--threshold-init {self.threshold_init}: a new soft-threshold adapter learns from 0 only.")
         if self.resume and not self.out:
             raise UserError("--resume: name the run to go on with, --out FOLDER.")
 
@@ -683,6 +687,7 @@ def choose_out(s: Settings, ranks: Ranks) -> Path:
 
 
 # Settings that may differ when a run is resumed: they change neither losses nor weights, to float tolerance at most.
+# (Under bfloat16 cached residual streams are rounded where computed ones are not: see same_stream.)
 FREE = ("out", "resume", "eval_every", "checkpoint_every", "device", "timeout", "cache_activations")
 FREE += ("zero", "shard", "tokens_per_microbatch")
 
@@ -731,9 +736,16 @@ def _same_run(out: Path, config: dict) -> None:
         if name not in FREE and theirs.get(name) != value:
             flag = name.replace("_", "-")
             raise UserError(f"--resume: {out} was started with --{flag} {theirs.get(name)}, now it is {value}.")
+    if not same_stream(theirs, config["settings"]):
+        raise UserError(f"--resume: under bfloat16 {out} cannot change between cached and computed activations.")
     changed = sorted(name for name in config["sha256"].items() ^ hashes.items())
     if changed:
         raise UserError(f"--resume: {changed[0][0]} is not the file that {out} was started with.")
+
+
+def same_stream(a: dict, b: dict) -> bool:
+    """Whether two runs' settings read the same residual stream, cached or computed."""
+    return b["dtype"] != "bfloat16" or bool(a.get("cache_activations")) == bool(b["cache_activations"])
 
 
 def save(out: Path, model: SteeredModel | Gemma2, s: Settings, ranks: Ranks) -> None:

@@ -192,3 +192,10 @@ def test_counting():
     assert all(good["first"] + good["category"] + good["sure"]) and not any(good["alarms"])
     assert sum(bad["first"]) == sum(bad["category"]) == 3 and bad["alarms"] == [True]
     assert bad["wrong"]["honesty"] == {"style": 1} and "style" not in bad["wrong"]
+
+
+def test_the_smallest_p_value_is_one_over_the_ways_to_flip():
+    """Draws that repeat the signs as they are count as ties, in whatever order they were added up."""
+    for seed in range(40):
+        shares = torch.rand(5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+        assert ch.sign_flip(shares).min() > 0.8 / 32
