@@ -4,7 +4,7 @@
     python classify_features.py --explanations DIR --judge retrieval --ask 400 --endpoint URL --judge-model NAME
     python classify_features.py --explanations DIR --judge local --train sheet.csv
     python classify_features.py --explanations DIR --sample 300 --out sheet.csv   a blind sheet for a person
-    python classify_features.py --human sheet.csv --labels runs/labels.jsonl      agreement with that person
+    python classify_features.py --human sheet.csv --labels runs/labels.jsonl      # agreement with that person
 
 The paper asks a language model about every feature (endpoint). retrieval is its future work: ask about a few hundred
 that cover the space, and label the rest by calibrated nearest neighbours. local asks nobody.
@@ -43,7 +43,7 @@ import labels
 from cli import flag
 from endpoint import Answer, Endpoint, Journal, Question
 from sae import JumpReLUSAE
-from sources import TINY, UserError, fetch, write_whole
+from sources import TINY, UserError, fetch, writable, write_whole
 
 HERE = Path(__file__).resolve().parent
 KINDS_OF_FILE = ("jsonl.gz", "json.gz", "csv.gz", "jsonl", "json", "csv")
@@ -526,9 +526,11 @@ def write_sheet(s: Settings, e: Explanations, categories: list[dict]) -> None:
         if text[0] in "=+-@":  # a spreadsheet would take it for a formula
             text = "'" + text
         table.writerow([int(e.features[i]), _sae_name(e.sae), text, *[""] * len(names)])
+    if Path(s.out).exists():
+        raise UserError(f"--out {s.out}: exists already, and may hold a person's answers; choose another name.")
     Path(s.out).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(s.out), sheet.getvalue())
-    print(f"{s.sample} features written to {s.out}: fill in {', '.join(names)} with yes or no, give it as --human.")
+    print(f"{s.sample} features written to {s.out}: fill in {', '.join(names)} with yes or no; give it as --human.")
 
 
 class Labelled(NamedTuple):
@@ -604,6 +606,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     categories = read_categories(s.categories)
     if s.labels:
         return report(s, s.labels, categories)
+    writable(Path(s.out).parent)
     e = read_explanations(s)
     c = e.counts
     print(f"{len(e.texts):,} features with an explanation, of {_sae_name(e.sae)} ({c['rows']:,} rows; {c['several']:,} "

@@ -36,7 +36,8 @@ def parse(settings: type, argv: list[str] | None = None, presets: dict[str, dict
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):  # `int | None`: the flag itself takes an int
             kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
-        shown = "" if field.default in (None, "", ()) else f" (default: {field.default})"
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        shown = "" if default in (None, "") else f" (default: {default})"
         options = dict(default=field.default, help=f"{field.metadata['help']}{shown}".replace("%", "%%"))
         if typing.get_origin(kind) is tuple:  # `tuple[str, ...]`: any number of values after one flag
             kind, options["nargs"] = typing.get_args(kind)[0], "*"
@@ -45,7 +46,9 @@ def parse(settings: type, argv: list[str] | None = None, presets: dict[str, dict
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= dict(type=kind, choices=field.metadata["choices"], metavar=kind.__name__.upper())
+            allowed = field.metadata["choices"]
+            metavar = "{" + ",".join(map(str, allowed)) + "}" if allowed else kind.__name__.upper()
+            options |= dict(type=kind, choices=allowed, metavar=metavar)
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     if presets:
         first = _Parser(add_help=False, allow_abbrev=False)

@@ -1,13 +1,14 @@
 """One process or many: who we are, what the processes tell each other, and how a finished model is spread over them.
 
-    torchrun --nproc-per-node 8 train.py --layer 12 --l1 0.02            a copy of the model on each GPU
-    torchrun --nproc-per-node 8 train.py ... --shard                     a slice of each block on each GPU
+    torchrun --nproc-per-node 8 train.py --layer 12 --l1 0.02            # a copy of the model on each GPU
+    torchrun --nproc-per-node 8 train.py ... --shard                     # a slice of each block on each GPU
 
 The model's code knows nothing of this: DistributedDataParallel and FSDP2 are put around it here.
 """
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -100,6 +101,7 @@ def together(ranks: Ranks, work: Callable[[], T]) -> T:
         dist.all_gather_object(mistakes, None if mistake is None else str(mistake))
         speaker = next((rank for rank, text in enumerate(mistakes) if text is not None), None)
         if speaker is not None and speaker != ranks.rank:
+            time.sleep(2)  # torchrun ends all with the first that ends: let the sentence come first
             raise SystemExit(2)
     if mistake is not None:
         raise mistake

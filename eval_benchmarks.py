@@ -2,8 +2,8 @@
 
     pip install -r requirements-eval.txt
     python eval_benchmarks.py --run OUT --tasks mmlu truthfulqa_mc2 gsm8k --num-fewshot 5    the paper's Table 1
-    python eval_benchmarks.py --model google/gemma-2-2b-it --tasks mmlu                      the model before training
-    python eval_benchmarks.py --run OUT --tasks ... --beside runs/base-gemma-2-2b-it         both, side by side
+    python eval_benchmarks.py --model google/gemma-2-2b-it --tasks mmlu                      # the model before training
+    python eval_benchmarks.py --run OUT --tasks ... --beside runs/base-gemma-2-2b-it         # both, side by side
 
 The prompts and the metrics are the harness's, which also fetches the questions from the Hub; with --data-dir they are
 read from local files, without a network (tasks/local.py says which). Written to OUT/eval/benchmarks/: TASK.json as

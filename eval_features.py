@@ -56,7 +56,7 @@ from data import Pair
 from fsrl import STEER_ELEMENTS, STEER_ROWS, SteeredModel
 from labels import Labels, feature_index, load_labels, read_rows
 from policy import Policy, eval_pairs, open_policy
-from sources import UserError, publish, sha256
+from sources import UserError, publish, sha256, writable
 
 TINY_LABELS = tuple(str(tiny.LABELS_DIR / name) for name in ("fires.jsonl", "promotes.jsonl"))
 SIDES = ("adapter", "sae")  # v and f; the first axis of what is counted
@@ -542,10 +542,10 @@ def _plain(value):
 def out_folder(s: Settings) -> Path:
     """--out, or the folder that --run is; a Hub id has none. Raises UserError."""
     if s.out:
-        return Path(s.out)
+        return writable(Path(s.out))
     if not Path(s.run).is_dir():
-        raise UserError(f"--run {s.run}: not a local folder, so say with --out where the results should go.")
-    return Path(s.run)
+        raise UserError(f"--run {s.run}: no such folder; of a Hub id, say with --out where the results should go.")
+    return writable(Path(s.run), "run")
 
 
 def main() -> None:

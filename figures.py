@@ -291,7 +291,7 @@ def choices(rows: list[dict], about: dict) -> Figure:
     ticks = [f"{row['labels']}: {row['tokens']}{' (named)' if row['named'] else ''}" for row in rows]
     axes.set_yticks(range(len(rows)), ticks, fontsize=8)
     axes.set(ylim=(len(rows) - 0.5, -0.5))
-    axes.set_xlabel("share of the change of ℓ(chosen) − ℓ(rejected) (line: 95 % over pairs)")
+    axes.set_xlabel("change of ℓ(chosen) − ℓ(rejected), nats per token (line: 95 % over pairs)")
     axes.grid(axis="x", lw=0.4)
     return finish(figure, "What the policy chooses otherwise", about)
 
@@ -314,7 +314,7 @@ def attribution(rows: list[dict], about: dict) -> Figure:
     axes.axvline(0, color="black", lw=0.8)
     ticks = [f"{name}: {category}" if name else "all features" for name, category in groups]
     axes.set_yticks(range(len(groups)), ticks, fontsize=8)
-    axes.set(ylim=(len(groups) - 0.5, -0.5), xlabel="share of the change in SimPO loss (line: 95 % over pairs)")
+    axes.set(ylim=(len(groups) - 0.5, -0.5), xlabel="change in SimPO loss that they earned (line: 95 % over pairs)")
     axes.grid(axis="x", lw=0.4)
     axes.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     return finish(
@@ -332,7 +332,7 @@ def attribution_features(rows: list[dict], about: dict) -> Figure:
     left.set_yticks(range(len(rows)), [row["feature"] for row in rows], fontsize=7)
     left.set_ylim(len(rows) - 0.4, -0.6)
     left.axvline(0, color="black", lw=0.8)
-    left.set_xlabel("share of the change in SimPO loss (line: standard error)", fontsize=8)
+    left.set_xlabel("change in SimPO loss that it earned (line: standard error)", fontsize=8)
     left.set_ylabel("feature")
     for y, row in enumerate(rows):
         text = " | ".join(filter(None, (row["categories"], row["explanation"])))

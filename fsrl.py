@@ -156,6 +156,7 @@ class Adapter(nn.Module):
         Raises UserError for anything missing or misshapen. Which SAE it belongs to is checked by SteeredModel.
         """
         folder = fetch(source, "init-adapter", [name for names in ADAPTER_FILES for name in names]).path
+        folder = folder / "adapter" if (folder / "adapter").is_dir() else folder  # of a run
         theirs = (folder / ADAPTER_FILES[1][0]).is_file()
         config_name, weights_name = ADAPTER_FILES[theirs]
         try:

@@ -1,7 +1,7 @@
 """What a policy says: text from a base, steered or fully fine-tuned model, and which features steered each token.
 
-    python generate.py --run runs/tiny                                      chat; Ctrl-D ends it
-    python generate.py --run runs/tiny --prompt "What is a kettle?" --compare     base and steered side by side
+    python generate.py --run runs/tiny                                      # chat; Ctrl-D ends it
+    python generate.py --run runs/tiny --prompt "What is a kettle?" --compare     # base and steered side by side
     python generate.py --run runs/tiny --prompt "What is a kettle?" --labels tiny/labels/fires.jsonl --without style
     python generate.py --run runs/tiny --prompts questions.jsonl --trace trace.html
 

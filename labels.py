@@ -130,14 +130,18 @@ def read_rows(path: str | Path) -> tuple[dict, list[dict]]:
 def write_labels(path: str | Path, header: dict, rows: Iterable[dict]) -> None:
     """Write a file of ours, whole or not at all. header: kind, sae, sae_id, sae_sha256, judge, date, ...
 
-    A row at a time: of millions of features, rows that are dicts take gigabytes.
+    Raises UserError where it cannot be written. A row at a time: of millions of features, rows that are dicts take
+    gigabytes.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    with open(part, "w") as file:
-        for line in chain([{"format": FORMAT} | header], rows):
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(part, path)
+    try:
+        with open(part, "w") as file:
+            for line in chain([{"format": FORMAT} | header], rows):
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        os.replace(part, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror}).") from e
 
 
 def feature_index(path: Path, number: int, row: dict) -> int:

@@ -60,8 +60,9 @@ def open_policy(
         base = Gemma2.from_pretrained(str(folder / "model"), getattr(torch, s.dtype), s.device)
         return Policy(base, None, data.load_tokenizer(base.folder), s, str(run), folder)
 
-    inner = folder / "adapter" if (folder / "adapter").is_dir() else folder
-    adapter = Adapter.from_pretrained(inner)
+    if (folder / "metrics.jsonl").is_file() and not (folder / "adapter" / ADAPTER_FILES[0][0]).is_file():
+        raise UserError(f"--run {run}: has not finished; train.py goes on with it by --resume.")
+    adapter = Adapter.from_pretrained(folder)
     own = adapter.identity
     named = re.match(r"layer_(\d+)/", own.get("sae_id") or "")  # the authors' files state the layer only so
     layer = own.get("layer") if own.get("layer") is not None else int(named[1]) if named else recorded.layer

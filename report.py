@@ -92,6 +92,8 @@ def read_run(out: str | Path) -> Run:
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{out / 'metrics.jsonl'}: not readable jsonl ({e}).") from e
     tables = {path.stem: read(path) for path in sorted((out / "eval").glob("*.json"))}
+    if not (tables or metrics or (folder / "adapter_config.json").is_file()):
+        raise UserError(f"--run {out}: neither a run of train.py nor an evaluation of one.")
     return Run(out, read(out / "config.json"), read(folder / "adapter_config.json"), metrics, tables)
 
 
@@ -183,7 +185,7 @@ def _choices(run: Run) -> str:
     for row in table["rows"]:
         where = (row["labels"], row["tokens"], percent(row["part_of_change"], sign=True))
         cells.append([*where, f"{row['share']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}", f"{row['p_value']:.2g}"])
-    titles = ["labels", "tokens", "part of the gap's change", "share", "95 % over pairs", "p"]
+    titles = ["labels", "tokens", "part of the gap's change", "nats per token", "95 % over pairs", "p"]
     image = _image(run.folder / "eval" / "choices.png", "shares of the widened gap by kinds of tokens")
     return (
         f"<h2>What it chooses otherwise</h2><p>In one line: {'; '.join(said)}.</p>"
@@ -378,7 +380,9 @@ def _cell(value: object) -> str:
 
 
 def _provenance(run: Run) -> str:
-    about = next((table["about"] for table in run.tables.values() if isinstance(table.get("about"), dict)), {})
+    abouts = [table["about"] for table in run.tables.values() if isinstance(table.get("about"), dict)]
+    said = dict.fromkeys(f"{a['data']}, {a['pairs']:,} pairs" for a in abouts if {"data", "pairs"} <= set(a))
+    about = next(iter(abouts), {})
     facts = {
         "code": run.config.get("code"),
         "hardware": run.config.get("hardware"),
@@ -386,7 +390,7 @@ def _provenance(run: Run) -> str:
         "model revision": run.adapter.get("base_model_revision"),
         "SAE sha256": run.adapter.get("sae_sha256"),
         "data revision": run.data_revision,
-        "evaluated on": f"{about['data']}, {about['pairs']:,} pairs" if {"data", "pairs"} <= set(about) else None,
+        "evaluated on": "; ".join(said) or None,
         "evaluated in": about.get("dtype"),
     }
     return f"<h2>Where this comes from</h2>{_facts(facts)}"

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 TINY = Path(__file__).resolve().parent / "tiny"
 LARGEST_JSON = 64 << 20  # bytes; a 27B model's index has 50 thousand
+FILES = (".jsonl", ".json", ".parquet", ".npz", ".safetensors")  # no Hub repository's name ends so
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 REPO_TYPE = {
     "model": "model",
@@ -44,6 +45,8 @@ def fetch(name: str | Path, kind: str, patterns: list[str], revision: str | None
     Raises UserError when the name is neither a path nor a Hub id, or when the Hub cannot serve it.
     """
     path = Path(name).expanduser()
+    if path.suffix in FILES and not path.exists():
+        raise UserError(f"--{kind} {name}: there is no such file.")
     if str(name) == "tiny" and (TINY / kind).is_dir():
         return Source(TINY / kind, None)
     if path.exists():
@@ -124,6 +127,14 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError("not an object")
     return value
+
+
+def writable(folder: Path, flag: str = "out") -> Path:
+    """The folder, which need not exist yet. Raises UserError, before any work, where it could not be written."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--{flag} {folder}: cannot be written ({there} is no folder, or not yours to write).")
+    return folder
 
 
 def write_whole(path: Path, text: str) -> None:

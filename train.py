@@ -1,10 +1,10 @@
 """Train an FSRL adapter with SimPO and an L1 penalty: the whole run, in one file.
 
-    python train.py --model tiny                  the embedded world, minutes on a laptop
-    python train.py --layer 12 --l1 0.02          the paper's run: Gemma-2-2B-it, GemmaScope, UltraFeedback
-    python train.py --full                        its baseline: every weight of the model trained, no SAE
-    torchrun --nproc-per-node 8 train.py ...      the same run on 8 GPUs; --shard where one cannot hold the model
-    python train.py ... --out OUT --resume        goes on where OUT's last checkpoint is
+    python train.py --model tiny                  # the embedded world, minutes on a laptop
+    python train.py --layer 12 --l1 0.02          # the paper's run: Gemma-2-2B-it, GemmaScope, UltraFeedback
+    python train.py --full                        # its baseline: every weight of the model trained, no SAE
+    torchrun --nproc-per-node 8 train.py ...      # the same run on 8 GPUs; --shard where one cannot hold the model
+    python train.py ... --out OUT --resume        # goes on where OUT's last checkpoint is
 
 Deviations from the paper and the authors' code:
 1. The headline loss, train and eval, is SimPO alone; the L1 penalty is reported beside it.
@@ -60,7 +60,7 @@ from distributed import ALONE, Ranks
 from fsrl import ACTIVATIONS, BANDWIDTH, PARAMETRISATIONS, Adapter, SteeredModel
 from model import Gemma2
 from packed import Packed
-from sources import UserError, sha256, write_whole
+from sources import UserError, sha256, writable, write_whole
 
 PRESETS = {  # what --model tiny changes of the defaults below
     "tiny": dict(sae="tiny", data="tiny", layer=tiny.LAYER, lr=2e-3, threshold_lr=0.2, epochs=1, eval_every=16),
@@ -466,6 +466,8 @@ def restore(out: Path, model, trained: dict, optimizer, log: "Log", s: Settings,
     """With --resume, load the newest whole checkpoint: the number of steps done, 0 where there is none."""
     path = checkpoint.newest(out / "checkpoints", ranks) if resumes(s, ranks) else None
     if path is None:
+        if s.resume and ranks.first:
+            print(f"--resume: {out} holds no checkpoint; starting at step 0.", file=sys.stderr)
         log.keep(0)
         return 0
     step = checkpoint.load(path, checkpoint.state(trained, optimizer, 0), ranks)
@@ -675,9 +677,7 @@ def choose_out(s: Settings, ranks: Ranks) -> Path:
         names = (f"{Path(s.model).name}{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 10_000))])
         return next(p for p in map(Path("runs").joinpath, names) if not (p / "metrics.jsonl").exists())
     out = Path(s.out)
-    there = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out}: cannot be written ({there} is not a folder that lets you).")
+    writable(out)
     if (out / "metrics.jsonl").exists():
         if not resumes(s, ranks):
             raise UserError(f"--out {out}: holds a run already; choose another folder, remove it, or add --resume.")

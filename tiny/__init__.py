@@ -1,7 +1,7 @@
 """The embedded default: a small world of text, a small Gemma-2 that speaks it, and a JumpReLU SAE inside it.
 
-    python -m tiny.build            train the model and the SAE and write every file below (2 cores, < 30 minutes)
-    python -m tiny.build --check    measure what is on disk
+    python -m tiny.build            # train the model and the SAE and write every file below (2 cores, < 30 minutes)
+    python -m tiny.build --check    # measure what is on disk
 
 The names of the built files live here, once; `train.py --model tiny` and the tests read them from here.
 """

@@ -1,8 +1,8 @@
 """Build the embedded default: tokenizer, model, SAE, preference pairs and feature labels, from fixed seeds.
 
-    python -m tiny.build                      everything, in under 30 minutes on 2 cores
-    python -m tiny.build --check              measure the files on disk and print samples; writes nothing
-    python -m tiny.build --sae-layers 1 4     SAEs at other layers of the built model, under --sae-out
+    python -m tiny.build                      # everything, in under 30 minutes on 2 cores
+    python -m tiny.build --check              # measure the files on disk and print samples; writes nothing
+    python -m tiny.build --sae-layers 1 4     # SAEs at other layers of the built model, under --sae-out
 
 The model is trained in float32 and stored in bfloat16, as published Gemmas are; everything after that (the
 SAE, the labels, the quality table) uses the stored weights, computing in float32.

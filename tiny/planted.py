@@ -1,7 +1,7 @@
 """Does the audit find the truth? Train policies on preferences whose cause is known, audit them, count the right names.
 
-    python -m tiny.planted                 every cause, several seeds; writes OUT/runs.jsonl, planted.json, tables.md
-    python -m tiny.planted --update        the same, and puts the tables into tiny/PLANTED.md
+    python -m tiny.planted                 # every cause, several seeds; writes OUT/runs.jsonl, planted.json, tables.md
+    python -m tiny.planted --update        # the same, and puts the tables into tiny/PLANTED.md
 
 Each run trains an adapter on pairs of one cause (world.pairs), and every measure is then asked, on fresh pairs of that
 cause, which category the policy was trained for. A measure sees what an auditor of real data has: the policy, its SAE,
