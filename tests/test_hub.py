@@ -230,7 +230,7 @@ def first(hub, tmp_path_factory) -> SimpleNamespace:
     home, out = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("first")
     hub.asked.clear()
     run = succeeded(hub_run(hub, home, out), out)
-    run.home, run.downloads = home, hub.downloads()
+    run.home, run.out, run.downloads = home, out, hub.downloads()
     return run
 
 
@@ -402,3 +402,18 @@ def test_the_papers_sae_of_each_layer_is_the_lowest_l0_of_the_listing(hub, tmp_p
     assert json.loads(result.stdout) == paper
     monkeypatch.setattr(saes, "list_files", None)  # these four are known without asking
     assert [saes.default_id(SAE, layer) for layer in PAPER] == paper
+
+
+def test_a_published_adapter_is_opened_and_trained_on_by_its_id(hub, first, tmp_path):
+    """The adapter folder uploaded as it is, card and all, is enough: it names model, SAE and layer."""
+    hub.repos["models/owner/adapter"] = Repo(folder(first.out / "adapter") | {"notes.bin": b"unread"})
+    hub.asked.clear()
+    flags = ("--prompt", "A question", "--max-new-tokens", 3, "--trace", "-", "--device", "cpu")
+    result = script("generate.py", "--run", "owner/adapter", *flags, env=client(hub, first.home))
+    assert result.returncode == 0, result.stderr
+    assert {name.split("/")[-1] for name in hub.downloads()} == {"adapter.safetensors", "adapter_config.json"}
+    again = succeeded(hub_run(hub, first.home, tmp_path / "on", "--init-adapter", "owner/adapter"), tmp_path / "on")
+    ended = [row for row in first.rows if "margin" in row][-1]
+    assert again.rows[2]["loss"] == ended["loss"]  # evaluated before its first step: where the other run stopped
+    result = script("generate.py", "--run", "owner/nothing", *flags, env=client(hub, first.home))
+    assert result.returncode == 2 and result.stderr.startswith("--run owner/nothing: no such model on the Hub")
