@@ -9,6 +9,7 @@ The model's code knows nothing of this: DistributedDataParallel and FSDP2 are pu
 import os
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -69,7 +70,13 @@ def joined(device: str, minutes: float) -> Iterator[Ranks]:
     try:
         # gloo beside NCCL for what lives on the CPU: errors, wishes to stop, checkpoints' plans.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        wait = timedelta(minutes=minutes)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store, generation = meet(ranks, wait)
+            ranks = ranks._replace(restarts=generation - 1)
+            dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=wait)
+        else:
+            dist.init_process_group(backend, timeout=wait)
         yield ranks
         dist.destroy_process_group()  # not after a failure: it would wait for those that hang
     except SystemExit as e:
@@ -84,6 +91,33 @@ def joined(device: str, minutes: float) -> Iterator[Ranks]:
         # Not through the interpreter's usual end, where threads of the backend may still wait for the others.
         sys.stderr.flush()
         os._exit(1)
+
+
+def meet(ranks: Ranks, wait: timedelta) -> tuple[dist.Store, int]:
+    """A fresh store that all processes of this start share, and how many starts there have been.
+
+    torchrun's agents keep one store through all restarts, and each counts restarts for itself: an agent that restarts
+    because another's worker died does not count it. Going by that count, processes of one start could wait in two
+    places, for ever. So rank 0 counts the starts, and greets each other rank by a word of its own.
+    """
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=wait)
+    if ranks.first:
+        generation = store.add("starts", 1)
+        missing, until = set(range(1, ranks.world)), time.monotonic() + wait.total_seconds()
+        while missing:  # a word may be that of an earlier start, whose process will not answer: read again
+            for rank in [r for r in missing if store.check([f"hello {r}"])]:
+                store.set(store.get(f"hello {rank}").decode(), str(generation))
+                if store.check([f"here {generation} {rank}"]):
+                    missing.remove(rank)
+            if time.monotonic() > until:
+                raise dist.DistStoreError(f"rank {min(missing)} did not come")
+            time.sleep(0.02)
+    else:
+        word = f"welcome {uuid.uuid4()}"
+        store.set(f"hello {ranks.rank}", word)
+        generation = int(store.get(word))  # waits for it
+        store.set(f"here {generation} {ranks.rank}", "")
+    return dist.PrefixStore(f"start {generation}", store), generation
 
 
 def together(ranks: Ranks, work: Callable[[], T]) -> T:

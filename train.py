@@ -342,7 +342,7 @@ def train(s: Settings) -> Path:
     """The whole run, alone or as one of torchrun's processes; returns the folder it wrote."""
     ranks = distributed.ranks_here()
     s = resolve_device(s, ranks)
-    with distributed.joined(s.device, s.timeout):
+    with distributed.joined(s.device, s.timeout) as ranks:
         return _train(s, ranks)
 
 
