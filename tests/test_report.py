@@ -60,7 +60,7 @@ def run(tmp_path):
         identity = dict(base_model="google/gemma-2-2b-it", base_model_revision=revision, layer=12, sae=sae)
         identity |= dict(sae_id=sae_id, sae_revision=revision, sae_sha256="5ae" * 21, activation="relu")
         (out / "adapter" / "adapter_config.json").write_text(json.dumps(identity | dict(d_model=8, d_sae=F)))
-        settings = dict(data="someone/preferences" if revision else "/home/me/secret/pairs.jsonl", l1=0.02, lr=5e-7)
+        settings = dict(data="someone/preferences" if revision else "/disk/secret/pairs.jsonl", l1=0.02, lr=5e-7)
         (out / "config.json").write_text(json.dumps(dict(settings=settings, data_revision=revision)))
         rows = [dict(split="eval", step=s, loss=6.9 - s, accuracy=0.5, l0=930.25, l1=1.5) for s in (0, 4)]
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -11,7 +11,7 @@ import forked
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, SAE_ID, SHARED, golden_run, load, metrics, script
+from conftest import GOLDEN, ROOT, SAE_ID, golden_run, load, metrics
 from safetensors.torch import load_file
 
 import cli
@@ -347,17 +347,8 @@ def test_the_tiny_run_learns_the_planted_style(tiny_run):
     assert all("**" in text and "In summary" in text for text in after)
 
 
-def test_the_tiny_run_repeats_to_the_byte(tmp_path):
-    for name in "ab":
-        forked.good(forked.Run(["--model", "tiny", "--max-steps", 2, "--out", tmp_path / name]).wait())
-    a, b = ((tmp_path / name / "adapter/adapter.safetensors").read_bytes() for name in "ab")
-    assert a == b
-
-
 def test_tiny_trains_on_real_ultrafeedback_pairs(tmp_path):
-    full = SHARED / "data/preferences/ultrafeedback_pairs.jsonl"
-    rows = full if full.exists() else ROOT / "tests/data/ultrafeedback_32.jsonl"
-    flags = ("--max-steps", 2, "--batch-size", 4, "--eval-data", ROOT / "tests/data/ultrafeedback_32.jsonl")
-    result = script("train.py", "--model", "tiny", "--data", rows, *flags, "--out", tmp_path / "run")
-    assert result.returncode == 0, result.stderr
+    rows = ROOT / "tests/data/ultrafeedback_32.jsonl"
+    flags = ("--max-steps", 2, "--batch-size", 4, "--eval-data", rows, "--out", tmp_path / "run")
+    forked.good(forked.Run(["--model", "tiny", "--data", rows, *flags]).wait())
     assert len(metrics(tmp_path / "run")) == 2 and metrics(tmp_path / "run", "eval")[-1]["pairs"] == 8
