@@ -384,8 +384,9 @@ def _train(s: Settings, ranks: Ranks) -> Path:
 
     first = restore(out, model, trained, optimizer, log, s, ranks)
     step, saved = first, first
-    ahead = ThreadPoolExecutor(1)  # packs the next step's pairs while this step runs
-    coming = ahead.submit(batch_of, step)
+    # While a GPU works on a step, the next one's pairs are packed. A CPU has no time over: there a thread slows it.
+    ahead = ThreadPoolExecutor(1) if s.device != "cpu" else None
+    coming = ahead and ahead.submit(batch_of, step)
     stop = Interrupts(ranks)
     bar = tqdm(total=steps, initial=first, desc="training", unit="step", disable=not ranks.first)
     while True:  # here the state is that after `step` updates, and this is where a resumed run comes in
@@ -406,7 +407,8 @@ def _train(s: Settings, ranks: Ranks) -> Path:
             break
 
         step_started = time.perf_counter()
-        batch, coming = coming.result(), ahead.submit(batch_of, step + 1)
+        batch = coming.result() if ahead else batch_of(step)
+        coming = ahead and ahead.submit(batch_of, step + 1)
         tokens = sum(p.tokens for p in batch.pairs)
         alpha, l0_weight = (s.l1, s.l0) if step >= s.penalty_warmup_ratio * steps else (0.0, 0.0)
         factor = lr_factor(step, steps, s)
@@ -438,7 +440,8 @@ def _train(s: Settings, ranks: Ranks) -> Path:
         bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.2f}", **shown_l0, refresh=False)
         bar.update()
     bar.close()
-    ahead.shutdown()
+    if ahead:
+        ahead.shutdown()
     stop.restore()
 
     distributed.together(ranks, lambda: save(out, model, s, ranks))
