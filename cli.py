@@ -20,6 +20,13 @@ def flag(default, help: str, choices: tuple | None = None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
+def at_least_one(settings, *names: str) -> None:
+    """Raises UserError for a setting of these that is a number below 1."""
+    for name in names:
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: at least 1 was expected.")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{self.prog}: {message}.")

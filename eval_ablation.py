@@ -93,9 +93,7 @@ class Settings:
     def __post_init__(self):
         if self.run is None:
             raise UserError("--run: a folder that train.py wrote, an adapter folder, or its Hub id was expected.")
-        for name in ("bootstrap", "pairs", "tokens_per_microbatch"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1 was expected.")
+        cli.at_least_one(self, "bootstrap", "pairs", "tokens_per_microbatch")
         for name in ("seed", "steps", "random_sets", "static_pairs"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative.")

@@ -118,9 +118,7 @@ class Settings:
     out: str | None = flag(None, "folder to write; unset: runs/NAME of the model, with a number if taken")
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "tokens_per_microbatch", "max_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1 was expected.")
+        cli.at_least_one(self, "epochs", "batch_size", "tokens_per_microbatch", "max_steps")
         if self.lr is None:
             object.__setattr__(self, "lr", 2e-7 if self.full else 5e-7)
         for name, value in self.dependent_defaults().items():

@@ -85,9 +85,7 @@ class Settings:
     update: bool = flag(False, "put the tables into tiny/PLANTED.md")
 
     def __post_init__(self):
-        for name in ("seeds", "pairs", "eval_pairs", "loss_pairs", "steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1 was expected.")
+        cli.at_least_one(self, "seeds", "pairs", "eval_pairs", "loss_pairs", "steps")
         if self.pairs < 32 or self.loss_pairs > self.eval_pairs:
             raise UserError("--pairs: at least 32 were expected; --loss-pairs: at most --eval-pairs.")
         for cause in self.causes:
