@@ -191,7 +191,7 @@ def _choices(run: Run) -> str:
         f"<h2>What it chooses otherwise</h2><p>In one line: {'; '.join(said)}.</p>"
         "<p>Training widens the gap between the mean log-probabilities of chosen and rejected responses. Every token "
         "has its part in that change, and the parts are shared out among kinds of tokens, as the features' labels tell "
-        "them apart. p: an exact test over pairs, corrected for the number of kinds. Where the rest, tokens of no "
+        "them apart. p: a sign-flip test over pairs, corrected for the number of kinds. Where the rest, tokens of no "
         "category, has the largest share, a name says only which category comes first.</p>"
         f"{image}{_table(titles, cells, numbers=4)}{_labels(table.get('about') or {})}"
     )
