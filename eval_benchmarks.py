@@ -51,12 +51,15 @@ import train
 from cli import flag
 from decoding import Sampling
 from likelihood import Request, likelihoods
+from model import PUBLISHED
 from policy import Policy, open_policy
+from report import before_after, read_run
 from sources import UserError, sha256, write_whole
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 FEWSHOT_SEED = 1234  # the harness's default: which worked examples are drawn where a task draws them
 MAX_NEW_TOKENS = 256  # the harness's default, where a task names no limit
+PAPER = dict(steered=2.73, full=2.19)  # SimPO loss, Gemma-2-2B-it; the rest of Table 1 is not held here
 SAME = ("num_fewshot", "limit", "chat_template", "max_length", "data_sha256", "lm_eval")  # where models are compared
 GENERATED = 4  # times --tokens-per-microbatch are the tokens that generation keeps keys and values of
 
@@ -349,6 +352,21 @@ def results_of(out: str, known: dict) -> list[dict]:
     return found
 
 
+def simpo_rows(policy: Policy) -> tuple[list[dict], list[dict]]:
+    """Table 1's first column: the SimPO loss of a run's last evaluation by train.py, and the paper's.
+
+    Both empty for a bare model or adapter; the paper's too unless the model is of Gemma-2-2B's shape.
+    """
+    trained = policy.folder and (policy.folder / "metrics.jsonl").is_file()
+    measured = before_after(read_run(policy.folder)) if trained else None
+    if measured is None or measured[0] != "eval":
+        return [], []
+    own = dict(task="simpo", metric="eval loss", filter="none", stderr=None)
+    kind = "steered" if policy.steered else "full"
+    theirs = [own | dict(value=PAPER[kind])] if policy.base.config == PUBLISHED["gemma-2-2b"] else []
+    return [own | dict(value=measured[2]["loss"], documents=measured[2]["pairs"])], theirs
+
+
 def print_table(columns: dict[str, list[dict]]) -> None:
     """{model: its rows}; rows are those of the first model."""
     first, *others = columns.values()
@@ -386,7 +404,8 @@ def evaluate(s: Settings) -> Path:
 
     metrics = {name: result["metrics"] for name, result in done.items()}
     groups = {name: group.aggregate(metrics) for name, group in loaded["groups"].items() if group.has_aggregation}
-    found = rows(groups | metrics)
+    own, paper = simpo_rows(lm.policy)
+    found = own + rows(groups | metrics)
     text = io.StringIO()
     writer = csv.DictWriter(text, ["task", "metric", "filter", "value", "stderr", "documents"], lineterminator="\n")
     writer.writeheader()
@@ -394,7 +413,7 @@ def evaluate(s: Settings) -> Path:
     write_whole(folder / "results.csv", text.getvalue())
     write_whole(folder / "results.json", json.dumps(dict(identity=known, results=found), indent=2) + "\n")
     if found:
-        print_table({out.name: found} | beside)
+        print_table({out.name: found} | beside | (dict(paper=paper) if paper else {}))
     print(f"Written to {folder}: results.json, results.csv, and every document's scores in a file for each task")
     return folder
 

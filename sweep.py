@@ -100,8 +100,9 @@ class Run:
         if not (self.out / "adapter" / "adapter.safetensors").is_file():
             return False
         theirs, ours = json.loads((self.out / "config.json").read_text())["settings"], dataclasses.asdict(self.settings)
+        ours["dtype"] = train.dtype_on(theirs["device"], ours["dtype"])
         for name, value in ours.items():
-            if name not in ELSEWHERE and name in theirs and value not in ("auto", theirs[name]):
+            if name not in ELSEWHERE and name in theirs and value != theirs[name]:
                 raise UserError(f"--out {self.out}: holds a run with {name} {theirs[name]}, not {value}.")
         if not train.same_stream(ours, theirs):
             raise UserError(f"--out {self.out}: under bfloat16 a run with cached activations is not one without.")

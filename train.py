@@ -65,6 +65,7 @@ from sources import UserError, sha256, writable, write_whole
 PRESETS = {  # what --model tiny changes of the defaults below
     "tiny": dict(sae="tiny", data="tiny", layer=tiny.LAYER, lr=2e-3, threshold_lr=0.2, epochs=1, eval_every=16),
 }
+BFLOAT16_PRODUCTS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, ARM: as torch.cpu.get_capabilities names them
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 TOKENIZER_FILES += ("chat_template.jinja", "generation_config.json")
 
@@ -523,8 +524,20 @@ def resolve_device(s: Settings, ranks: Ranks = ALONE) -> Settings:
         raise UserError(f"--device {device}: auto, cpu, cuda or cuda:N was expected.")
     if kind == "cuda" and not int(index or 0) < torch.cuda.device_count():
         raise UserError(f"--device {device}: this machine offers {torch.cuda.device_count()} CUDA devices to torch.")
-    dtype = s.dtype if s.dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
+    dtype = dtype_on(device, s.dtype)
+    if s.dtype == "bfloat16" != dtype and ranks.first:
+        print("--dtype bfloat16: this processor would only emulate it, far slower; float32 is used.", file=sys.stderr)
     return replace(s, device=device, dtype=dtype)
+
+
+def dtype_on(device: str, dtype: str) -> str:
+    """What --dtype means there: auto is bfloat16 on CUDA and float32 on a CPU, and a processor without instructions for
+    products of bfloat16, which took 30 times as long for a step, stays with float32.
+    """
+    if device != "cpu":
+        return "bfloat16" if dtype == "auto" else dtype
+    has = torch.cpu.get_capabilities()
+    return "bfloat16" if dtype == "bfloat16" and any(map(has.get, BFLOAT16_PRODUCTS)) else "float32"
 
 
 def load(s: Settings) -> tuple[SteeredModel | Gemma2, Tokenizer]:

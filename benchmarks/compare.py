@@ -118,6 +118,10 @@ def worker(s: Settings) -> None:
         import transformers  # noqa: F401  counted before `imported`, like every other import
     imported = train.peak_memory(s.device)
     steered = build(s.shape, getattr(torch, s.dtype), s.device, s.seed)
+    if s.role == "ours":
+        training = train.resolve_device(training)
+        if training.dtype != s.dtype:  # a processor without bfloat16: the rounded weights, in float32
+            steered.float()
     batch = random_pairs(s.pairs, steered.model.config.vocab_size, s.seed)
     trained = list(steered.adapter.parameters())
     optimizer = train.make_optimizer(trained, training)

@@ -168,11 +168,12 @@ def synchronise(device: str) -> None:
 
 def main() -> None:
     s = cli.parse(Settings, doc=__doc__)
-    dtype = getattr(torch, s.dtype)
+    training = train.Settings(device=s.device, dtype=s.dtype, tokens_per_microbatch=s.tokens_per_microbatch)
+    training = train.resolve_device(training)
+    dtype = getattr(torch, training.dtype)
     steered = build(s.shape, dtype, s.device, s.seed, s.d_sae)
     config = steered.model.config
     batch = random_pairs(s.pairs, config.vocab_size, s.seed, s.length_scale)
-    training = train.Settings(device=s.device, dtype=s.dtype, tokens_per_microbatch=s.tokens_per_microbatch)
     trained = list(steered.adapter.parameters())
     optimizer = train.make_optimizer(trained, training)
     micro = data.microbatches(batch, s.tokens_per_microbatch)
@@ -199,7 +200,8 @@ def main() -> None:
     fractions = [flops / rate / second for rate, second in zip(rates, seconds, strict=True)]
     eval_fractions = [eval_flops / rate / second for rate, second in zip(rates, evaluating, strict=True)]
     result = dict(
-        **dict(shape=s.shape, dtype=s.dtype, device=s.device, pairs=len(batch), tokens=tokens, microbatches=len(micro)),
+        **dict(shape=s.shape, dtype=training.dtype, device=s.device),
+        **dict(pairs=len(batch), tokens=tokens, microbatches=len(micro)),
         pairs_per_second=len(batch) / statistics.median(seconds),
         tokens_per_second=tokens / statistics.median(seconds),
         seconds=seconds,

@@ -2,9 +2,10 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
-from conftest import GOLDEN, ROOT, SAE_ID, script
+from conftest import GOLDEN, ROOT, SAE_ID, metrics, script
 
 pytest.importorskip("lm_eval", reason="needs requirements-eval.txt")
 
@@ -16,6 +17,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 import eval_benchmarks
 from eval_benchmarks import FSRL, Settings, before, generation
+from model import PUBLISHED
 from sources import UserError
 
 SUBJECTS = [
@@ -271,6 +273,27 @@ def test_a_steered_run_end_to_end_by_both_command_lines(questions, tmp_path):
     found = json.loads(file.read_text())["results"]["truthfulqa_mc2"]
     assert found["acc,none"] == pytest.approx(row["value"], abs=1e-6)
     assert found["acc_stderr,none"] == pytest.approx(row["stderr"], abs=1e-6)
+
+
+def test_the_simpo_loss_stands_beside_the_papers(tiny_run, questions, tmp_path, capsys):
+    """A trained run's own last evaluation; the paper's figure for models of its shape, and for no other."""
+    last = metrics(tiny_run, "eval")[-1]
+    s = Settings(run=str(tiny_run), tasks=("truthfulqa_mc2",), data_dir=str(questions), limit=1, out=str(tmp_path))
+    eval_benchmarks.evaluate(s)
+    shown = capsys.readouterr().out
+    assert f"{last['loss']:.4f}" in shown and "paper" not in shown
+    found = json.loads((tmp_path / "eval" / "benchmarks" / "results.json").read_text())["results"]
+    assert [row["task"] for row in found] == ["simpo", "truthfulqa_mc2"]
+    assert found[0]["value"] == last["loss"] and found[0]["documents"] == last["pairs"]
+
+    of_2b = SimpleNamespace(config=PUBLISHED["gemma-2-2b"])
+    for steered, figure in ((object(), 2.73), (None, 2.19)):
+        own, paper = eval_benchmarks.simpo_rows(SimpleNamespace(folder=tiny_run, base=of_2b, steered=steered))
+        assert own[0]["value"] == last["loss"] and paper[0]["value"] == figure
+        eval_benchmarks.print_table(dict(run=own + found[1:], paper=paper))
+        header, simpo, _ = capsys.readouterr().out.strip("\n").splitlines()
+        assert header.split()[-2:] == ["run", "paper"] and simpo.split()[-1] == f"{figure:.4f}"
+    assert eval_benchmarks.simpo_rows(SimpleNamespace(folder=None, base=of_2b, steered=None)) == ([], [])
 
 
 def test_an_interrupted_run_goes_on_with_the_next_task(questions, tmp_path, monkeypatch, capsys):

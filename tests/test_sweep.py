@@ -39,6 +39,7 @@ def pretend(finished, run: sweep.Run, loss=1.0, l0=10.0) -> None:
     shutil.copytree(finished, run.out)
     config = json.loads((run.out / "config.json").read_text())
     ours = {name: getattr(run.settings, name) for name in config["settings"]}
+    ours["dtype"] = train.dtype_on("cpu", ours["dtype"])
     config["settings"] |= {name: value for name, value in ours.items() if name not in sweep.ELSEWHERE}
     (run.out / "config.json").write_text(json.dumps(config))
     row = dict(split="eval", step=2, loss=loss, accuracy=1.0, margin=1.0, l1=1.0, l0=l0, pairs=8, tokens=9)
@@ -174,6 +175,18 @@ def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(tmp_path, 
         _ = other.finished
     (elsewhere,) = sweep.plan(s, [*FLAGS, "--tokens-per-microbatch", "99"])
     assert elsewhere.finished
+
+
+def test_a_run_that_stayed_with_float32_is_finished_under_the_flags_that_asked_for_bfloat16(
+    tmp_path, finished, monkeypatch
+):
+    (run,) = sweep.plan(settings(tmp_path), [*FLAGS, "--dtype", "bfloat16"])
+    monkeypatch.setattr(train, "BFLOAT16_PRODUCTS", ())
+    pretend(finished, run)
+    assert run.finished and json.loads((run.out / "config.json").read_text())["settings"]["dtype"] == "float32"
+    monkeypatch.setattr(train, "BFLOAT16_PRODUCTS", ("architecture",))
+    with pytest.raises(UserError, match="holds a run with dtype float32, not bfloat16"):
+        _ = run.finished
 
 
 def test_the_estimate_says_where_it_comes_from(tmp_path, finished, monkeypatch):

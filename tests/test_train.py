@@ -175,6 +175,18 @@ def test_bfloat16_stays_near_float32_and_does_not_depend_on_packing(tmp_path):
                 assert packed[key] == pytest.approx(low[key], rel=close / 2)
 
 
+@pytest.mark.parametrize("has", [{"avx512_bf16": True}, {"amx_bf16": True}, {"bf16": True}, {"avx512_bf16": False}, {}])
+def test_bfloat16_is_for_processors_that_multiply_it(monkeypatch, capsys, has):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    s = train.resolve_device(train.Settings(device="cpu", dtype="bfloat16"))
+    assert s.dtype == ("bfloat16" if any(has.values()) else "float32")
+    assert capsys.readouterr().err.count("--dtype bfloat16") == (s.dtype == "float32")
+    for dtype in ("auto", "float32"):
+        assert train.resolve_device(train.Settings(device="cpu", dtype=dtype)).dtype == "float32"
+    assert train.dtype_on("cuda:0", "auto") == train.dtype_on("cuda:0", "bfloat16") == "bfloat16"
+    assert train.dtype_on("cuda:0", "float32") == "float32" and capsys.readouterr().err == ""
+
+
 def test_penalties_are_summed_in_float32_under_autocast():
     golden = load()
     pairs = [data.Pair([2] * 40, [5] * n, [6] * 3) for n in range(1, 30)]
