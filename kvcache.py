@@ -26,7 +26,7 @@ class Cache:
         # FSDP2 is not that of its weights.
         self.keys: list[Tensor | None] = [None] * blocks
         self.values: list[Tensor | None] = [None] * blocks
-        self.start = torch.tensor([self.end - n for n in lengths], device=device)  # [B], first slot of each
+        self.starts, self.device = [self.end - n for n in lengths], device  # first slot of each
         self._rows_changed()
         self.where: tuple = ()  # (rows, slots) that the next forward writes: tensors for a prompt, slices for a step
 
@@ -79,14 +79,14 @@ class Cache:
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these sequences alone."""
-        index = torch.tensor(rows, device=self.start.device)
+        index = torch.tensor(rows, device=self.device)
         for tensors in (self.keys, self.values):
             for i, old in enumerate(tensors):
                 tensors[i] = old[index]
-        self.start = self.start[index]
+        self.starts = [self.starts[row] for row in rows]
         self._rows_changed()
 
     def _rows_changed(self) -> None:
-        slots = torch.arange(self.capacity, device=self.start.device)
-        self.empty = slots < self.start[:, None]  # [B, capacity]
-        self.first, self.last = int(self.start.min()), int(self.start.max())  # from `last` on every slot is filled
+        self.start = torch.tensor(self.starts, device=self.device)  # [B]
+        self.empty = torch.arange(self.capacity, device=self.device) < self.start[:, None]  # [B, capacity]
+        self.first, self.last = min(self.starts), max(self.starts)  # from `last` on every slot is filled

@@ -317,9 +317,23 @@ def flexible_attention(q, k, v, mask: BlockMask, scale: float, softcap: float | 
     def cap(score, b, h, q_index, k_index):
         return softcap * torch.tanh(score / softcap)
 
+    options = _tiles(q.device, q.dtype) if q.is_cuda else None
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [T, H, hd] -> [1, H, T, hd]
-    out = kernel(q, k, v, score_mod=cap if softcap else None, block_mask=mask, scale=scale, enable_gqa=True)
-    return out[0].transpose(0, 1)
+    how = dict(score_mod=cap if softcap else None, block_mask=mask, scale=scale, enable_gqa=True)
+    return kernel(q, k, v, **how, kernel_options=options)[0].transpose(0, 1)
+
+
+@functools.cache
+def _tiles(device: torch.device, dtype: torch.dtype) -> dict | None:
+    """FlexAttention's tile sizes, where its own do not fit. With heads of 256, as Gemma-2-2B and 9B have, they take up to
+    155 kB of shared memory; consumer GPUs (RTX 3090, 4090, 5090) offer 99 kB, data centre ones 163 kB and more.
+    """
+    if torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 150_000:
+        return None
+    if dtype == torch.float32:
+        return dict(fwd_BLOCK_M=32, fwd_BLOCK_N=16, fwd_num_stages=2)
+    backward = {f"bwd_BLOCK_{name}": 32 for name in ("M1", "N1", "M2", "N2")}
+    return dict(fwd_BLOCK_M=32, fwd_BLOCK_N=64, fwd_num_stages=2, **backward, bwd_num_stages=2)
 
 
 class Attention(nn.Module):
@@ -441,7 +455,7 @@ class Gemma2(nn.Module):
         if device.type == "cuda" and not (cache and cache.stepping):
             T = len(packed.tokens)
             for layer_type, window in ((SLIDING, c.sliding_window), (FULL, None)):
-                masks[layer_type] = _compiled()[1](tree_mask(packed, window), None, None, T, T, device=device)
+                masks[layer_type] = _compiled()[1](tree_mask(packed, window), T, device)
         return Plan(angle.to(dtype).cos(), angle.to(dtype).sin(), packed, masks, cache)
 
     def cache(self, lengths: list[int], room: int) -> Cache:
@@ -451,7 +465,7 @@ class Gemma2(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [T] -> residual stream [T, d]. The scale sqrt(d) is rounded to the weights' dtype, as Gemma's is."""
         weight = self.model.embed_tokens.weight
-        scale = torch.tensor(math.sqrt(self.config.hidden_size), dtype=weight.dtype, device=weight.device)
+        scale = torch.tensor(math.sqrt(self.config.hidden_size), dtype=weight.dtype).item()  # on the CPU: no GPU waits
         x = self.model.embed_tokens(tokens) * scale
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -560,11 +574,16 @@ def _read(shard: Path, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
 
 @functools.cache
 def _compiled() -> tuple[Callable, Callable]:
-    """(flex_attention, create_block_mask) fused by torch.compile: run as they are, they write out all T x T scores.
+    """(flex_attention, a block mask of a visibility and a length) fused by torch.compile: run as they are, they write out all T x T scores.
 
     One graph each for a window or none, with gradients or without, under autocast or not; lengths become symbolic the
     second time they differ. Past the limit torch would quietly go back to the unfused form, so it is told to fail.
     """
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    return torch.compile(flex_attention), torch.compile(create_block_mask, dynamic=True)
+
+
+    def blocks(visible, T: int, device: torch.device) -> BlockMask:  # so that the length is symbolic, not the block size
+        return create_block_mask(visible, None, None, T, T, device=device)
+
+    return torch.compile(flex_attention), torch.compile(blocks, dynamic=True)

@@ -4,11 +4,13 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import GOLDEN, load, ragged
 from safetensors.torch import load_file, save_file
+from torch.nn.attention.flex_attention import FlexKernelOptions
 
 import model as gemma
 from model import PUBLISHED, SLIDING, Gemma2, Gemma2Config
@@ -234,6 +236,20 @@ def test_another_architecture_is_refused(tmp_path, change):
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(UserError, match="a config.json was expected"):
         Gemma2Config.from_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("shared, fits", [(101_376, False), (166_912, True), (232_448, True)])  # RTX 4090, A100, H100
+def test_small_gpus_get_small_tiles(monkeypatch, shared, fits):
+    """What FlexAttention takes by itself for heads of 256, 154,624 bytes forward, is more than consumer GPUs have."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    gemma._tiles.cache_clear()
+    for dtype in (torch.bfloat16, torch.float32):
+        options = gemma._tiles(torch.device("cuda:0"), dtype)
+        assert (options is None) == fits
+        unknown = {name.removeprefix("fwd_").removeprefix("bwd_") for name in options or {}}
+        assert unknown <= FlexKernelOptions.__annotations__.keys()
+    gemma._tiles.cache_clear()
 
 
 def test_rms_norm_of_bfloat16_is_computed_in_float32_and_cast_last():
