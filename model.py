@@ -574,8 +574,8 @@ def _read(shard: Path, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
 
 @functools.cache
 def _compiled() -> tuple[Callable, Callable]:
-    """(flex_attention, tree_mask's function and a length -> BlockMask), each fused by torch.compile: run as they are, they
-    write out all T x T scores.
+    """(flex_attention, a function of tree_mask's and a length -> BlockMask), each fused by torch.compile: run as they
+    are, they write out all T x T scores.
 
     One graph each for a window or none, with gradients or without, under autocast or not; lengths become symbolic the
     second time they differ. Past the limit torch would quietly go back to the unfused form, so it is told to fail.
@@ -583,7 +583,7 @@ def _compiled() -> tuple[Callable, Callable]:
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
-    def blocks(visible, T: int, device: torch.device) -> BlockMask:  # here the block size is no symbol, as the length is
+    def blocks(visible, T: int, device: torch.device) -> BlockMask:  # its block size is no symbol, as T is
         return create_block_mask(visible, None, None, T, T, device=device)
 
     return torch.compile(flex_attention), torch.compile(blocks, dynamic=True)

@@ -1,0 +1,117 @@
+"""The same code on a GPU: attention and steps against the CPU's, without waiting for the device or compiling again."""
+
+import forked
+import pytest
+import torch
+from conftest import GOLDEN, load, metrics, ragged
+
+import data
+import decoding
+import model as gemma
+import train
+from packed import pack
+
+DEVICE = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def on(device: str, dtype: torch.dtype = torch.float32):
+    """The golden steered model there; its adapter stays float32."""
+    golden = load()
+    golden.steered.model.to(device, dtype)
+    golden.steered.sae.to(device, dtype)
+    golden.steered.adapter.to(device)
+    return golden.steered
+
+
+def pairs(seed: int, n: int = 6) -> list[data.Pair]:
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 90, (n, 3), generator=g).tolist()
+    return [data.Pair(*(torch.randint(4, 512, (k,), generator=g).tolist() for k in row)) for row in lengths]
+
+
+def settings(device: str, dtype: str = "float32") -> train.Settings:
+    return train.Settings(device=device, dtype=dtype, tokens_per_microbatch=300)
+
+
+def step(steered, batch: list[data.Pair], s: train.Settings) -> torch.Tensor:
+    return train.backward(steered, train.Batch(batch, range(len(batch))), s.l1, s)
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 2e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("window", [None, 100])
+def test_flex_attention_equals_plain_attention_with_gradients(window, head_dim, dtype, close):
+    """Compiled, at Gemma-2's head size too, where a consumer GPU needs smaller tiles than FlexAttention's own."""
+    config = gemma.Gemma2Config(512, 64, 64, 1, 4, 2, head_dim, head_dim, sliding_window=window or 1 << 20)
+    base = gemma.Gemma2(config).to(DEVICE)
+    for seed in range(3):
+        packed, g = pack(ragged(seed, longest=300)), torch.Generator().manual_seed(seed)
+        T, scale = len(packed.tokens), head_dim**-0.5
+        exact = [torch.randn(T, heads, head_dim, generator=g).to(dtype).float() for heads in (4, 2, 2)]
+        probe, results = torch.randn(T, 4, head_dim, generator=g), []
+        mask = base.plan(packed.to(DEVICE)).masks[gemma.SLIDING]
+        for device, kind in (("cpu", torch.float32), (DEVICE, dtype)):
+            q, k, v = (x.to(device, kind).requires_grad_() for x in exact)
+            if device == "cpu":
+                out = gemma.plain_attention(q, k, v, packed, window, scale, 5.0)
+            else:
+                out = gemma.flexible_attention(q, k, v, mask, scale, 5.0, gemma._compiled()[0])
+            gradients = torch.autograd.grad((out * probe.to(device)).sum(), (q, k, v))
+            results.append([x.detach().float().cpu() for x in (out, *gradients)])
+        for expected, ours in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected, atol=close * expected.abs().max().item(), rtol=0)
+
+
+def test_a_step_is_that_of_the_cpu():
+    batch, found = pairs(0), []
+    for device, dtype in (("cpu", "float32"), (DEVICE, "float32"), (DEVICE, "bfloat16")):
+        steered = on(device, getattr(torch, dtype))
+        sums = step(steered, batch, settings(device, dtype)).cpu()
+        found.append((sums, steered.adapter.weight.grad.cpu()))
+    (sums, grad), (exact, exact_grad), (low, low_grad) = found
+    torch.testing.assert_close(exact, sums, rtol=1e-4, atol=1e-4)
+    assert (exact_grad - grad).norm() < 1e-3 * grad.norm()
+    assert low[0].item() == pytest.approx(sums[0].item(), rel=0.1) and (low_grad - grad).norm() < 0.2 * grad.norm()
+
+
+def test_a_step_neither_waits_nor_compiles_again():
+    """Once a few lengths have been seen, of one block of 128 positions and of more, no other is compiled for; and the
+    host waits for nothing inside a step.
+    """
+    s, steered = settings(DEVICE, "bfloat16"), on(DEVICE, torch.bfloat16)
+
+    def batch(length: int) -> train.Batch:
+        pair = data.Pair([5] * (length - 30), [6] * 20, [7] * 10)
+        only = train.Batch([pair], [0])
+        return only._replace(packed=list(train.micro_batches(only, s, train.ALONE)))
+
+    for length in (300, 700, 53, 90, 128, 256):
+        train.backward(steered, batch(length), s.l1, s)
+    later = [batch(length) for length in (411, 333, 512, 640, 77, 120, 1000)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for b in later:
+                train.backward(steered, b, s.l1, s)
+                torch.nn.utils.clip_grad_norm_(steered.adapter.parameters(), 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("lengths", [(5,), (3, 40, 17), (130, 20)])
+def test_greedy_tokens_are_those_of_the_cpu(lengths):
+    g = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(4, 512, (n,), generator=g).tolist() for n in lengths]
+    ours, theirs = (decoding.generate(on(device), prompts, 12, lambda new: False) for device in (DEVICE, "cpu"))
+    assert ours == theirs
+
+
+def test_a_run_of_train_py(tmp_path):
+    """With the default bfloat16, and near what float32 on the CPU finds."""
+    flags = ("--max-steps", 3, "--lr", 1e-3, "--init-adapter", GOLDEN / "adapter_mid")
+    for name, device in (("gpu", DEVICE), ("cpu", "cpu")):
+        forked.good(forked.golden(tmp_path / name, *flags, "--device", device, timeout=600))
+    for ours, theirs in zip(metrics(tmp_path / "gpu", "eval"), metrics(tmp_path / "cpu", "eval"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)
