@@ -311,29 +311,35 @@ def tree_mask(packed: Packed, window: int | None):
     return visible
 
 
-def flexible_attention(q, k, v, mask: BlockMask, scale: float, softcap: float | None, kernel=flex_attention) -> Tensor:
+def flexible_attention(q, k, v, mask: BlockMask, scale: float, softcap: float | None) -> Tensor:
     """plain_attention by FlexAttention: the tree is the block mask, the softcap a score_mod. Same shapes."""
 
     def cap(score, b, h, q_index, k_index):
         return softcap * torch.tanh(score / softcap)
 
     options = _tiles(q.device, q.dtype) if q.is_cuda else None
+    # Fused by itself, where it is not within a fused block.
+    kernel = _compiled().flex_attention if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [T, H, hd] -> [1, H, T, hd]
     how = dict(score_mod=cap if softcap else None, block_mask=mask, scale=scale, enable_gqa=True)
     return kernel(q, k, v, **how, kernel_options=options)[0].transpose(0, 1)
 
 
-@functools.cache
 def _tiles(device: torch.device, dtype: torch.dtype) -> dict | None:
     """FlexAttention's tile sizes, where its own do not fit. With heads of 256, as Gemma-2-2B and 9B have, they take
     115,000 to 155,000 bytes of shared memory; an RTX 3090, 4090 or 5090 offers 101,376, an A100 166,912.
     """
-    if torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 150_000:
+    if _shared_memory(device) > 150_000:
         return None
     if dtype == torch.float32:
         return dict(fwd_BLOCK_M=32, fwd_BLOCK_N=16, fwd_num_stages=2)
     backward = {f"bwd_BLOCK_{name}": 32 for name in ("M1", "N1", "M2", "N2")}
     return dict(fwd_BLOCK_M=32, fwd_BLOCK_N=64, fwd_num_stages=2, **backward, bwd_num_stages=2)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot look into what it asks
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 class Attention(nn.Module):
@@ -359,7 +365,7 @@ class Attention(nn.Module):
         if plan.cache and plan.cache.stepping:
             out = plan.cache.attend(self.block, q, self.window, self.scale, self.softcap)
         elif plan.masks:
-            out = flexible_attention(q, k, v, plan.masks[self.layer_type], self.scale, self.softcap, _compiled()[0])
+            out = flexible_attention(q, k, v, plan.masks[self.layer_type], self.scale, self.softcap)
         else:
             out = plain_attention(q, k, v, plan.packed, self.window, self.scale, self.softcap)
         return self.o_proj(out.reshape(T, -1))
@@ -407,6 +413,10 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        # On a GPU a block's many small operations, which each read and write all of x, run in few kernels.
+        return (_compiled().block if plan.masks and not plan.cache else Block.run)(self, x, plan)
+
+    def run(self, x: Tensor, plan: Plan) -> Tensor:
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), plan))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
@@ -455,7 +465,7 @@ class Gemma2(nn.Module):
         if device.type == "cuda" and not (cache and cache.stepping):
             T = len(packed.tokens)
             for layer_type, window in ((SLIDING, c.sliding_window), (FULL, None)):
-                masks[layer_type] = _compiled()[1](tree_mask(packed, window), T, device)
+                masks[layer_type] = _compiled().block_mask(tree_mask(packed, window), T, device)
         return Plan(angle.to(dtype).cos(), angle.to(dtype).sin(), packed, masks, cache)
 
     def cache(self, lengths: list[int], room: int) -> Cache:
@@ -572,10 +582,15 @@ def _read(shard: Path, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
         raise UserError(f"{shard}: not a whole safetensors file ({e}).") from e
 
 
+class Compiled(NamedTuple):
+    flex_attention: Callable
+    block_mask: Callable  # a function of tree_mask's and a length -> BlockMask
+    block: Callable  # Block.run
+
+
 @functools.cache
-def _compiled() -> tuple[Callable, Callable]:
-    """(flex_attention, a function of tree_mask's and a length -> BlockMask), each fused by torch.compile: run as they
-    are, they write out all T x T scores.
+def _compiled() -> Compiled:
+    """What torch.compile fuses on a GPU. Run as they are, the first two write out all T x T scores.
 
     One graph each for a window or none, with gradients or without, under autocast or not; lengths become symbolic the
     second time they differ. Past the limit torch would quietly go back to the unfused form, so it is told to fail.
@@ -583,7 +598,7 @@ def _compiled() -> tuple[Callable, Callable]:
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
-    def blocks(visible, T: int, device: torch.device) -> BlockMask:  # its block size is no symbol, as T is
+    def block_mask(visible, T: int, device: torch.device) -> BlockMask:  # its block size is no symbol, as T is
         return create_block_mask(visible, None, None, T, T, device=device)
 
-    return torch.compile(flex_attention), torch.compile(blocks, dynamic=True)
+    return Compiled(torch.compile(flex_attention), torch.compile(block_mask, dynamic=True), torch.compile(Block.run))

@@ -5,7 +5,8 @@
     total = mean over pairs of L + α · mean over positions of ‖v‖₁            FSRL, arXiv 2509.12934
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ def token_scores(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float 
     with _products(weight) as weight:
         spare = _spare(hidden, weight)
         for rows in _chunks(hidden, weight):
-            logps[rows], _ = _chunk(hidden[rows], weight, target[rows], softcap, False, spare, greedy[rows])
+            logps[rows], greedy[rows], _ = _chunk(hidden[rows], weight, target[rows], softcap, spare, want_greedy=True)
     return TokenScores(logps, greedy)
 
 
@@ -65,7 +66,8 @@ class _TokenLogps(torch.autograd.Function):
         with _products(weight) as weight:
             spare = _spare(hidden, weight)
             for rows in _chunks(hidden, weight):
-                logps[rows], dlogits = _chunk(hidden[rows], weight, target[rows], softcap, keep_gradient, spare)
+                wanted = weight.dtype if keep_gradient else None
+                logps[rows], _, dlogits = _chunk(hidden[rows], weight, target[rows], softcap, spare, wanted)
                 if keep_gradient:
                     gradient[rows] = _matmul(dlogits, weight)
         if keep_gradient:
@@ -84,48 +86,62 @@ class _TokenLogps(torch.autograd.Function):
         with _products(weight) as weight:
             spare = _spare(hidden, weight)
             for rows in _chunks(hidden, weight):
-                _, dlogits = _chunk(hidden[rows], weight, target[rows], ctx.softcap, True, spare)
+                wanted = _precise(weight.dtype)
+                *_, dlogits = _chunk(hidden[rows], weight, target[rows], ctx.softcap, spare, wanted)
                 dlogits.mul_(grad[rows, None])
                 grad_hidden[rows] = _matmul(dlogits, weight)
                 grad_weight += _matmul(dlogits.T, hidden[rows].to(weight.dtype))
         return grad_hidden, grad_weight, None, None
 
 
-def _chunk(
-    hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None, want_gradient: bool, spare, greedy=None
-):
-    """Log-probabilities [n] of a chunk and, if wanted, their gradient with respect to h Wᵀ, [n, V].
+def _chunk(hidden, weight, target, softcap, spare, gradient_dtype=None, want_greedy=False) -> tuple:
+    """_softmax of a chunk's logits, on a CPU within the buffers of _spare."""
+    if weight.is_cuda:
+        products = _matmul(hidden, weight.T)
+        return _compiled_softmax()(products, target, softcap, gradient_dtype, want_greedy)
+    z, products = (buffer[: len(hidden)] for buffer in spare)
+    _matmul(hidden, weight.T, out=products)
+    return _softmax(products, target, softcap, gradient_dtype, want_greedy, (products, z))
 
-    greedy: bool [n] to fill in, where each target's logit is the largest.
-    Works in the two buffers of _spare: fresh memory for every chunk would cost a page fault for every 4 KB.
+
+def _softmax(products, target, softcap, gradient_dtype, want_greedy, out=(None, None)):
+    """Products h Wᵀ [n, V] -> log-probabilities of the targets [n]; if wanted, whether each target's logit is the
+    largest, bool [n], and the gradient of the log-probabilities with respect to the products, [n, V] in a dtype.
+
+    out: two buffers of the products' shape, the first of which may be the products'.
     """
-    z, tanh = (buffer[: len(hidden)] for buffer in spare)
+    one, two = out
     if softcap:
-        tanh = _matmul(hidden, weight.T, out=tanh, scale=1 / softcap).tanh_()
-        torch.mul(tanh, softcap, out=z)
-        shift = 0.0  # a capped logit is at most c = 30: its exponential needs no maximum taken off first
-    else:
-        z = _matmul(hidden, weight.T, out=z)
-        shift = z.amax(1, keepdim=True)
+        tanh = torch.mul(products, 1 / softcap, out=one).tanh_()
+        z, shift = torch.mul(tanh, softcap, out=two), 0.0
+    else:  # a capped logit is at most c = 30: only without a cap must its exponential have the maximum taken off first
+        z, shift = products, products.amax(1, keepdim=True)
     z_target = z.gather(1, target[:, None])
-    if greedy is not None:
-        torch.eq(z_target.squeeze(1), z.amax(1), out=greedy)
-    e = z.exp_() if softcap else z.sub_(shift).exp_()
+    greedy = z_target.squeeze(1) == z.amax(1) if want_greedy else None
+    e = z.exp_() if softcap else torch.sub(z, shift, out=one).exp_()
     total = e.sum(1, keepdim=True)
     logps = (z_target - shift - total.log()).squeeze(1)
-    if not want_gradient:
-        return logps, None
-    gradient = e.div_(-total).scatter_add_(1, target[:, None], torch.ones_like(total))  # onehot - softmax
+    if gradient_dtype is None:
+        return logps, greedy, None
+    gradient, at_target = e.div_(-total), -torch.expm1(logps)[:, None]  # -softmax; at the target 1 - softmax
     if softcap:
         gradient.addcmul_(gradient, tanh.square_(), value=-1)  # times 1 - tanh²
-    return logps, gradient
+        at_target.mul_(1 - (z_target / softcap).square_())
+    return logps, greedy, gradient.to(gradient_dtype).scatter_(1, target[:, None], at_target.to(gradient_dtype))
 
 
-def _spare(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Two buffers of a chunk's size, for the logits and for their tanh (empty where _matmul brings its own)."""
+@functools.cache
+def _compiled_softmax() -> Callable:
+    """_softmax on a GPU in a few kernels: each of its operations alone would read and write all logits."""
+    return torch.compile(_softmax)
+
+
+def _spare(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Two buffers of a chunk's size, on a CPU: fresh memory for every chunk would cost a page fault for every 4 KB."""
+    if weight.is_cuda:
+        return ()
     rows = max((s.stop - s.start for s in _chunks(hidden, weight)), default=0)
-    sizes = (rows, 0 if weight.dtype == torch.bfloat16 else rows)
-    return tuple(torch.empty(n, len(weight), dtype=_precise(weight.dtype), device=hidden.device) for n in sizes)
+    return tuple(torch.empty(rows, len(weight), dtype=_precise(weight.dtype)) for _ in range(2))
 
 
 @contextmanager
@@ -153,13 +169,12 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     return [slice(i, min(i + step, len(hidden))) for i in range(0, len(hidden), step)]
 
 
-def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """scale · a @ b in float32 at least: a takes b's dtype for the product, but its result is not rounded to it."""
+def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b in float32 at least: a takes b's dtype for the product, but its result is not rounded to it."""
     with torch.autocast(a.device.type, enabled=False):
         if b.dtype == torch.bfloat16:  # on CUDA; this product takes no `out`
-            return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32).mul_(scale)
-        product = torch.mm(a.to(b.dtype), b, out=out)  # scaled afterwards: a / 30 would not be exact in bfloat16
-        return product if scale == 1 else product.mul_(scale)
+            return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
+        return torch.mm(a.to(b.dtype), b, out=out)
 
 
 def mean_logps(logps: Tensor, sequence: Tensor, lengths: Tensor) -> Tensor:

@@ -138,6 +138,24 @@ def test_flex_attention_equals_plain_attention(seed, window):
     torch.testing.assert_close(flexible, gemma.plain_attention(q, k, v, packed, window, 0.3, 5.0), atol=2e-6, rtol=1e-5)
 
 
+def test_a_block_is_one_graph_as_torch_compile_sees_it():
+    """On a GPU blocks run fused. They say the same fused or not, with FlexAttention or plain, windowed or full."""
+    config = Gemma2Config(64, 64, 96, 2, 4, 2, 16, 16, sliding_window=9)
+    model = Gemma2(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    fused = torch.compile(gemma.Block.run, backend="eager", fullgraph=True)
+    for seed in range(2):
+        packed = pack(ragged(seed))
+        plan, T = model.plan(packed), len(packed.tokens)
+        visible = {gemma.SLIDING: gemma.tree_mask(packed, 9), gemma.FULL: gemma.tree_mask(packed, None)}
+        masks = {kind: gemma.create_block_mask(v, None, None, T, T, device="cpu") for kind, v in visible.items()}
+        x = torch.randn(T, 64, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            for block in model.model.layers:
+                ours = fused(block, x, plan._replace(masks=masks))
+                torch.testing.assert_close(ours, block(x, plan), atol=1e-5, rtol=1e-5)
+
+
 def test_buckets_keep_padding_low_and_few():
     """Many short trees share a few products; a stream of unlike ones stays within a third of padding or 32k scores."""
     alike = pack([([1] * 20, [[1] * 30, [1] * 28])] * 64)
@@ -243,13 +261,11 @@ def test_small_gpus_get_small_tiles(monkeypatch, shared, fits):
     """What FlexAttention takes by itself for heads of 256, 154,624 bytes forward, is more than consumer GPUs have."""
     properties = SimpleNamespace(shared_memory_per_block_optin=shared)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    gemma._tiles.cache_clear()
     for dtype in (torch.bfloat16, torch.float32):
         options = gemma._tiles(torch.device("cuda:0"), dtype)
         assert (options is None) == fits
         unknown = {name.removeprefix("fwd_").removeprefix("bwd_") for name in options or {}}
         assert unknown <= FlexKernelOptions.__annotations__.keys()
-    gemma._tiles.cache_clear()
 
 
 def test_rms_norm_of_bfloat16_is_computed_in_float32_and_cast_last():
