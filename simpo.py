@@ -106,9 +106,9 @@ def _chunk(hidden, weight, target, softcap, spare, gradient_dtype=None, want_gre
 
 def _softmax(products, target, softcap, gradient_dtype, want_greedy, out=(None, None)):
     """Products h Wᵀ [n, V] -> log-probabilities of the targets [n]; if wanted, whether each target's logit is the
-    largest, bool [n], and the gradient of the log-probabilities with respect to the products, [n, V] in a dtype.
+    largest, bool [n]; and, given a dtype for it, the log-probabilities' gradient with respect to the products, [n, V].
 
-    out: two buffers of the products' shape, the first of which may be the products'.
+    out: two buffers of the products' shape to work in, the first of which may be the products'.
     """
     one, two = out
     if softcap:
