@@ -337,7 +337,6 @@ def _tiles(device: torch.device, dtype: torch.dtype) -> dict | None:
     return dict(fwd_BLOCK_M=32, fwd_BLOCK_N=64, fwd_num_stages=2, **backward, bwd_num_stages=2)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into what it asks
 def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
@@ -595,6 +594,7 @@ def _compiled() -> Compiled:
     One graph each for a window or none, with gradients or without, under autocast or not; lengths become symbolic the
     second time they differ. Past the limit torch would quietly go back to the unfused form, so it is told to fail.
     """
+    torch.compiler.assume_constant_result(_shared_memory)  # it asks what torch.compile cannot look into
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
