@@ -90,6 +90,8 @@ def build(shape: str, dtype: torch.dtype, device: str, seed: int, d_sae: int | N
         sae = JumpReLUSAE({"W_enc": W_dec.T.contiguous(), "W_dec": W_dec, **{k: v.to(dtype) for k, v in rest.items()}})
         adapter = Adapter(d, width)
         torch.nn.init.normal_(adapter.weight, std=0.02 / d**0.5, generator=g)
+    if device != "cpu":  # the weights were float32 on their way: that peak is not the step's
+        torch.cuda.reset_peak_memory_stats(device)
     return SteeredModel(model.requires_grad_(False), sae, adapter, layer)
 
 
