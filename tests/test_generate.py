@@ -297,7 +297,7 @@ def test_unknown_features_and_categories_are_refused_naming_the_known(tiny_run):
             part(**flags)
 
 
-def test_the_script_compares_traces_and_switches_a_category_off(tiny_run, tmp_path):
+def test_the_script_compares_traces_and_switches_a_category_off(tiny_run, tmp_path, monkeypatch, capsys):
     (tmp_path / "questions.jsonl").write_text(
         json.dumps({"prompt": "Can you list some facts about marble <b>?"})
         + "\n"
@@ -312,10 +312,13 @@ def test_the_script_compares_traces_and_switches_a_category_off(tiny_run, tmp_pa
     text = page.read_text()
     assert "fires on" in text and "<b>" not in text and "&lt;" in text and "<script" not in text
 
-    off = script(*common, "--scale", 0, "--labels", labels, "--trace", rows)
-    assert off.returncode == 0, off.stderr
-    base = script("generate.py", "--model", "tiny", *common[3:])
-    assert base.returncode == 0 and base.stdout == off.stdout
+    said = []
+    for flags in ((*common, "--scale", 0, "--labels", labels, "--trace", rows), ("", "--model", "tiny", *common[3:])):
+        monkeypatch.setattr(sys, "argv", [*map(str, flags)])
+        generate.main()
+        said.append(capsys.readouterr().out)
+    off, base = said
+    assert base == off and "kite" in base
     trace = list(map(json.loads, rows.read_text().splitlines()))
     assert {row["part"] for row in trace} == {"prompt", "answer"} and {row["prompt"] for row in trace} == {0, 1}
     assert all(row["l1"] == 0 and not row["features"] for row in trace)

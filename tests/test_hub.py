@@ -1,7 +1,7 @@
 """The Hub route: the real huggingface-hub client against a loopback server that answers as the Hub does.
 
 `Hub` serves the golden model, SAE and dataset under the default ids of train.py, each at two commits (branch
-main, tag v1) and beside files that nobody should ask for. Runs are subprocesses, because the client reads
+main, tag v1) and beside files that nobody should ask for. Runs are processes of their own, because the client reads
 HF_ENDPOINT and HF_HOME when it is imported.
 """
 
@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
-from conftest import GOLDEN, SAE_ID, golden_run, metrics, script
+from conftest import GOLDEN, SAE_ID, metrics, script
+from forked import Run, golden
 from safetensors.torch import load, save
 
 import sae as saes
@@ -206,7 +207,7 @@ BRIEF = ("--layer", 1, "--batch-size", 4, "--max-steps", 2, "--eval-every", 0, "
 
 def hub_run(hub: Hub, home: Path, out: Path, *arguments):
     """train.py with its default ids: two steps at layer 1."""
-    return script("train.py", *BRIEF, "--out", out, *arguments, env=client(hub, home))
+    return Run([*BRIEF, "--out", out, *arguments], env=client(hub, home)).wait()[0]
 
 
 def succeeded(result, out: Path) -> SimpleNamespace:
@@ -248,7 +249,7 @@ def expect_sentence(result, *words: str) -> None:
 
 
 def test_default_ids_train_as_the_same_files_on_disk_do(first, tmp_path):
-    local = succeeded(golden_run(tmp_path, *BRIEF), tmp_path)
+    local = succeeded(golden(tmp_path, *BRIEF)[0], tmp_path)
     assert first.rows == local.rows
     assert first.weights == local.weights
     assert first.adapter["sae_sha256"] == local.adapter["sae_sha256"]
