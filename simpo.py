@@ -64,9 +64,8 @@ class _TokenLogps(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if keep_gradient else None
         logps = torch.empty(len(hidden), dtype=_precise(hidden.dtype), device=hidden.device)
         with _products(weight) as weight:
-            spare = _spare(hidden, weight)
+            spare, wanted = _spare(hidden, weight), weight.dtype if keep_gradient else None
             for rows in _chunks(hidden, weight):
-                wanted = weight.dtype if keep_gradient else None
                 logps[rows], _, dlogits = _chunk(hidden[rows], weight, target[rows], softcap, spare, wanted)
                 if keep_gradient:
                     gradient[rows] = _matmul(dlogits, weight)
@@ -84,9 +83,8 @@ class _TokenLogps(torch.autograd.Function):
         # Chunks add up in float32; autograd rounds the sum to the weight's dtype, once.
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=_precise(weight.dtype))
         with _products(weight) as weight:
-            spare = _spare(hidden, weight)
+            spare, wanted = _spare(hidden, weight), _precise(weight.dtype)
             for rows in _chunks(hidden, weight):
-                wanted = _precise(weight.dtype)
                 *_, dlogits = _chunk(hidden[rows], weight, target[rows], ctx.softcap, spare, wanted)
                 dlogits.mul_(grad[rows, None])
                 grad_hidden[rows] = _matmul(dlogits, weight)
