@@ -19,7 +19,7 @@ from tqdm import tqdm
 import data
 from data import Pair
 from fsrl import SteeredModel
-from sources import UserError, sha256
+from runtime.sources import UserError, sha256
 
 FORMAT = "1"  # raise when the forward or the layout changes, so that old files are not used
 

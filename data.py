@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from packed import Packed, pack
-from sources import UserError, fetch, sha256
+from runtime.sources import UserError, fetch, sha256
 
 ROLES = {"system": "system", "user": "user", "assistant": "model", "model": "model"}
 SPLIT = re.compile(r"(?:^|[/._-])(train|test|validation)(?=[/._-])")

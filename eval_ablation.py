@@ -45,21 +45,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import choices
-import cli
 import data
-import figures
-import report
 import train
-from attribution import KINDS, Attribution, attribution
-from choices import Choices, classes
-from cli import flag
+from audit import choices, figures, report
+from audit.attribution import KINDS, Attribution, attribution
+from audit.choices import Choices, classes
+from audit.features import TINY_LABELS, Row, categories, described_run, explain, out_folder, write_table
 from data import Pair
-from eval_features import TINY_LABELS, Row, categories, described_run, explain, out_folder, write_table
 from fsrl import SteeredModel
 from labels import Labels, load_labels
 from policy import Policy, eval_pairs, open_policy
-from sources import UserError, publish
+from runtime import cli
+from runtime.cli import flag
+from runtime.sources import UserError, publish
 
 MASKS_AT_ONCE = 8  # steered streams [T, d] alive together
 CONTROLS = ("category", "matched", "random")  # kinds of feature sets: a category itself, then its controls

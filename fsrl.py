@@ -23,12 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kvcache import Cache
+from generation.cache import Cache
 from model import FEW, Gemma2, Plan, linear
 from packed import Packed, pack
+from runtime.sources import UserError, fetch, read_json
 from sae import JumpReLUSAE
 from simpo import Sparsity, sparsity
-from sources import UserError, fetch, read_json
 
 FORMAT = "fsrl-adapter-1"
 ADAPTER_FILES = (  # (config, weights): ours, and the authors'

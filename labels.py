@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from runtime.sources import UserError, sha256
 from sae import JumpReLUSAE
-from sources import UserError, sha256
 
 FORMAT = "fsrl-labels-1"
 UNKNOWN_SOURCE = "Neuronpedia's "  # begins the `sae` of rows whose source no table below translates

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from kvcache import Cache
+from generation.cache import Cache
 from packed import Bucket, Packed, pack
-from sources import UserError, fetch, read_json
+from runtime.sources import UserError, fetch, read_json
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 FEW = 16  # rows: fewer are a step of generation, which waits for weights and for single operations, not for arithmetic

@@ -15,7 +15,7 @@ import train
 from data import Pair
 from fsrl import ADAPTER_FILES, Adapter, SteeredModel
 from model import Gemma2
-from sources import UserError, fetch
+from runtime.sources import UserError, fetch
 
 
 class Policy(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sources import UserError, fetch, list_files, read_json, sha256
+from runtime.sources import UserError, fetch, list_files, read_json, sha256
 
 ARRAYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 # Where zipfile cannot unpack something, or a damaged archive told it lies.

@@ -44,23 +44,22 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import card
-import checkpoint
-import cli
 import data
-import decoding
-import distributed
 import sae as saes
 import simpo
 import tiny
 from activations import Activations
-from cli import flag
+from audit import card
 from data import Pair
-from distributed import ALONE, Ranks
 from fsrl import ACTIVATIONS, BANDWIDTH, PARAMETRISATIONS, Adapter, SteeredModel
+from generation import decode as decoding
 from model import Gemma2
 from packed import Packed
-from sources import UserError, sha256, writable, write_whole
+from runtime import checkpoint, cli
+from runtime import ranks as distributed
+from runtime.cli import flag
+from runtime.ranks import ALONE, Ranks
+from runtime.sources import UserError, sha256, writable, write_whole
 
 PRESETS = {  # what --model tiny changes of the defaults below
     "tiny": dict(sae="tiny", data="tiny", layer=tiny.LAYER, lr=2e-3, threshold_lr=0.2, epochs=1, eval_every=16),

@@ -17,19 +17,16 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import cli
 import data
 import simpo
 import train
 from benchmarks.throughput import SHAPES, build, random_pairs, synchronise
-from cli import flag
+from runtime import cli
+from runtime.cli import flag
 
 PAIRS_PER_MICROBATCH = 2  # of the plain way
 
@@ -147,7 +144,7 @@ def main() -> None:
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(s).items() if k != "role"]
     workers = {}
     for role in ("ours", "plain"):
-        command = [sys.executable, __file__, *flags, f"--role={role}"]
+        command = [sys.executable, "-m", "benchmarks.compare", *flags, f"--role={role}"]
         workers[role] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     results = {role: [] for role in workers}
     for step in range(s.steps + 1):

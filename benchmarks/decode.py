@@ -16,19 +16,16 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import cli
-import decoding
 from benchmarks.compare import plain_model
 from benchmarks.throughput import SHAPES, build, synchronise
-from cli import flag
+from generation import decode as decoding
 from packed import pack
+from runtime import cli
+from runtime.cli import flag
 
 L0 = 0.0142  # share of the features steered at a position: the paper's 930 of 65,536
 

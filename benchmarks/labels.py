@@ -21,11 +21,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
 
-from test_classify import AXBENCH, TINY, Server, fill, realised
+from test_labelling import AXBENCH, TINY, Server, fill, realised
 
-import classify_features
+from labelling import label as classify_features
 from labels import read_rows
 
 TRUTH = {row["description"]: row["category"] for row in TINY}

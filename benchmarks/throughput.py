@@ -15,20 +15,17 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import cli
 import data
 import train
-from cli import flag
 from data import Pair
 from fsrl import Adapter, SteeredModel
 from model import PUBLISHED, SLIDING, Gemma2, Gemma2Config
+from runtime import cli
+from runtime.cli import flag
 from sae import JumpReLUSAE
 
 SHAPES = {  # name -> (model, d_sae, layer)

@@ -104,8 +104,8 @@ def _main(argv: list[str], env: dict, files: str, call) -> None:
         os.dup2(opened, number)
     sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
     sys.argv = ["train.py", *argv]
-    import cli
     import train
+    from runtime import cli
 
     train.decoding.greedy = lambda *_: "(not sampled)"  # most of a short run's time
     train.BFLOAT16_PRODUCTS = ("architecture",)  # every processor has one: bfloat16 is tested where it is emulated, too

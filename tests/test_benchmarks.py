@@ -46,7 +46,7 @@ def test_lengths_follow_ultrafeedback():
 
 
 def test_throughput_prints_one_line_of_json():
-    result = script("benchmarks/throughput.py", "--shape", "tiny", "--pairs", 4, "--steps", 1)
+    result = script("-m", "benchmarks.throughput", "--shape", "tiny", "--pairs", 4, "--steps", 1)
     assert result.returncode == 0, result.stderr
     (line,) = result.stdout.splitlines()
     keys = "pairs_per_second tokens_per_second peak_bytes step_flops matmul_flops_per_second fraction_of_limit"
@@ -55,7 +55,7 @@ def test_throughput_prints_one_line_of_json():
 
 @pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="compares with transformers, a dev library")
 def test_compare_finds_the_same_losses():
-    result = script("benchmarks/compare.py", "--shape", "tiny", "--pairs", 4, "--steps", 1)
+    result = script("-m", "benchmarks.compare", "--shape", "tiny", "--pairs", 4, "--steps", 1)
     assert result.returncode == 0, result.stderr
     line = json.loads(result.stdout)
     assert line["largest_loss_difference"] < 1e-3 and line["ratio"] > 0 and line["memory_ratio"] > 0

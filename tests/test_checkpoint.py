@@ -20,10 +20,10 @@ from forked import GOLDEN_FLAGS, Run, golden, good
 from safetensors.torch import load_file
 from test_distributed import wait_for
 
-import checkpoint
 import train
-from distributed import ALONE
 from fsrl import Adapter
+from runtime import checkpoint
+from runtime.ranks import ALONE
 
 KILLS = int(os.environ.get("FSRL_KILLS", "4"))
 FLAGS = ("--max-steps", 12, "--lr", 1e-3, "--checkpoint-every", 2, "--eval-every", 5)

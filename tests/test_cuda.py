@@ -6,9 +6,9 @@ import torch
 from conftest import GOLDEN, load, metrics, ragged
 
 import data
-import decoding
 import model as gemma
 import train
+from generation import decode as decoding
 from packed import pack
 
 DEVICE = "cuda"

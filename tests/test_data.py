@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 import data
 from data import Pair, load_pairs
 from packed import pack
-from sources import UserError
+from runtime.sources import UserError
 
 CASES = json.loads((GOLDEN / "tokenize.json").read_text())
 UNUSED = {  # the deviations listed in the README, and what ours does instead

@@ -15,12 +15,12 @@ from forked import GOLDEN_FLAGS, Run, free_port, golden, good
 from safetensors.torch import load_file
 
 import data
-import distributed
 import model as models
 import simpo
 import train
 from fsrl import Adapter
-from sources import UserError
+from runtime import ranks as distributed
+from runtime.sources import UserError
 
 # Several micro-batches a step, of unequal number on the processes; an adapter that steers from the first step.
 STEPS = ("--max-steps", 4, "--lr", 1e-3, "--tokens-per-microbatch", 150)

@@ -14,17 +14,17 @@ import torch
 from conftest import GOLDEN, SAE_ID, load, script
 from safetensors.torch import load_file
 
-import attribution as attributing
-import cli
 import data
 import eval_ablation as ablating
-import promotes
 import train
-from attribution import KINDS, attribution
+from audit import attribution as attributing
+from audit.attribution import KINDS, attribution
 from fsrl import Adapter, SteeredModel
+from labelling import promotes
 from labels import Labels, load_labels, write_labels
 from packed import pack
 from policy import Policy, eval_pairs, open_policy
+from runtime import cli
 
 S = train.Settings(device="cpu", dtype="float32")
 D = torch.float64

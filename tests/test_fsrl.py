@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 import fsrl
 from fsrl import INIT_RANGE, Adapter, SteeredModel, steer_long_form
+from runtime.sources import UserError
 from sae import JumpReLUSAE
-from sources import UserError
 
 
 @pytest.mark.parametrize("adapter", ["mid", "paper_init"])

@@ -18,13 +18,13 @@ import torch
 from conftest import GOLDEN, SAE_ID
 from safetensors.torch import save
 
-import checkpoint
 import data
-from distributed import ALONE
 from fsrl import Adapter
 from model import Gemma2, Gemma2Config
+from runtime import checkpoint
+from runtime.ranks import ALONE
+from runtime.sources import UserError
 from sae import ARRAYS, JumpReLUSAE, read_npz
-from sources import UserError
 
 BUDGET = int(os.environ.get("FSRL_FUZZ", "150"))
 

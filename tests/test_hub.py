@@ -308,7 +308,8 @@ MISTAKES = {  # flags -> what the sentence names
 }
 SEVERAL = """
 import contextlib, io, json, sys, traceback
-import cli, train
+import train
+from runtime import cli
 told = []
 for flags in json.loads(sys.argv[1]):
     sys.argv[1:], code = flags, 0
@@ -358,7 +359,7 @@ def test_a_dead_server_and_no_copy_is_said_in_one_sentence(dead, tmp_path):
 
 ASK = """
 import json, sys
-import sources
+from runtime import sources
 told = []
 for question, *arguments in json.loads(sys.argv[1]):
     try:
@@ -410,11 +411,11 @@ def test_a_published_adapter_is_opened_and_trained_on_by_its_id(hub, first, tmp_
     hub.repos["models/owner/adapter"] = Repo(folder(first.out / "adapter") | {"notes.bin": b"unread"})
     hub.asked.clear()
     flags = ("--prompt", "A question", "--max-new-tokens", 3, "--trace", "-", "--device", "cpu")
-    result = script("generate.py", "--run", "owner/adapter", *flags, env=client(hub, first.home))
+    result = script("-m", "generation", "--run", "owner/adapter", *flags, env=client(hub, first.home))
     assert result.returncode == 0, result.stderr
     assert {name.split("/")[-1] for name in hub.downloads()} == {"adapter.safetensors", "adapter_config.json"}
     again = succeeded(hub_run(hub, first.home, tmp_path / "on", "--init-adapter", "owner/adapter"), tmp_path / "on")
     ended = [row for row in first.rows if "margin" in row][-1]
     assert again.rows[2]["loss"] == ended["loss"]  # evaluated before its first step: where the other run stopped
-    result = script("generate.py", "--run", "owner/nothing", *flags, env=client(hub, first.home))
+    result = script("-m", "generation", "--run", "owner/nothing", *flags, env=client(hub, first.home))
     assert result.returncode == 2 and result.stderr.startswith("--run owner/nothing: no such model on the Hub")

@@ -10,7 +10,7 @@ import pytest
 
 import labels
 import policy
-from sources import UserError
+from runtime.sources import UserError
 from tests.conftest import GOLDEN, SAE_ID
 from tiny import LABELS_DIR
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import load
 
-import likelihood
-from likelihood import Request, common, cut, likelihoods
+from evals import likelihood
+from evals.likelihood import Request, common, cut, likelihoods
 
 
 @pytest.fixture(scope="module")

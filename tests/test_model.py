@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import FlexKernelOptions
 import model as gemma
 from model import PUBLISHED, SLIDING, Gemma2, Gemma2Config
 from packed import TILE, pack
-from sources import UserError
+from runtime.sources import UserError
 
 
 @pytest.mark.parametrize("name", "abc")

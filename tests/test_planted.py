@@ -8,14 +8,15 @@ import pytest
 import torch
 from conftest import load, script
 
-import choices as ch
 import data
 import train
+from audit import choices as ch
 from data import Pair
+from experiments import planted
 from labels import load_labels
 from policy import Policy
 from sae import JumpReLUSAE
-from tiny import LABELS_DIR, WIDTH, build, planted, world
+from tiny import LABELS_DIR, WIDTH, build, world
 
 S = train.Settings(device="cpu", dtype="float32", tokens_per_microbatch=70)
 
@@ -172,7 +173,7 @@ def test_runs_are_written_counted_and_not_made_twice(tmp_path):
     assert {key.split("|")[0] for key in rows[0]["answers"]} == set(planted.MEASURES)
     assert "a command" in (tmp_path / "tables.md").read_text()
     assert planted.run(s) == rows and (tmp_path / "runs.jsonl").read_text() == runs
-    other = script("-m", "tiny.planted", "--out", tmp_path)
+    other = script("-m", "experiments.planted", "--out", tmp_path)
     assert other.returncode == 2 and "other settings" in other.stderr and "Traceback" not in other.stderr
 
 

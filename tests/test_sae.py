@@ -8,8 +8,8 @@ import torch
 from conftest import GOLDEN, SAE_ID, load
 from safetensors.torch import save_file
 
+from runtime.sources import UserError, sha256
 from sae import ARRAYS, JumpReLUSAE, save_gemmascope
-from sources import UserError, sha256
 
 PARAMS = GOLDEN / "sae" / SAE_ID / "params.npz"
 

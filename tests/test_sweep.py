@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN, ROOT, SAE_ID
 
-import cli
 import sae
-import sweep
 import train
-from sources import UserError
+from experiments import sweep
+from runtime import cli
+from runtime.sources import UserError
 
 G = GOLDEN
 WHERE = ["--model", str(G / "model"), "--sae", str(G / "sae"), "--sae-id", SAE_ID, "--data", str(G / "dataset")]
@@ -105,7 +105,9 @@ def test_a_sweep_runs_shares_skips_continues_and_reports(tmp_path, finished, mon
     shutil.rmtree(broken / "adapter")
     shutil.rmtree(broken / "checkpoints", ignore_errors=True)
     (out / "layer1-relu-l1_0.02-seed1.log").mkdir()  # where this run's output would go: it cannot start
-    result = subprocess.run([sys.executable, "sweep.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(
+        [sys.executable, "-m", "experiments.sweep", *flags], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
     assert result.returncode == 2 and "1 of 4 runs failed: layer1-relu-l1_0.02-seed1." in result.stderr
     assert "Traceback" not in result.stderr
     assert (out / finished.name / "metrics.jsonl").stat().st_mtime_ns == kept

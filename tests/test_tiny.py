@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from labels import read_rows
+from runtime.sources import sha256
 from sae import JumpReLUSAE
-from sources import sha256
 from tiny import DATA_DIR, LABELS_DIR, LAYER, MODEL_DIR, ROOT, SAE_DIR, SAE_ID, WIDTH, build, measure, world
 
 CAUSES = [name for name in world.CAUSES if name != "none"]

@@ -14,10 +14,10 @@ import torch
 from conftest import GOLDEN, ROOT, SAE_ID, golden_run, load, metrics
 from safetensors.torch import load_file
 
-import cli
 import data
 import train
 from fsrl import Adapter
+from runtime import cli
 
 TRAJECTORY = ("--schedule", "constant", "--lr", 1e-3, "--max-grad-norm", 0, "--max-steps", 10, "--no-shuffle")
 

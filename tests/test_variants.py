@@ -11,7 +11,7 @@ import fsrl
 import train
 from fsrl import Adapter, SteeredModel
 from packed import pack
-from sources import UserError
+from runtime.sources import UserError
 
 VARIANTS = [("relu", "direct"), ("jumprelu", "direct"), ("jumprelu", "log"), ("soft-threshold", "direct")]
 

@@ -28,8 +28,8 @@ from tqdm import tqdm
 import labels
 from model import Gemma2, Gemma2Config
 from packed import pack
+from runtime.sources import sha256
 from sae import JumpReLUSAE, save_gemmascope
-from sources import sha256
 from tiny import DATA_DIR, LABELS_DIR, LAYER, MODEL_DIR, MODEL_ID, ROOT, SAE_DIR, SAE_ID, WIDTH, measure, world
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")

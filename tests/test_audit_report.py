@@ -11,9 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import ModelCard
 
-import card
-import report
-from sources import UserError
+from audit import card, report
+from runtime.sources import UserError
 
 HOSTILE = "<script>alert('x')</script><img src=http://example.org onerror=alert(1)> \"quoted\" & | `x`"
 VOID = {"meta", "img", "br", "line", "circle", "hr"}

@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Callable
 
-from sources import UserError
+from runtime.sources import UserError
 
 
 def flag(default, help: str, choices: tuple | None = None):

@@ -23,21 +23,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import choices as ch
-import cli
 import data
 import eval_ablation
-import eval_features
 import train
-from attribution import attribution
-from cli import flag
+from audit import choices as ch
+from audit import features as eval_features
+from audit.attribution import attribution
 from data import Pair
 from fsrl import Adapter, SteeredModel
 from labels import Labels, load_labels
 from policy import Policy
+from runtime import cli
+from runtime.cli import flag
+from runtime.sources import UserError, write_whole
 from sae import JumpReLUSAE
-from sources import UserError, write_whole
-from tiny import LABELS_DIR, LAYER, ROOT, build, measure, world
+from tiny import LABELS_DIR, LAYER, build, measure, world
 
 PLANTED = {name: cause.category for name, cause in world.CAUSES.items() if cause.category}
 SHUFFLED = "shuffled style"  # pairs of `style`, every other one swapped for training: nothing to learn, much to see
@@ -48,7 +48,7 @@ MEASURES = (
     *("choices", "data alone"),
 )
 LEVEL = 0.01  # of all of a measure's categories together, for saying that there is anything at all
-PAGE = ROOT / "PLANTED.md"
+PAGE = Path(__file__).resolve().parent / "PLANTED.md"
 MARKS = ("<!-- written by python -m tiny.planted --update -->", "<!-- end of what it writes -->")
 # Kinds of tokens finer than a category, by the spans that realise them: what an explanation of a feature names.
 FINE = {

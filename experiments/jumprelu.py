@@ -1,6 +1,6 @@
 """The open question of the paper's Appendix C, on the small world: does a JumpReLU adapter beat ReLU + L1?
 
-    python benchmarks/jumprelu.py --out runs/jumprelu
+    python -m experiments.jumprelu --out runs/jumprelu
 
 Three methods: ReLU with an L1 penalty; JumpReLU with an L0 penalty and thresholds trained as they are (direct), or as
 their logarithm with ε and the initial threshold at 0.001 (log: the paper's). Each has the same budget: first four
@@ -14,17 +14,14 @@ means) and OUT/jumprelu.csv, and prints both tables.
 import csv
 import math
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import cli
-import sweep
-from cli import flag
+from experiments import sweep
+from runtime import cli
+from runtime.cli import flag
 
 COMMON = "--model tiny --layer 2 --max-steps 48 --batch-size 16 --eval-every 0"
 LOG = "--threshold-parametrisation log --bandwidth 0.001 --threshold-init 0.001"

@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 
 from data import DataFile, read_rows
-from sources import UserError
+from runtime.sources import UserError
 
 COLUMNS = {
     "truthfulqa_mc": {"question": str, "mc1_targets": dict, "mc2_targets": dict},

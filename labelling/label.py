@@ -37,13 +37,13 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import cli
-import judges
 import labels
-from cli import flag
-from endpoint import Answer, Endpoint, Journal, Question
+from labelling import judges
+from labelling.endpoint import Answer, Endpoint, Journal, Question
+from runtime import cli
+from runtime.cli import flag
+from runtime.sources import TINY, UserError, fetch, writable, write_whole
 from sae import JumpReLUSAE
-from sources import TINY, UserError, fetch, writable, write_whole
 
 HERE = Path(__file__).resolve().parent
 KINDS_OF_FILE = ("jsonl.gz", "json.gz", "csv.gz", "jsonl", "json", "csv")

@@ -6,8 +6,8 @@ write_card(OUT) writes OUT/adapter/README.md with the Hub's metadata, so that th
 import json
 from pathlib import Path
 
-from report import Run, before_after, percent, read_run
-from sources import write_whole
+from audit.report import Run, before_after, percent, read_run
+from runtime.sources import write_whole
 
 TAGS = ("fsrl", "sparse-autoencoder", "feature-steering", "simpo", "preference-optimization", "interpretability")
 KINDS = {  # of adapter: what stands after the linear layer, what it does to features, what is penalised

@@ -39,13 +39,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import cli
 import train
-from cli import flag
 from fsrl import ACTIVATIONS
-from sources import UserError, write_whole
+from runtime import cli
+from runtime.cli import flag
+from runtime.sources import UserError, write_whole
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 ELSEWHERE = (  # settings that may differ in a run that is taken for finished: they do not change what it finds
     *("out", "device", "cache_activations", "tokens_per_microbatch"),
     *("checkpoint_every", "resume", "timeout", "zero", "shard"),

@@ -24,15 +24,15 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-import cli
 import data
-import decoding
-from cli import flag
-from decoding import Sampling
 from fsrl import Change
+from generation import decode as decoding
+from generation.decode import Sampling
 from labels import Labels, load_labels
 from policy import Policy, open_policy
-from sources import UserError, write_whole
+from runtime import cli
+from runtime.cli import flag
+from runtime.sources import UserError, write_whole
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token that is one byte
 Turns = list[tuple[str, str]]  # (role, content), role "user" or "model"

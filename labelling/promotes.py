@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 import data
 import sae as saes
 import train
-from cli import flag
 from labels import write_labels
 from model import Gemma2
+from runtime import cli
+from runtime.cli import flag
+from runtime.sources import UserError
 from simpo import CHUNK_ELEMENTS
-from sources import UserError
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from distributed import Ranks, on_first, together
-from sources import UserError, sha256
+from runtime.ranks import Ranks, on_first, together
+from runtime.sources import UserError, sha256
 
 # What it says to a run of one process is what is meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

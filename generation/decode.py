@@ -16,10 +16,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fsrl import Change, SteeredModel
-from kvcache import Cache
+from generation.cache import Cache
 from model import Gemma2
 from packed import pack
-from sources import UserError
+from runtime.sources import UserError
 
 PREFILL_TOKENS = 8192  # of prompts, in one forward (a longer prompt goes alone)
 ROOM = 256  # new tokens the cache starts with; it doubles when they are used up

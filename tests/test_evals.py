@@ -15,14 +15,14 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager, manager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-import eval_benchmarks
-from eval_benchmarks import FSRL, Settings, before, generation
+from evals import harness as eval_benchmarks
+from evals.harness import FSRL, Settings, before, generation
 from model import PUBLISHED
-from sources import UserError
+from runtime.sources import UserError
 
 SUBJECTS = [
     child["task"].removeprefix("mmlu_")
-    for file in sorted((ROOT / "tasks").glob("mmlu_*.yaml"))
+    for file in sorted((ROOT / "evals" / "tasks").glob("mmlu_*.yaml"))
     for child in load_yaml(file, resolve_func=False)["task"]
 ]
 STEERED = ("--run", GOLDEN / "adapter_mid", "--model", GOLDEN / "model", "--sae", GOLDEN / "sae", "--sae-id", SAE_ID)
@@ -238,7 +238,7 @@ def test_repeated_requests_are_sampled_anew():
 def test_a_steered_run_end_to_end_by_both_command_lines(questions, tmp_path):
     """Our script, and the harness's own `--model fsrl`, on the same documents: the same scores."""
     limits = ("--limit", 3, "--tasks", "truthfulqa_mc2")
-    result = script("eval_benchmarks.py", *STEERED, "--data-dir", questions, "--out", tmp_path, *limits)
+    result = script("-m", "evals", *STEERED, "--data-dir", questions, "--out", tmp_path, *limits)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "eval" / "benchmarks"
     ours = json.loads((folder / "results.json").read_text())
@@ -254,13 +254,13 @@ def test_a_steered_run_end_to_end_by_both_command_lines(questions, tmp_path):
     )
     assert abs(base["samples"][0]["responses"][0][0] - samples[0]["responses"][0][0]) > 1e-3, "the run is steered"
 
-    code = "import eval_benchmarks, lm_eval.__main__ as harness; harness.cli_evaluate()"
+    code = "import evals.harness, lm_eval.__main__ as harness; harness.cli_evaluate()"
     model = f"run={GOLDEN / 'adapter_mid'},model={GOLDEN / 'model'},sae={GOLDEN / 'sae'},sae_id={SAE_ID}"
     theirs = script(
         *("-c", code, "run", "--model", "fsrl", "--model_args", model, "--device", "auto"),
         *(
             "--include_path",
-            "tasks",
+            "evals/tasks",
             "--metadata",
             f"data_dir={questions}",
             "--output_path",
@@ -345,20 +345,20 @@ def test_mistakes_are_one_sentence(questions, tmp_path):
     refused("truthfulqa_mc.jsonl row 0: its mc2_targets is None", tasks=("truthfulqa_mc2",), data_dir=str(broken))
     refused("--tasks gsm8k", tasks=("gsm8k",), data_dir=folder, num_fewshot=40)
     refused("--max-length 5000", tasks=("gsm8k",), data_dir=folder, max_length=5000)
-    result = script("eval_benchmarks.py", "--tasks", "gsm8k", "--limit", 0)
+    result = script("-m", "evals", "--tasks", "gsm8k", "--limit", 0)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
 
 
 def test_without_the_harness_the_script_says_what_to_install(tmp_path):
     (tmp_path / "lm_eval.py").write_text("raise ModuleNotFoundError(\"No module named 'lm_eval'\", name='lm_eval')")
-    result = script("eval_benchmarks.py", "--help", env={"PYTHONPATH": str(tmp_path)})
+    result = script("-m", "evals", "--help", env={"PYTHONPATH": str(tmp_path)})
     assert result.returncode == 2 and "requirements-eval.txt" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="compares with the harness's hf model")
 def test_the_benchmark_finds_the_same_scores(questions):
     result = script(
-        *("benchmarks/harness.py", "--shape", "tiny", "--limit", 2, "--rounds", 1, "--batch-sizes", "2"),
+        *("-m", "benchmarks.evals", "--shape", "tiny", "--limit", 2, "--rounds", 1, "--batch-sizes", "2"),
         *("--data-dir", questions),
     )
     assert result.returncode == 0, result.stderr

@@ -17,15 +17,15 @@ import torch
 from conftest import GOLDEN, ROOT, SAE_ID, load, script
 from PIL import Image
 
-import eval_features as ef
-import figures
 import labels
 import tiny
 import train
+from audit import features as ef
+from audit import figures
+from audit.features import CONTEXTS, SIDES, Agreement
 from data import Pair
-from eval_features import CONTEXTS, SIDES, Agreement
 from packed import pack
-from sources import UserError, publish
+from runtime.sources import UserError, publish
 
 S = train.Settings(device="cpu", dtype="float32", tokens_per_microbatch=70)
 
@@ -243,7 +243,7 @@ def audited(tiny_run, tmp_path_factory):
     (folder / "human.csv").write_text("\n".join(human))
     files = (folder / "hostile.jsonl", tiny.LABELS_DIR / "promotes.jsonl")
     flags = ("--labels", *files, "--human", folder / "human.csv", "--pairs", 12, "--bootstrap", 40)
-    result = script("eval_features.py", "--run", out, *flags)
+    result = script("-m", "audit", "--run", out, *flags)
     assert result.returncode == 0, result.stderr
     return out, result
 
@@ -373,7 +373,7 @@ def test_mistakes_end_in_a_sentence_and_leave_nothing(tiny_run, tmp_path, monkey
     run = shutil.copytree(tiny_run, tmp_path / "run")
     other = tmp_path / "other.jsonl"
     labels.write_labels(other, dict(kind="fires", sae="tiny", sae_id=tiny.SAE_ID, sae_sha256="0" * 64), [])
-    result = script("eval_features.py", "--run", run, "--labels", other)
+    result = script("-m", "audit", "--run", run, "--labels", other)
     assert result.returncode == 2 and "other.jsonl: belongs to the SAE" in result.stderr, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     for flags, named in (
@@ -394,7 +394,7 @@ def test_mistakes_end_in_a_sentence_and_leave_nothing(tiny_run, tmp_path, monkey
 def test_killed_half_way_leaves_no_partial_table(tiny_run, tmp_path):
     """SIGKILL as soon as the first file is being written, under whatever name."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    command = [sys.executable, "eval_features.py", "--run", str(run), "--pairs", "4", "--bootstrap", "5"]
+    command = [sys.executable, "-m", "audit", "--run", str(run), "--pairs", "4", "--bootstrap", "5"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None and not any((run / "eval").rglob("*.csv")):

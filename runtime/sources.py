@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-TINY = Path(__file__).resolve().parent / "tiny"
+TINY = Path(__file__).resolve().parents[1] / "tiny"
 LARGEST_JSON = 64 << 20  # bytes; a 27B model's index has 50 thousand
 FILES = (".jsonl", ".json", ".parquet", ".npz", ".safetensors")  # no Hub repository's name ends so
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import cli
-from cli import flag
 from labels import neuronpedia_source
-from sources import UserError, write_whole
+from runtime import cli
+from runtime.cli import flag
+from runtime.sources import UserError, write_whole
 
 FEATURES = 15  # promoted, and suppressed, that are shown; features.parquet has them all
 ROWS = 40  # of a table that the page shows; its csv has them all

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from sources import UserError
+from runtime.sources import UserError
 
 BUCKETS, DIMENSIONS = 1 << 17, 128  # of the TF-IDF embedding: terms, and what they are projected to
 SAMPLE = 30_000  # explanations that its directions are found in

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import data
 import simpo
 import train
-from attribution import KINDS, position_kinds
+from audit.attribution import KINDS, position_kinds
 from data import Pair
 from packed import Packed
 from policy import Policy

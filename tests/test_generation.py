@@ -11,14 +11,14 @@ import torch
 from conftest import GOLDEN, ROOT, load, script
 
 import data
-import decoding
-import distributed
-import generate
-import kvcache
-from decoding import GREEDY, Sampling, choose
+from generation import cache as kvcache
+from generation import chat as generate
+from generation import decode as decoding
+from generation.decode import GREEDY, Sampling, choose
 from model import Gemma2
 from packed import pack
-from sources import UserError
+from runtime import ranks as distributed
+from runtime.sources import UserError
 from tiny import LABELS_DIR, MODEL_DIR
 
 WARM = Sampling(1.5, top_k=50, seed=3)  # greedy, the random golden model would repeat one token
@@ -304,7 +304,7 @@ def test_the_script_compares_traces_and_switches_a_category_off(tiny_run, tmp_pa
         + json.dumps({"prompt": [{"role": "user", "content": "How does a kite change over time?"}]})
     )
     labels = LABELS_DIR / "fires.jsonl"
-    common = ("generate.py", "--run", tiny_run, "--prompts", tmp_path / "questions.jsonl", "--max-new-tokens", 24)
+    common = ("-m", "generation", "--run", tiny_run, "--prompts", tmp_path / "questions.jsonl", "--max-new-tokens", 24)
     page, rows = tmp_path / "t.html", tmp_path / "t.jsonl"
     result = script(*common, "--compare", "--labels", labels, "--trace", page)
     assert result.returncode == 0, result.stderr
@@ -313,7 +313,10 @@ def test_the_script_compares_traces_and_switches_a_category_off(tiny_run, tmp_pa
     assert "fires on" in text and "<b>" not in text and "&lt;" in text and "<script" not in text
 
     said = []
-    for flags in ((*common, "--scale", 0, "--labels", labels, "--trace", rows), ("", "--model", "tiny", *common[3:])):
+    for flags in (
+        ("", *common[2:], "--scale", 0, "--labels", labels, "--trace", rows),
+        ("", "--model", "tiny", *common[4:]),
+    ):
         monkeypatch.setattr(sys, "argv", [*map(str, flags)])
         generate.main()
         said.append(capsys.readouterr().out)
@@ -325,7 +328,7 @@ def test_the_script_compares_traces_and_switches_a_category_off(tiny_run, tmp_pa
 
 
 def test_chat_answers_each_line_until_its_input_ends(tiny_run):
-    command = [sys.executable, "generate.py", "--run", tiny_run, "--max-new-tokens", "8", "--trace", "-"]
+    command = [sys.executable, "-m", "generation", "--run", tiny_run, "--max-new-tokens", "8", "--trace", "-"]
     talk = "How does a kite change over time?\n\nWhat is a pump for?\n"
     result = subprocess.run(command, cwd=ROOT, input=talk, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -334,6 +337,6 @@ def test_chat_answers_each_line_until_its_input_ends(tiny_run):
 
 def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"text": "no prompt"}\n')
-    result = script("generate.py", "--model", "tiny", "--prompts", tmp_path / "p.jsonl")
+    result = script("-m", "generation", "--model", "tiny", "--prompts", tmp_path / "p.jsonl")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "p.jsonl row 0" in result.stderr and "prompt" in result.stderr

@@ -10,9 +10,9 @@ read from local files, without a network (tasks/local.py says which). Written to
 each task ends, with every document's score, so that an interrupted run goes on with the next task; results.json and
 results.csv at the end. The same model under the harness's own command line, with all of its flags:
 
-    python -c "import eval_benchmarks, lm_eval.__main__ as harness; harness.cli_evaluate()" run \\
+    python -c "import evals.harness, lm_eval.__main__ as harness; harness.cli_evaluate()" run \\
         --model fsrl --model_args run=OUT --device auto --tasks truthfulqa_mc2 \\
-        --include_path tasks --metadata data_dir=DIR
+        --include_path evals/tasks --metadata data_dir=DIR
 
 A score is a mean over documents and says no more than its standard error allows. It depends on the prompt: compare it
 with scores of this harness, and of the same number of worked examples, only. As the harness does with Gemma, a chat
@@ -45,16 +45,16 @@ except ModuleNotFoundError as e:
     print(f"eval_benchmarks.py: {e.name} is not installed; pip install -r requirements-eval.txt.", file=sys.stderr)
     raise SystemExit(2) from None
 
-import cli
-import decoding
 import train
-from cli import flag
-from decoding import Sampling
-from likelihood import Request, likelihoods
+from audit.report import before_after, read_run
+from evals.likelihood import Request, likelihoods
+from generation import decode as decoding
+from generation.decode import Sampling
 from model import PUBLISHED
 from policy import Policy, open_policy
-from report import before_after, read_run
-from sources import UserError, sha256, write_whole
+from runtime import cli
+from runtime.cli import flag
+from runtime.sources import UserError, sha256, write_whole
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 FEWSHOT_SEED = 1234  # the harness's default: which worked examples are drawn where a task draws them

@@ -27,14 +27,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import cli
-import eval_benchmarks
 from benchmarks.throughput import SHAPES, synchronise
-from cli import flag
+from evals import harness as eval_benchmarks
 from model import Gemma2
-from sources import UserError
+from runtime import cli
+from runtime.cli import flag
+from runtime.sources import UserError
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 

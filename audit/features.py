@@ -43,20 +43,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import card
-import cli
 import data
-import figures
-import judges
-import report
 import tiny
 import train
-from cli import flag
+from audit import card, figures, report
 from data import Pair
 from fsrl import STEER_ELEMENTS, STEER_ROWS, SteeredModel
+from labelling import judges
 from labels import Labels, feature_index, load_labels, read_rows
 from policy import Policy, eval_pairs, open_policy
-from sources import UserError, publish, sha256, writable
+from runtime import cli
+from runtime.cli import flag
+from runtime.sources import UserError, publish, sha256, writable
 
 TINY_LABELS = tuple(str(tiny.LABELS_DIR / name) for name in ("fires.jsonl", "promotes.jsonl"))
 SIDES = ("adapter", "sae")  # v and f; the first axis of what is counted

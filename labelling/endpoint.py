@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from sources import UserError
+from runtime.sources import UserError
 
 WORDS = {"yes": True, "no": False}
 SCHEMA = {

@@ -1,0 +1,5 @@
+from evals.harness import main
+from runtime import cli
+
+if __name__ == "__main__":
+    cli.run(main)

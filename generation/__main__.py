@@ -1,0 +1,5 @@
+from generation.chat import main
+from runtime import cli
+
+if __name__ == "__main__":
+    cli.run(main)
