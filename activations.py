@@ -45,7 +45,9 @@ class Activations:
         """
         dtype, d = getattr(torch, s.dtype), steered.model.config.hidden_size
         weights = [sha256(path) for path in sorted(steered.model.folder.glob("*.safetensors"))]
-        key = hashlib.sha256(repr((FORMAT, weights, steered.model.config, steered.layer, s.dtype)).encode())
+        key = hashlib.sha256(
+            repr((FORMAT, weights, steered.model.config, steered.layer, s.dtype)).encode()
+        )
         for pair in pairs:
             key.update(repr(tuple(pair)).encode())
         path = Path(folder) / f"layer{steered.layer}-{key.hexdigest()[:32]}.bin"
@@ -64,12 +66,20 @@ def _write(path: Path, size: int, steered: SteeredModel, pairs: list[Pair], s) -
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     tokens = sum(pair.tokens for pair in pairs)
-    print(f"Writing {size / 1e9:.2f} GB of activations ({tokens:,} tokens) to {path}.", file=sys.stderr)
+    print(
+        f"Writing {size / 1e9:.2f} GB of activations ({tokens:,} tokens) to {path}.",
+        file=sys.stderr,
+    )
     if size > free:
-        raise UserError(f"--cache-activations {path.parent}: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free.")
+        raise UserError(
+            f"--cache-activations {path.parent}: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free."
+        )
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as file, tqdm(total=tokens, desc="activations", unit="token", leave=False) as bar:
+        with (
+            open(part, "wb") as file,
+            tqdm(total=tokens, desc="activations", unit="token", leave=False) as bar,
+        ):
             for group in _in_order(pairs, s.tokens_per_microbatch):
                 packed = data.pack_pairs(group).to(s.device)
                 x = steered.residual(packed, steered.model.plan(packed)).to(getattr(torch, s.dtype))

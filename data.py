@@ -77,7 +77,9 @@ class DataFile(NamedTuple):
     split: str | None  # that its name, or a folder's within the source, says all its rows belong to
 
 
-def data_files(source: str, split: str | None = None, revision: str | None = None) -> tuple[list[DataFile], str | None]:
+def data_files(
+    source: str, split: str | None = None, revision: str | None = None
+) -> tuple[list[DataFile], str | None]:
     """The parquet and jsonl files of a source that may hold rows of `split`, sorted, and the Hub commit.
 
     A file that names another split (data/test-00000-of-00001.parquet) is left out; one that names none may
@@ -97,7 +99,9 @@ def data_files(source: str, split: str | None = None, revision: str | None = Non
     return [file for file in files if split is None or file.split in (split, None)], commit
 
 
-def read_rows(files: Iterable[DataFile], split: str | None) -> Iterator[tuple[str, dict | UserError]]:
+def read_rows(
+    files: Iterable[DataFile], split: str | None
+) -> Iterator[tuple[str, dict | UserError]]:
     """(where, row) for each row of `split`; `where` names file and row for messages. A row that is no object is the
     mistake to raise.
 
@@ -116,7 +120,9 @@ def read_rows(files: Iterable[DataFile], split: str | None) -> Iterator[tuple[st
 def _parquet(path: Path) -> Iterator[dict]:
     try:
         with pq.ParquetFile(path) as file:
-            wanted = [c for c in ("prompt", "chosen", "rejected", "split") if c in file.schema_arrow.names]
+            wanted = [
+                c for c in ("prompt", "chosen", "rejected", "split") if c in file.schema_arrow.names
+            ]
             for batch in file.iter_batches(columns=wanted):
                 yield from batch.to_pylist()
     except (OSError, ValueError, pa.ArrowException) as e:  # ValueError: text that is not UTF-8
@@ -136,7 +142,11 @@ def _json_row(where: str, line: bytes) -> dict | UserError:
         row = json.loads(line.decode())
     except (ValueError, RecursionError) as e:
         return UserError(f"{where}: not a line of json ({e}).")
-    return row if isinstance(row, dict) else UserError(f"{where}: an object with chosen and rejected was expected.")
+    return (
+        row
+        if isinstance(row, dict)
+        else UserError(f"{where}: an object with chosen and rejected was expected.")
+    )
 
 
 def parse_row(where: str, row: dict | UserError) -> Conversation:
@@ -145,7 +155,9 @@ def parse_row(where: str, row: dict | UserError) -> Conversation:
         raise row
     conversation = _parse(where, row)
     try:
-        "".join([*(c for _, c in conversation.prompt), conversation.chosen, conversation.rejected]).encode()
+        "".join(
+            [*(c for _, c in conversation.prompt), conversation.chosen, conversation.rejected]
+        ).encode()
     except UnicodeEncodeError as e:
         raise UserError(f"{where}: holds half of a character (a lone surrogate): {e}.") from e
     return conversation
@@ -158,14 +170,18 @@ def _parse(where: str, row: dict) -> Conversation:
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         if not isinstance(row.get("prompt"), str):
-            raise UserError(f"{where}: chosen and rejected are strings, so a string `prompt` was expected.")
+            raise UserError(
+                f"{where}: chosen and rejected are strings, so a string `prompt` was expected."
+            )
         return Conversation([("user", row["prompt"].strip())], chosen.strip(), rejected.strip())
     chosen, rejected = _turns(where, "chosen", chosen), _turns(where, "rejected", rejected)
     for column, turns in (("chosen", chosen), ("rejected", rejected)):
         if not turns or turns[-1][0] != "model":
             raise UserError(f"{where}: `{column}` does not end with an assistant turn.")
     if chosen[:-1] != rejected[:-1]:
-        raise UserError(f"{where}: chosen and rejected disagree on the prompt; all turns but the last must agree.")
+        raise UserError(
+            f"{where}: chosen and rejected disagree on the prompt; all turns but the last must agree."
+        )
     prompt = chosen[:-1]
     if prompt and prompt[0][0] == "system":
         if len(prompt) < 2 or prompt[1][0] != "user":
@@ -173,18 +189,26 @@ def _parse(where: str, row: dict) -> Conversation:
         # Gemma has no system role: it is prefixed to the first user turn.
         prompt = [("user", f"{prompt[0][1].strip()}\n\n{prompt[1][1]}"), *prompt[2:]]
     if not prompt or prompt[-1][0] != "user" or any(role == "system" for role, _ in prompt):
-        raise UserError(f"{where}: the prompt must end with a user turn, a system message may only come first.")
-    return Conversation([(r, c.strip()) for r, c in prompt], chosen[-1][1].strip(), rejected[-1][1].strip())
+        raise UserError(
+            f"{where}: the prompt must end with a user turn, a system message may only come first."
+        )
+    return Conversation(
+        [(r, c.strip()) for r, c in prompt], chosen[-1][1].strip(), rejected[-1][1].strip()
+    )
 
 
 def _turns(where: str, column: str, turns: object) -> list[tuple[str, str]]:
     if not isinstance(turns, list):
-        raise UserError(f"{where}: `{column}` must be a list of {{role, content}}, or a string beside a `prompt`.")
+        raise UserError(
+            f"{where}: `{column}` must be a list of {{role, content}}, or a string beside a `prompt`."
+        )
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
             raise UserError(f"{where}: `{column}` holds a turn without text content.")
         if not isinstance(turn.get("role"), str) or turn["role"] not in ROLES:
-            raise UserError(f"{where}: unknown role {turn.get('role')!r}; one of {', '.join(ROLES)} was expected.")
+            raise UserError(
+                f"{where}: unknown role {turn.get('role')!r}; one of {', '.join(ROLES)} was expected."
+            )
     return [(ROLES[turn["role"]], turn["content"]) for turn in turns]
 
 
@@ -200,16 +224,23 @@ class _Encoder:
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        ids = {name: tokenizer.token_to_id(f"<{name}>") for name in ("bos", "eos", "start_of_turn", "end_of_turn")}
+        ids = {
+            name: tokenizer.token_to_id(f"<{name}>")
+            for name in ("bos", "eos", "start_of_turn", "end_of_turn")
+        }
         self.bos, self.eos, self.start, self.end = ids.values()
 
     def __call__(self, texts: list[str], progress: bool = False) -> dict[str, list[int]]:
         unique = list(dict.fromkeys(texts))
-        bar = tqdm(total=len(unique), desc="tokenising", unit="text", disable=not progress, leave=False)
+        bar = tqdm(
+            total=len(unique), desc="tokenising", unit="text", disable=not progress, leave=False
+        )
         found = {}
         for i in range(0, len(unique), 1000):
             part = unique[i : i + 1000]
-            for text, encoding in zip(part, self.tokenizer.encode_batch(part, add_special_tokens=False), strict=True):
+            for text, encoding in zip(
+                part, self.tokenizer.encode_batch(part, add_special_tokens=False), strict=True
+            ):
                 found[text] = encoding.ids
             bar.update(len(part))
         bar.close()
@@ -227,7 +258,9 @@ def prompt_ids(tokenizer: Tokenizer, turns: list[tuple[str, str]]) -> list[int]:
     """Token ids of a prompt of (role, content) turns, role "user" or "model": what Conversation.prompt becomes."""
     encoder = _Encoder(tokenizer)
     turns = [(role, content.strip()) for role, content in turns]
-    return encoder.prompt(turns, encoder(["\n", *(f"{role}\n{content}" for role, content in turns)]))
+    return encoder.prompt(
+        turns, encoder(["\n", *(f"{role}\n{content}" for role, content in turns)])
+    )
 
 
 def truncate(pair: Pair, max_length: int, max_prompt_length: int) -> Pair:
@@ -261,7 +294,9 @@ def load_pairs(
     limits that leave a response no token.
     """
     if not 0 < max_prompt_length < max_length:
-        raise UserError(f"--max-prompt-length {max_prompt_length}: must be from 1 to --max-length {max_length} - 1.")
+        raise UserError(
+            f"--max-prompt-length {max_prompt_length}: must be from 1 to --max-length {max_length} - 1."
+        )
     files, _ = data_files(source, split, revision)
     key = hashlib.sha256(repr((CACHE_FORMAT, split, on_bad_row, tokenizer.to_str())).encode())
     for file in files:
@@ -272,7 +307,10 @@ def load_pairs(
         stored = _tokenise(files, tokenizer, split, progress, on_bad_row)
         _write_cache(cache, stored)
     if stored["empty"] and progress:
-        print(f"{source}: {stored['empty']} responses are empty; their markup alone is scored.", file=sys.stderr)
+        print(
+            f"{source}: {stored['empty']} responses are empty; their markup alone is scored.",
+            file=sys.stderr,
+        )
     if len(bad := stored["bad"]) and progress:
         where = ", ".join(bad[:10].tolist()) + (", ..." if len(bad) > 10 else "")
         print(f"{source}: {len(bad)} malformed rows are left out: {where}.", file=sys.stderr)
@@ -348,7 +386,9 @@ def _write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
 @functools.lru_cache(maxsize=1)
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
     """Which pair comes when: a function of (seed, epoch) alone, whatever the number of processes."""
-    return np.random.default_rng((seed, epoch)).permutation(n).tolist() if shuffle else list(range(n))
+    return (
+        np.random.default_rng((seed, epoch)).permutation(n).tolist() if shuffle else list(range(n))
+    )
 
 
 def microbatches(pairs: list[Pair], tokens_per_microbatch: int) -> list[list[int]]:

@@ -50,7 +50,15 @@ import train
 from audit import choices, figures, report
 from audit.attribution import KINDS, Attribution, attribution
 from audit.choices import Choices, classes
-from audit.features import TINY_LABELS, Row, categories, described_run, explain, out_folder, write_table
+from audit.features import (
+    TINY_LABELS,
+    Row,
+    categories,
+    described_run,
+    explain,
+    out_folder,
+    write_table,
+)
 from data import Pair
 from fsrl import SteeredModel
 from labels import Labels, load_labels
@@ -60,47 +68,78 @@ from runtime.cli import flag
 from runtime.sources import UserError, publish
 
 MASKS_AT_ONCE = 8  # steered streams [T, d] alive together
-CONTROLS = ("category", "matched", "random")  # kinds of feature sets: a category itself, then its controls
+CONTROLS = (
+    "category",
+    "matched",
+    "random",
+)  # kinds of feature sets: a category itself, then its controls
 TOP = 30  # features in attribution_features.csv and .json
 
 
 @dataclass(frozen=True)
 class Settings:
     run: str | None = flag(None, "a folder that train.py wrote, an adapter folder, or its Hub id")
-    data: str | None = flag(None, "tiny, a parquet or jsonl file, a folder, a Hub id; unset: the run's evaluation data")
-    labels: tuple[str, ...] = flag((), "label files of the run's SAE; unset: those of tiny for tiny, else none")
-    assume_labels_match: bool = flag(False, "take label files that do not say so to be of the run's SAE")
-    keep: tuple[float, ...] = flag((0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10), "% of the dictionary kept, for topk")
+    data: str | None = flag(
+        None, "tiny, a parquet or jsonl file, a folder, a Hub id; unset: the run's evaluation data"
+    )
+    labels: tuple[str, ...] = flag(
+        (), "label files of the run's SAE; unset: those of tiny for tiny, else none"
+    )
+    assume_labels_match: bool = flag(
+        False, "take label files that do not say so to be of the run's SAE"
+    )
+    keep: tuple[float, ...] = flag(
+        (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10), "% of the dictionary kept, for topk"
+    )
     random_sets: int = flag(5, "random controls of each category")
     coefficients: tuple[float, ...] = flag((0.25, 0.5, 1, 2, 4, 8), "c of static steering")
-    top_features: tuple[int, ...] = flag((1, 4, 16, 64, 256), "m of static steering by the top mean features")
-    static_pairs: int = flag(1024, "training pairs behind static steering, the first ones; 0: none of it")
+    top_features: tuple[int, ...] = flag(
+        (1, 4, 16, 64, 256), "m of static steering by the top mean features"
+    )
+    static_pairs: int = flag(
+        1024, "training pairs behind static steering, the first ones; 0: none of it"
+    )
     rest: tuple[str, ...] = flag(("content", "chat"), "categories that choices counts as the rest")
-    steps: int = flag(32, "nodes of the attribution's integral, a forward and a backward pass each; 0: no attribution")
+    steps: int = flag(
+        32,
+        "nodes of the attribution's integral, a forward and a backward pass each; 0: no attribution",
+    )
     bootstrap: int = flag(1000, "resamples of the pairs behind each interval")
     seed: int = flag(0, "seed of the resamples and of the random controls")
     pairs: int | None = flag(None, "only so many pairs, the first ones")
-    tokens_per_microbatch: int = flag(8192, "tokens per forward pass, the memory knob; no effect on the result")
+    tokens_per_microbatch: int = flag(
+        8192, "tokens per forward pass, the memory knob; no effect on the result"
+    )
     model: str | None = flag(None, "where the base model is now; unset: where the run says")
     sae: str | None = flag(None, "where the SAE is now; unset: where the run says")
     sae_id: str | None = flag(None, "folder within --sae")
-    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag(
+        "auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16")
+    )
     device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
     out: str | None = flag(None, "where eval/ goes; unset: the folder of --run")
 
     def __post_init__(self):
         if self.run is None:
-            raise UserError("--run: a folder that train.py wrote, an adapter folder, or its Hub id was expected.")
+            raise UserError(
+                "--run: a folder that train.py wrote, an adapter folder, or its Hub id was expected."
+            )
         cli.at_least_one(self, "bootstrap", "pairs", "tokens_per_microbatch")
         for name in ("seed", "steps", "random_sets", "static_pairs"):
             if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative.")
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative."
+                )
         if self.seed >= 2**63:
             raise UserError(f"--seed {self.seed}: too large.")
         if not all(0 <= percent <= 100 for percent in self.keep):
             raise UserError("--keep: percentages from 0 to 100 were expected.")
-        if not all(math.isfinite(c) for c in self.coefficients) or not all(m >= 1 for m in self.top_features):
-            raise UserError("--coefficients and --top-features: finite numbers, and whole ones from 1, were expected.")
+        if not all(math.isfinite(c) for c in self.coefficients) or not all(
+            m >= 1 for m in self.top_features
+        ):
+            raise UserError(
+                "--coefficients and --top-features: finite numbers, and whole ones from 1, were expected."
+            )
 
 
 # --- losses under a change ----------------------------------------------------------------------------------
@@ -108,7 +147,10 @@ class Settings:
 
 @torch.inference_mode()
 def pair_losses(
-    policy: Policy, pairs: list[Pair], streams: Callable[[Tensor], Iterable[Tensor]], s: train.Settings
+    policy: Policy,
+    pairs: list[Pair],
+    streams: Callable[[Tensor], Iterable[Tensor]],
+    s: train.Settings,
 ) -> Tensor:
     """SimPO loss of every pair under every condition: float64 [conditions, P], on the CPU.
 
@@ -116,26 +158,36 @@ def pair_losses(
     below the adapter, which is computed once for all of them.
     """
     losses: list[Tensor] = [torch.empty(0)] * len(pairs)
-    with train.autocast(s), tqdm(total=len(pairs), desc="ablating", unit="pair", leave=False) as bar:
+    with (
+        train.autocast(s),
+        tqdm(total=len(pairs), desc="ablating", unit="pair", leave=False) as bar,
+    ):
         for micro in data.microbatches(pairs, s.tokens_per_microbatch):
             packed = data.pack_pairs([pairs[i] for i in micro]).to(s.device)
             plan = policy.base.plan(packed)
             x = policy.steered.residual(packed, plan)
-            scored = [train.preference(policy.base, policy.steered.above(y, plan), packed, s)[0] for y in streams(x)]
+            scored = [
+                train.preference(policy.base, policy.steered.above(y, plan), packed, s)[0]
+                for y in streams(x)
+            ]
             for i, column in zip(micro, torch.stack(scored, 1).cpu(), strict=True):
                 losses[i] = column
             bar.update(len(micro))
     return torch.stack(losses, 1)
 
 
-Change = Callable[[Tensor], Iterator[Tensor]]  # v [rows, F] -> what stands in its place, one a condition
+Change = Callable[
+    [Tensor], Iterator[Tensor]
+]  # v [rows, F] -> what stands in its place, one a condition
 
 
 def steer(steered: SteeredModel, x: Tensor, change: Change) -> list[Tensor]:
     """x [T, d] -> x' [T, d] of each condition of `change`, from one evaluation of the adapter."""
     parts = []
     for rows in steered.pieces(x):
-        parts.append([steered.add(rows, v) for v in change(steered.adapter(rows))])  # [rows, F] -> [rows, d]
+        parts.append(
+            [steered.add(rows, v) for v in change(steered.adapter(rows))]
+        )  # [rows, F] -> [rows, d]
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
@@ -160,7 +212,9 @@ def without(masks: Tensor) -> Change:
 def ablate(policy: Policy, pairs: list[Pair], masks: Tensor, s: train.Settings) -> Tensor:
     """Losses with each mask's features zeroed: bool [conditions, F] -> float64 [conditions, P]."""
     groups = masks.to(s.device).split(MASKS_AT_ONCE)
-    return pair_losses(policy, pairs, lambda x: chain(*(steer(policy.steered, x, without(g)) for g in groups)), s)
+    return pair_losses(
+        policy, pairs, lambda x: chain(*(steer(policy.steered, x, without(g)) for g in groups)), s
+    )
 
 
 class Means(NamedTuple):
@@ -179,17 +233,27 @@ def measure(policy: Policy, pairs: list[Pair], s: train.Settings) -> Means:
     sums = [torch.zeros(n, dtype=torch.float64, device=s.device) for n in (F, F)]
     sides = [torch.zeros(2, n, dtype=torch.float64, device=s.device) for n in (d, F)]
     positions, responses = 0.0, torch.zeros(2, dtype=torch.float64, device=s.device)
-    with train.autocast(s), tqdm(total=len(pairs), desc="measuring", unit="pair", leave=False) as bar:
+    with (
+        train.autocast(s),
+        tqdm(total=len(pairs), desc="measuring", unit="pair", leave=False) as bar,
+    ):
         for micro in data.microbatches(pairs, s.tokens_per_microbatch):
             packed = data.pack_pairs([pairs[i] for i in micro]).to(s.device)
             x = steered.residual(packed, policy.base.plan(packed))
             weight = (packed.copies * (packed.position > 0)).to(x.dtype)
-            side = torch.stack([packed.branch == 1, packed.branch == 2], 1).to(weight.dtype)  # [T, 2]
+            side = torch.stack([packed.branch == 1, packed.branch == 2], 1).to(
+                weight.dtype
+            )  # [T, 2]
             positions += weight.sum().item()
             responses += side.sum(0)
             for rows, w, on in zip(*(steered.pieces(t) for t in (x, weight, side)), strict=True):
-                v, f = steered.adapter(rows).to(x.dtype), steered.sae.encode(rows).to(x.dtype)  # [rows, F]
-                with torch.autocast(x.device.type, enabled=False):  # it would round the sums to bfloat16
+                v, f = (
+                    steered.adapter(rows).to(x.dtype),
+                    steered.sae.encode(rows).to(x.dtype),
+                )  # [rows, F]
+                with torch.autocast(
+                    x.device.type, enabled=False
+                ):  # it would round the sums to bfloat16
                     sums[0] += w @ (v != 0).to(w.dtype)
                     sums[1] += w @ v
                     sides[0] += on.T @ rows
@@ -212,7 +276,9 @@ def interval(values: Tensor, resamples: int, seed: int) -> tuple[Tensor, Tensor]
     for _ in range(resamples):
         times = torch.bincount(torch.randint(P, (P,), generator=g), minlength=P)
         drawn.append(values @ times.to(values.dtype) / P)
-    return tuple(torch.quantile(torch.stack(drawn), torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0))
+    return tuple(
+        torch.quantile(torch.stack(drawn), torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
+    )
 
 
 # --- controls -----------------------------------------------------------------------------------------------
@@ -254,7 +320,9 @@ class FeatureSet(NamedTuple):
     mask: np.ndarray  # bool [F]
 
 
-def feature_sets(tables: list[Labels], usage: np.ndarray, random_sets: int, seed: int) -> list[FeatureSet]:
+def feature_sets(
+    tables: list[Labels], usage: np.ndarray, random_sets: int, seed: int
+) -> list[FeatureSet]:
     """Every category that has features, each followed by its controls."""
     sets = []
     for table in tables:
@@ -277,11 +345,24 @@ def topk_rows(percents: list[float], features: int, losses: Tensor, s: Settings)
     mean = losses.mean(1)
     recovered = (mean[0] - mean) / (mean[0] - mean[-1])
     counts = [kept(percent, features) for percent in percents]
-    columns = zip(percents, counts, mean.tolist(), low.tolist(), high.tolist(), recovered.tolist(), strict=True)
-    return [dict(zip(("percent", "features", "loss", "low", "high", "recovered"), row, strict=True)) for row in columns]
+    columns = zip(
+        percents,
+        counts,
+        mean.tolist(),
+        low.tolist(),
+        high.tolist(),
+        recovered.tolist(),
+        strict=True,
+    )
+    return [
+        dict(zip(("percent", "features", "loss", "low", "high", "recovered"), row, strict=True))
+        for row in columns
+    ]
 
 
-def ablation_rows(sets: list[FeatureSet], losses: Tensor, policy_losses: Tensor, usage: np.ndarray, s: Settings):
+def ablation_rows(
+    sets: list[FeatureSet], losses: Tensor, policy_losses: Tensor, usage: np.ndarray, s: Settings
+):
     """A row a set. losses [sets, P], policy_losses [P]. delta: the loss without the set's features less the policy's.
     excess: the category's delta less that of this control.
     """
@@ -292,11 +373,22 @@ def ablation_rows(sets: list[FeatureSet], losses: Tensor, policy_losses: Tensor,
     rows = []
     for i, (table, category, name, mask) in enumerate(sets):
         used, delta = int((usage[mask] > 0).sum()), deltas[i].mean().item()
-        row = dict(labels=table.name, kind=table.kind, matched=table.matched, category=category, set=name)
+        row = dict(
+            labels=table.name, kind=table.kind, matched=table.matched, category=category, set=name
+        )
         row |= dict(features=int(mask.sum()), used=used, usage=float(usage[mask].sum()))
-        row |= dict(loss=losses[i].mean().item(), delta=delta, low=low[i].item(), high=high[i].item())
-        row |= dict(delta_per_feature=delta / mask.sum().item(), delta_per_used=delta / used if used else None)
-        excess = (of_category[i] - deltas[i]).mean().item(), excess_low[i].item(), excess_high[i].item()
+        row |= dict(
+            loss=losses[i].mean().item(), delta=delta, low=low[i].item(), high=high[i].item()
+        )
+        row |= dict(
+            delta_per_feature=delta / mask.sum().item(),
+            delta_per_used=delta / used if used else None,
+        )
+        excess = (
+            (of_category[i] - deltas[i]).mean().item(),
+            excess_low[i].item(),
+            excess_high[i].item(),
+        )
         excess = excess if name != "category" else (None, None, None)
         rows.append(row | dict(zip(("excess", "excess_low", "excess_high"), excess, strict=True)))
     return rows
@@ -322,9 +414,13 @@ def static_directions(means: Means, steered: SteeredModel, s: Settings) -> tuple
     return rows, torch.stack(vectors) if vectors else W_dec[:0]
 
 
-def static_rows(names: list[Row], losses: Tensor, base: Tensor, policy_losses: Tensor, s: Settings) -> list[Row]:
+def static_rows(
+    names: list[Row], losses: Tensor, base: Tensor, policy_losses: Tensor, s: Settings
+) -> list[Row]:
     """losses [conditions, P]; base and policy_losses [P]. delta: less the policy's loss, pair by pair."""
-    names = [dict(steering=name, coefficient=None, features=None) for name in ("base model", "policy")] + names
+    names = [
+        dict(steering=name, coefficient=None, features=None) for name in ("base model", "policy")
+    ] + names
     losses = torch.cat([torch.stack([base, policy_losses]), losses])
     low, high = interval(losses, s.bootstrap, s.seed)
     delta_low, delta_high = interval(losses - policy_losses, s.bootstrap, s.seed)
@@ -333,30 +429,53 @@ def static_rows(names: list[Row], losses: Tensor, base: Tensor, policy_losses: T
     for i, name in enumerate(names):
         row = name | dict(loss=losses[i].mean().item(), low=low[i].item(), high=high[i].item())
         row |= dict(delta=(losses[i] - policy_losses).mean().item(), delta_low=delta_low[i].item())
-        rows.append(row | dict(delta_high=delta_high[i].item(), recovered=((base - losses[i]).mean() / gain).item()))
+        rows.append(
+            row
+            | dict(
+                delta_high=delta_high[i].item(), recovered=((base - losses[i]).mean() / gain).item()
+            )
+        )
     return rows
 
 
-def attribution_rows(found: Attribution, tables: list[Labels], used: np.ndarray, s: Settings) -> list[Row]:
+def attribution_rows(
+    found: Attribution, tables: list[Labels], used: np.ndarray, s: Settings
+) -> list[Row]:
     """Shares by category and by position kind. low and high: of a category's whole share, over pairs.
 
     Categories of a file may overlap; "(none)" are the features that it puts in no category, "(all)" all of them.
     """
     every = np.ones(found.shares.shape[1], dtype=bool)
-    low, high = interval(torch.cat([(found.policy - found.base)[None], found.pair_category.T]), s.bootstrap, s.seed)
-    entries = [(dict(labels=None, kind=None, matched=None, category="(all)"), every, low[0].item(), high[0].item())]
+    low, high = interval(
+        torch.cat([(found.policy - found.base)[None], found.pair_category.T]), s.bootstrap, s.seed
+    )
+    entries = [
+        (
+            dict(labels=None, kind=None, matched=None, category="(all)"),
+            every,
+            low[0].item(),
+            high[0].item(),
+        )
+    ]
     for i, (table, category, mask) in enumerate(category_masks(tables), start=1):
         about = dict(labels=table.name, kind=table.kind, matched=table.matched, category=category)
         entries.append((about, mask, low[i].item(), high[i].item()))
     rows = []
     for about, mask, its_low, its_high in entries:
         by_kind = found.shares[:, torch.from_numpy(mask)].sum(1)
-        for where, share in (("(all)", by_kind.sum().item()), *zip(KINDS, by_kind.tolist(), strict=True)):
-            row = about | dict(where=where, features=int(mask.sum()), used=int(used[mask].sum()), share=share)
+        for where, share in (
+            ("(all)", by_kind.sum().item()),
+            *zip(KINDS, by_kind.tolist(), strict=True),
+        ):
+            row = about | dict(
+                where=where, features=int(mask.sum()), used=int(used[mask].sum()), share=share
+            )
             row |= dict(part_of_change=share / found.change if found.change else None)
             row |= dict(share_per_used=share / int(used[mask].sum()) if used[mask].any() else None)
             whole = where == "(all)"
-            rows.append(row | dict(low=its_low if whole else None, high=its_high if whole else None))
+            rows.append(
+                row | dict(low=its_low if whole else None, high=its_high if whole else None)
+            )
     return rows
 
 
@@ -367,8 +486,14 @@ def choice_rows(found: Choices, table: Labels, s: Settings) -> list[Row]:
     rows = []
     for c, name in enumerate(found.names):
         share = found.shares[:, c].mean().item()
-        row = dict(labels=table.name, kind=table.kind, matched=table.matched, tokens=name, share=share)
-        row |= dict(low=low[c].item(), high=high[c].item(), part_of_change=share / change if change else None)
+        row = dict(
+            labels=table.name, kind=table.kind, matched=table.matched, tokens=name, share=share
+        )
+        row |= dict(
+            low=low[c].item(),
+            high=high[c].item(),
+            part_of_change=share / change if change else None,
+        )
         rows.append(row | dict(p_value=p_values[c].item(), named=name == named))
     return rows
 
@@ -387,8 +512,15 @@ def category_masks(tables: list[Labels]) -> list[tuple[Labels, str, np.ndarray]]
 def feature_columns(found: Attribution, tables: list[Labels], means: Means) -> dict[str, object]:
     """attribution_features.parquet: a row a feature."""
     F = found.shares.shape[1]
-    columns = dict(feature=np.arange(F, dtype=np.int32), share=found.shares.sum(0).numpy(), error=found.error.numpy())
-    columns |= {f"share_{kind.replace(' ', '_')}": row.numpy() for kind, row in zip(KINDS, found.shares, strict=True)}
+    columns = dict(
+        feature=np.arange(F, dtype=np.int32),
+        share=found.shares.sum(0).numpy(),
+        error=found.error.numpy(),
+    )
+    columns |= {
+        f"share_{kind.replace(' ', '_')}": row.numpy()
+        for kind, row in zip(KINDS, found.shares, strict=True)
+    }
     columns |= dict(usage=means.usage.cpu().numpy(), mean_v=means.v.cpu().numpy())
     for table in tables:
         columns |= {f"{table.name}:{category}": mask for category, mask in table.categories.items()}
@@ -400,7 +532,10 @@ def top_rows(columns: dict, tables: list[Labels]) -> list[Row]:
     """The TOP features by |share|, with what the label files say of them."""
     rows = []
     for k in np.argsort(-np.abs(columns["share"]), kind="stable")[:TOP].tolist():
-        row = {name: columns[name][k].item() for name in ("feature", "share", "error", "usage", "mean_v")}
+        row = {
+            name: columns[name][k].item()
+            for name in ("feature", "share", "error", "usage", "mean_v")
+        }
         rows.append(row | dict(explanation=explain(tables, k), categories=categories(tables, k)))
     return rows
 
@@ -412,9 +547,14 @@ def main() -> None:
     s = cli.parse(Settings, doc=__doc__)
     out = out_folder(s)
     policy = open_policy(s.run, s.model, s.sae, s.sae_id, s.device, s.dtype)
-    steered, settings = policy.steered, replace(policy.settings, tokens_per_microbatch=s.tokens_per_microbatch)
+    steered, settings = (
+        policy.steered,
+        replace(policy.settings, tokens_per_microbatch=s.tokens_per_microbatch),
+    )
     if steered is None:
-        raise UserError(f"--run {s.run}: has no adapter; a model trained whole has no features to take away.")
+        raise UserError(
+            f"--run {s.run}: has no adapter; a model trained whole has no features to take away."
+        )
     paths = s.labels or (TINY_LABELS if settings.sae == "tiny" else ())
     tables = [load_labels(path, steered.sae, s.assume_labels_match) for path in paths]
     if len({table.name for table in tables}) < len(tables):
@@ -424,7 +564,9 @@ def main() -> None:
     about |= dict(beta=settings.beta, gamma_ratio=settings.gamma_ratio)
     directions = [], torch.zeros(0, steered.sae.d_model)
     if s.static_pairs:
-        recorded = (policy.folder / "config.json").is_file() or not s.data  # a bare adapter does not say
+        recorded = (
+            policy.folder / "config.json"
+        ).is_file() or not s.data  # a bare adapter does not say
         train_source = settings.data if recorded else s.data
         train_pairs, train_source = eval_pairs(policy, train_source, s.static_pairs, split="train")
         about |= dict(static_data=train_source, static_pairs=len(train_pairs))
@@ -434,19 +576,41 @@ def main() -> None:
     usage = means.usage.cpu().numpy()
     sets = feature_sets(tables, usage, s.random_sets, s.seed)
     percents = sorted({percent for percent in s.keep if 0 < percent < 100})
-    conditions = all_losses(policy, pairs, settings, [kept(p, len(usage)) for p in percents], sets, directions[1])
+    conditions = all_losses(
+        policy, pairs, settings, [kept(p, len(usage)) for p in percents], sets, directions[1]
+    )
     base, full = conditions.topk[0], conditions.topk[-1]
     plain = about | dict(labels=[])  # of tables that no label enters
-    outputs = [("topk", plain, topk_rows([0.0, *percents, 100.0], len(usage), conditions.topk, s), figures.topk)]
+    outputs = [
+        (
+            "topk",
+            plain,
+            topk_rows([0.0, *percents, 100.0], len(usage), conditions.topk, s),
+            figures.topk,
+        )
+    ]
     if sets:
         rows = ablation_rows(sets, conditions.ablation, full, usage, s)
         outputs.append(("ablation", about, rows, figures.ablation))
     if s.static_pairs:
-        outputs.append(("static", plain, static_rows(directions[0], conditions.static, base, full, s), figures.static))
+        outputs.append(
+            (
+                "static",
+                plain,
+                static_rows(directions[0], conditions.static, base, full, s),
+                figures.static,
+            )
+        )
     choice = []
     for table in tables:
-        if masks := {name: mask for name, mask in table.categories.items() if name not in s.rest and mask.any()}:
-            found = choices.choices(policy, pairs, settings, [classes(policy, pairs, settings, masks, table.kind)])
+        if masks := {
+            name: mask
+            for name, mask in table.categories.items()
+            if name not in s.rest and mask.any()
+        }:
+            found = choices.choices(
+                policy, pairs, settings, [classes(policy, pairs, settings, masks, table.kind)]
+            )
             choice += choice_rows(found[0], table, s)
     if choice:
         outputs.append(("choices", about | dict(rest=list(s.rest)), choice, figures.choices))
@@ -457,8 +621,17 @@ def main() -> None:
         found = attribution(policy, pairs, settings, s.steps, members)
         more = about | dict(steps=s.steps, change=found.change, residual=found.residual)
         columns = feature_columns(found, tables, means)
-        outputs.append(("attribution", more, attribution_rows(found, tables, usage > 0, s), figures.attribution))
-        outputs.append(("attribution_features", more, top_rows(columns, tables), figures.attribution_features))
+        outputs.append(
+            (
+                "attribution",
+                more,
+                attribution_rows(found, tables, usage > 0, s),
+                figures.attribution,
+            )
+        )
+        outputs.append(
+            ("attribution_features", more, top_rows(columns, tables), figures.attribution_features)
+        )
 
     with publish(out / "eval") as part, publish(out / "eval" / "masks") as masks:
         for feature_set in sets:
@@ -470,7 +643,9 @@ def main() -> None:
     print_summary(outputs)
     if (out / "report.html").is_file():
         report.write_report(out)
-    print(f"Written to {out / 'eval'}: {', '.join(name for name, *_ in outputs)} (csv, json, png), masks/")
+    print(
+        f"Written to {out / 'eval'}: {', '.join(name for name, *_ in outputs)} (csv, json, png), masks/"
+    )
 
 
 def kept(percent: float, features: int) -> int:
@@ -486,11 +661,17 @@ class Conditions(NamedTuple):
     static: Tensor  # a vector each
 
 
-def all_losses(policy, pairs, s: train.Settings, counts: list[int], sets: list[FeatureSet], vectors: Tensor):
+def all_losses(
+    policy, pairs, s: train.Settings, counts: list[int], sets: list[FeatureSet], vectors: Tensor
+):
     """counts: features kept at a position. vectors [conditions, d]: added at every position."""
     F = policy.steered.sae.d_sae
     distinct = sorted({*counts, F})
-    masks = torch.from_numpy(np.stack([x.mask for x in sets])) if sets else torch.zeros(0, F, dtype=torch.bool)
+    masks = (
+        torch.from_numpy(np.stack([x.mask for x in sets]))
+        if sets
+        else torch.zeros(0, F, dtype=torch.bool)
+    )
     groups = masks.to(s.device).split(MASKS_AT_ONCE) if sets else ()
 
     def streams(x: Tensor) -> Iterator[Tensor]:
@@ -515,21 +696,29 @@ def write_mask(folder: Path, feature_set: FeatureSet) -> None:
 def print_summary(outputs: list) -> None:
     tables = {name: (about, rows) for name, about, rows, _ in outputs}
     curve = tables["topk"][1]
-    print(f"\n{'SimPO loss':<34}{'base':>9} {'policy':>9}\n{'':34}{curve[0]['loss']:9.3f} {curve[-1]['loss']:9.3f}")
+    print(
+        f"\n{'SimPO loss':<34}{'base':>9} {'policy':>9}\n{'':34}{curve[0]['loss']:9.3f} {curve[-1]['loss']:9.3f}"
+    )
     if "choices" in tables:
         rows = tables["choices"][1]
         for name in dict.fromkeys(row["labels"] for row in rows):
             here = [row for row in rows if row["labels"] == name]
             shares = ", ".join(f"{row['tokens']} {row['part_of_change'] or 0:.0%}" for row in here)
             said = next((row["tokens"] for row in here if row["named"]), "no category")
-            print(f"\nThe policy's choices, by {name}, name: {said} (shares of the widened gap: {shares})")
+            print(
+                f"\nThe policy's choices, by {name}, name: {said} (shares of the widened gap: {shares})"
+            )
     if "ablation" in tables:
         print(f"\n{'loss added by zeroing':<34}{'itself':>9} {'matched':>9} {'random':>9}")
         rows = tables["ablation"][1]
         for name, category in dict.fromkeys((row["labels"], row["category"]) for row in rows):
             here = [row for row in rows if (row["labels"], row["category"]) == (name, category)]
-            by_kind = {kind: [r["delta"] for r in here if r["set"].startswith(kind)] for kind in CONTROLS}
-            shown = (f"{np.mean(deltas):9.3f}" if deltas else f"{'–':>9}" for deltas in by_kind.values())
+            by_kind = {
+                kind: [r["delta"] for r in here if r["set"].startswith(kind)] for kind in CONTROLS
+            }
+            shown = (
+                f"{np.mean(deltas):9.3f}" if deltas else f"{'–':>9}" for deltas in by_kind.values()
+            )
             print(f"{f'{name}: {category}':<34}{' '.join(shown)}")
     if "static" in tables:
         best = min(tables["static"][1][2:], key=lambda row: row["loss"], default=None)
@@ -537,7 +726,9 @@ def print_summary(outputs: list) -> None:
             print(f"\nBest static steering: {best['steering']}, loss {best['loss']:.3f}")
     if "attribution" in tables:
         about, rows = tables["attribution"]
-        print(f"\nAttribution: shares sum to the change of {about['change']:.4f}, residual {about['residual']:.2g}")
+        print(
+            f"\nAttribution: shares sum to the change of {about['change']:.4f}, residual {about['residual']:.2g}"
+        )
         for row in rows:
             if row["where"] == "(all)" and row["labels"]:
                 print(f"{row['labels'] + ': ' + row['category']:<34}{row['share']:9.3f}")

@@ -36,8 +36,12 @@ ADAPTER_FILES = (  # (config, weights): ours, and the authors'
     ("fsrl_adapter_config.json", "adapter_weights.safetensors"),
 )
 STEER_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 21}  # of v, computed at once ...
-STEER_ROWS = 256  # ... but so many positions at least: each piece adds to the whole weight gradient [F, d]
-INIT_RANGE = 1e-9  # of the weight, from the authors' configuration: training starts at the unsteered model
+STEER_ROWS = (
+    256  # ... but so many positions at least: each piece adds to the whole weight gradient [F, d]
+)
+INIT_RANGE = (
+    1e-9  # of the weight, from the authors' configuration: training starts at the unsteered model
+)
 ACTIVATIONS = ("relu", "jumprelu", "soft-threshold")
 PARAMETRISATIONS = ("direct", "log")  # of the thresholds
 BANDWIDTH = 0.05  # ε of the straight-through estimator; the paper's is 0.001, and its thresholds hardly learn
@@ -61,8 +65,14 @@ class Adapter(nn.Module):
     ):
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise UserError(f"--adapter {activation}: one of {', '.join(ACTIVATIONS)} was expected.")
-        self.activation, self.parametrisation, self.bandwidth = activation, parametrisation, bandwidth
+            raise UserError(
+                f"--adapter {activation}: one of {', '.join(ACTIVATIONS)} was expected."
+            )
+        self.activation, self.parametrisation, self.bandwidth = (
+            activation,
+            parametrisation,
+            bandwidth,
+        )
         self.identity = {}
         self.weight = nn.Parameter(torch.zeros(d_sae, d_model))
         self.bias = nn.Parameter(torch.zeros(d_sae))
@@ -87,7 +97,9 @@ class Adapter(nn.Module):
         value = threshold.log() if self.parametrisation == "log" else threshold
         if not (value.isfinite() & (threshold >= 0)).all():
             least = "positive" if self.parametrisation == "log" else "not negative"
-            raise UserError(f"The adapter's thresholds must be finite and {least} (--threshold-init, --init-adapter).")
+            raise UserError(
+                f"The adapter's thresholds must be finite and {least} (--threshold-init, --init-adapter)."
+            )
         self.raw_threshold.copy_(value)
 
     @torch.no_grad()
@@ -114,7 +126,11 @@ class Adapter(nn.Module):
             product = linear(x, self.weight) if few else F.linear(x, self.weight)
             z = product + self.bias
         else:
-            z = linear(x, self.weight).add_(self.bias) if few else F.linear(x, self.weight, self.bias)
+            z = (
+                linear(x, self.weight).add_(self.bias)
+                if few
+                else F.linear(x, self.weight, self.bias)
+            )
         l0 = None
         if self.activation == "relu":
             v = z.relu_()
@@ -142,7 +158,9 @@ class Adapter(nn.Module):
             weights["threshold"] = self.threshold
         weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
         save_file(weights, folder / "adapter.safetensors.part")
-        (folder / "adapter_config.json.part").write_text(json.dumps(own | identity, indent=2) + "\n")
+        (folder / "adapter_config.json.part").write_text(
+            json.dumps(own | identity, indent=2) + "\n"
+        )
         for name in ADAPTER_FILES[0]:
             os.replace(folder / f"{name}.part", folder / name)
 
@@ -155,7 +173,9 @@ class Adapter(nn.Module):
         Files hold the thresholds themselves (the authors' jumprelu: their logarithm); how they train on is said here.
         Raises UserError for anything missing or misshapen. Which SAE it belongs to is checked by SteeredModel.
         """
-        folder = fetch(source, "init-adapter", [name for names in ADAPTER_FILES for name in names]).path
+        folder = fetch(
+            source, "init-adapter", [name for names in ADAPTER_FILES for name in names]
+        ).path
         folder = folder / "adapter" if (folder / "adapter").is_dir() else folder  # of a run
         theirs = (folder / ADAPTER_FILES[1][0]).is_file()
         config_name, weights_name = ADAPTER_FILES[theirs]
@@ -163,19 +183,25 @@ class Adapter(nn.Module):
             identity = read_json(folder / config_name)
             weights = load_file(folder / weights_name)
         except (OSError, ValueError, SafetensorError) as e:
-            raise UserError(f"{folder}: not an adapter folder ({config_name} + {weights_name}: {e}).") from e
+            raise UserError(
+                f"{folder}: not an adapter folder ({config_name} + {weights_name}: {e})."
+            ) from e
         if not theirs and identity.get("format") != FORMAT:
             raise UserError(f"{folder / config_name}: its format is not {FORMAT}.")
         if theirs:
             weights, activation = _from_authors(weights, identity)
-            identity = dict(format="authors", activation=activation, sae_id=identity.get("base_sae_id"))
+            identity = dict(
+                format="authors", activation=activation, sae_id=identity.get("base_sae_id")
+            )
         activation = identity.get("activation", "relu")
         vectors = ("bias",) if activation == "relu" else ("bias", "threshold")
         shape = weights["weight"].shape if set(weights) == {"weight", *vectors} else ()
         if len(shape) != 2 or any(weights[name].shape != shape[:1] for name in vectors):
             found = {name: tuple(w.shape) for name, w in weights.items()}
             wanted = "weight [F, d], " + ", ".join(f"{name} [F]" for name in vectors)
-            raise UserError(f"{folder / weights_name}: holds {found}; a {activation} adapter has {wanted}.")
+            raise UserError(
+                f"{folder / weights_name}: holds {found}; a {activation} adapter has {wanted}."
+            )
         adapter = cls(shape[1], shape[0], activation, parametrisation, bandwidth)
         with torch.no_grad():
             adapter.weight.copy_(weights["weight"])
@@ -188,7 +214,9 @@ class Adapter(nn.Module):
 
 def _from_authors(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor], str]:
     """Their tensors under our names, and the activation, which earlier files say as use_jump_relu."""
-    named = config.get("activation_type") or ("jump_relu" if config.get("use_jump_relu") else "relu")
+    named = config.get("activation_type") or (
+        "jump_relu" if config.get("use_jump_relu") else "relu"
+    )
     activation = {"jump_relu": "jumprelu", "soft_threshold": "soft-threshold"}.get(named, named)
     weights = {name.removeprefix("adapter_linear."): w for name, w in weights.items()}
     if "log_threshold" in weights:
@@ -242,20 +270,35 @@ class SteeredModel(nn.Module):
         super().__init__()
         n, d = model.config.num_hidden_layers, model.config.hidden_size
         if not 0 <= layer < n:
-            raise UserError(f"--layer {layer}: {model.source or 'the model'} has blocks 0 to {n - 1}.")
-        named = re.match(r"layer_(\d+)/", sae.sae_id or "")  # GemmaScope ids say which block's output they read
+            raise UserError(
+                f"--layer {layer}: {model.source or 'the model'} has blocks 0 to {n - 1}."
+            )
+        named = re.match(
+            r"layer_(\d+)/", sae.sae_id or ""
+        )  # GemmaScope ids say which block's output they read
         if named and int(named[1]) != layer:
             raise UserError(f"--layer {layer}: the SAE {sae.sae_id} belongs to another layer.")
         if sae.d_model != d:
-            raise UserError(f"--sae {sae.source}: made for d_model {sae.d_model}, the model's is {d}.")
+            raise UserError(
+                f"--sae {sae.source}: made for d_model {sae.d_model}, the model's is {d}."
+            )
         if tuple(adapter.weight.shape) != (sae.d_sae, d):
             has = tuple(adapter.weight.shape)
-            raise UserError(f"--init-adapter: its weight has shape {has}, the SAE calls for {(sae.d_sae, d)}.")
-        own, its = adapter.identity, {"sae_sha256": sae.sha256, "sae_id": sae.sae_id, "layer": layer}
-        key = "sae_sha256" if own.get("sae_sha256") else "sae_id"  # the authors' format records only the id
+            raise UserError(
+                f"--init-adapter: its weight has shape {has}, the SAE calls for {(sae.d_sae, d)}."
+            )
+        own, its = (
+            adapter.identity,
+            {"sae_sha256": sae.sha256, "sae_id": sae.sae_id, "layer": layer},
+        )
+        key = (
+            "sae_sha256" if own.get("sae_sha256") else "sae_id"
+        )  # the authors' format records only the id
         for name in (key, "layer"):
             if own.get(name) is not None and its[name] is not None and own[name] != its[name]:
-                raise UserError(f"The adapter belongs to {name} {own[name]}; this run has {its[name]}.")
+                raise UserError(
+                    f"The adapter belongs to {name} {own[name]}; this run has {its[name]}."
+                )
         self.model, self.sae, self.adapter, self.layer = model, sae, adapter, layer
 
     @torch.no_grad()  # nothing trainable lies below the adapter
@@ -264,7 +307,11 @@ class SteeredModel(nn.Module):
         return self.model.blocks(self.model.embed(packed.tokens), plan, 0, self.layer + 1)
 
     def forward(
-        self, packed: Packed, x: Tensor | None = None, cache: Cache | None = None, change: Change | None = None
+        self,
+        packed: Packed,
+        x: Tensor | None = None,
+        cache: Cache | None = None,
+        change: Change | None = None,
     ) -> Steered:
         """x: the residual stream below the adapter, where it is known already (activations.py). cache: keys and values
         of earlier tokens, in generation. change: see steer.

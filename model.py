@@ -58,20 +58,32 @@ class Gemma2Config:
             if field.name == "layer_types" or (value is None and field.type == float | None):
                 continue
             if not isinstance(value, number) or isinstance(value, bool) or not 0 < value < math.inf:
-                raise UserError(f"config: {field.name} is {value!r}, a positive number was expected.")
+                raise UserError(
+                    f"config: {field.name} is {value!r}, a positive number was expected."
+                )
             if number is int and value > (1024 if field.name == "num_hidden_layers" else 1 << 24):
-                raise UserError(f"config: {field.name} is {value}, more than any Gemma-2 has; not loaded.")
+                raise UserError(
+                    f"config: {field.name} is {value}, more than any Gemma-2 has; not loaded."
+                )
         if self.head_dim % 2:
-            raise UserError(f"config: head_dim is {self.head_dim}; rotary embedding turns pairs of components.")
+            raise UserError(
+                f"config: head_dim is {self.head_dim}; rotary embedding turns pairs of components."
+            )
         # Attention and loss exponentiate capped scores as they are: exp(80) times any length still fits float32.
-        if any(cap and cap > 80 for cap in (self.attn_logit_softcapping, self.final_logit_softcapping)):
+        if any(
+            cap and cap > 80 for cap in (self.attn_logit_softcapping, self.final_logit_softcapping)
+        ):
             raise UserError("config: a softcap beyond 80; Gemma-2 has 50 and 30.")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError("config: num_attention_heads must be a multiple of num_key_value_heads.")
+            raise UserError(
+                "config: num_attention_heads must be a multiple of num_key_value_heads."
+            )
         types = self.layer_types or [(SLIDING, FULL)[i % 2] for i in range(self.num_hidden_layers)]
         object.__setattr__(self, "layer_types", tuple(types))
         if len(types) != self.num_hidden_layers or any(t not in (SLIDING, FULL) for t in types):
-            raise UserError(f"config: layer_types must name {self.num_hidden_layers} blocks as {SLIDING} or {FULL}.")
+            raise UserError(
+                f"config: layer_types must name {self.num_hidden_layers} blocks as {SLIDING} or {FULL}."
+            )
 
     @classmethod
     def from_json(cls, path: Path) -> "Gemma2Config":
@@ -92,9 +104,13 @@ class Gemma2Config:
         }
         for key, allowed in only.items():
             if not isinstance(raw.get(key), str | bool | None) or raw.get(key) not in allowed:
-                raise UserError(f"{path}: {key} is {raw.get(key)!r}; this forward knows only Gemma-2's.")
+                raise UserError(
+                    f"{path}: {key} is {raw.get(key)!r}; this forward knows only Gemma-2's."
+                )
         if rope_type != "default":
-            raise UserError(f"{path}: rope_type is {rope_type!r}; this forward knows only 'default'.")
+            raise UserError(
+                f"{path}: rope_type is {rope_type!r}; this forward knows only 'default'."
+            )
         known = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
         if "rope_theta" in rope:
             known["rope_theta"] = rope["rope_theta"]
@@ -128,15 +144,21 @@ _SHARED = dict(vocab_size=256_000, num_key_value_heads=8, head_dim=256, query_pr
 PUBLISHED = {  # google/gemma-2-{2b,9b,27b}[-it]
     "gemma-2-2b": Gemma2Config(
         **_SHARED | dict(num_key_value_heads=4),
-        **dict(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8),
+        **dict(
+            hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8
+        ),
     ),
     "gemma-2-9b": Gemma2Config(
         **_SHARED,
-        **dict(hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16),
+        **dict(
+            hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16
+        ),
     ),
     "gemma-2-27b": Gemma2Config(
         **_SHARED | dict(num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=144),
-        **dict(hidden_size=4608, intermediate_size=36864, num_hidden_layers=46, num_attention_heads=32),
+        **dict(
+            hidden_size=4608, intermediate_size=36864, num_hidden_layers=46, num_attention_heads=32
+        ),
     ),
 }
 
@@ -148,7 +170,9 @@ class Plan(NamedTuple):
     sin: Tensor  # float32 [T, 1, head_dim / 2]
     packed: Packed
     masks: dict[str, BlockMask]  # by layer type; empty where the plain attention is used
-    cache: Cache | None = None  # in generation: keys and values are kept, and a step attends to them
+    cache: Cache | None = (
+        None  # in generation: keys and values are kept, and a step attends to them
+    )
 
 
 class RMSNorm(nn.Module):
@@ -214,7 +238,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def plain_attention(q, k, v, packed: Packed, window: int | None, scale: float, softcap: float | None) -> Tensor:
+def plain_attention(
+    q, k, v, packed: Packed, window: int | None, scale: float, softcap: float | None
+) -> Tensor:
     """Softcapped attention over the tree, bucket by bucket: CPU and reference.
 
     q [T, H, hd], k and v [T, KV, hd] -> [T, H, hd]. A query sees keys of its own prompt and continuation at
@@ -240,7 +266,9 @@ class _PlainAttention(torch.autograd.Function):
         for bucket in buckets:
             qb, kb, vb = _gather(q, bucket.queries, k.shape[1]), _keys(k, bucket), _keys(v, bucket)
             t = (qb * (scale / (softcap or 1.0))) @ kb.mT  # [S, KV, G Lq, Lk]
-            hidden = ~_visible(bucket, window).repeat(1, q.shape[1] // k.shape[1], 1)[:, None]  # [S, 1, G Lq, Lk]
+            hidden = ~_visible(bucket, window).repeat(1, q.shape[1] // k.shape[1], 1)[
+                :, None
+            ]  # [S, 1, G Lq, Lk]
             if softcap:
                 t.tanh_()
                 e = (t * softcap if keep else t.mul_(softcap)).exp_().masked_fill_(hidden, 0)
@@ -249,7 +277,9 @@ class _PlainAttention(torch.autograd.Function):
                 e = t.sub_(t.amax(-1, keepdim=True)).exp_()
             n = e.sum(-1, keepdim=True, dtype=torch.promote_types(e.dtype, torch.float32))
             o = (e @ vb).div_(n)
-            out[bucket.queries] = _ungather(o, bucket.queries)  # padding repeats a query and its output
+            out[bucket.queries] = _ungather(
+                o, bucket.queries
+            )  # padding repeats a query and its output
             if keep:
                 kept += [e, n] + ([t.square_()] if softcap else [])
         if keep:
@@ -265,14 +295,18 @@ class _PlainAttention(torch.autograd.Function):
             e, n = next(kept), next(kept)
             KV = k.shape[1]
             qb, kb, vb = _gather(q, bucket.queries, KV), _keys(k, bucket), _keys(v, bucket)
-            real = bucket.real.repeat(1, q.shape[1] // KV)[:, None, :, None]  # a repeated query counts once
+            real = bucket.real.repeat(1, q.shape[1] // KV)[
+                :, None, :, None
+            ]  # a repeated query counts once
             delta = (_gather(grad, bucket.queries, KV) * (real / n)).to(q.dtype)
             dS = delta @ vb.mT
             dS.sub_((delta * _gather(out, bucket.queries, KV)).sum(-1, keepdim=True)).mul_(e)
             if ctx.softcap:
                 dS.addcmul_(dS, next(kept), value=-1)  # times 1 - tanh²
             queries, keys = bucket.queries.flatten(), bucket.keys.flatten()
-            dq.index_add_(0, queries, _ungather((dS @ kb).mul_(ctx.scale), bucket.queries).flatten(0, 1))
+            dq.index_add_(
+                0, queries, _ungather((dS @ kb).mul_(ctx.scale), bucket.queries).flatten(0, 1)
+            )
             dk.index_add_(0, keys, (dS.mT @ qb).mul_(ctx.scale).transpose(1, 2).flatten(0, 1))
             dv.index_add_(0, keys, (e.mT @ delta).transpose(1, 2).flatten(0, 1))
         return dq, dk, dv, None, None, None, None
@@ -281,7 +315,12 @@ class _PlainAttention(torch.autograd.Function):
 def _gather(x: Tensor, queries: Tensor, KV: int) -> Tensor:
     """[T, H, hd] at queries [S, Lq] -> [S, KV, G Lq, hd]: the G query heads that share a key head stand together."""
     (S, Lq), (_, H, hd) = queries.shape, x.shape
-    return x[queries].view(S, Lq, KV, H // KV, hd).permute(0, 2, 3, 1, 4).reshape(S, KV, H // KV * Lq, hd)
+    return (
+        x[queries]
+        .view(S, Lq, KV, H // KV, hd)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(S, KV, H // KV * Lq, hd)
+    )
 
 
 def _ungather(x: Tensor, queries: Tensor) -> Tensor:
@@ -305,7 +344,11 @@ def tree_mask(packed: Packed, window: int | None):
     tree, branch, position = packed.tree, packed.branch, packed.position
 
     def visible(b, h, q, k):
-        ok = (tree[q] == tree[k]) & ((branch[k] == 0) | (branch[k] == branch[q])) & (position[q] >= position[k])
+        ok = (
+            (tree[q] == tree[k])
+            & ((branch[k] == 0) | (branch[k] == branch[q]))
+            & (position[q] >= position[k])
+        )
         return ok if window is None else ok & (position[q] - position[k] < window)
 
     return visible
@@ -319,7 +362,11 @@ def flexible_attention(q, k, v, mask: BlockMask, scale: float, softcap: float | 
 
     options = _tiles(q.device, q.dtype) if q.is_cuda else None
     # Fused by itself, where it is not within a fused block.
-    kernel = _compiled().flex_attention if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    kernel = (
+        _compiled().flex_attention
+        if q.is_cuda and not torch.compiler.is_compiling()
+        else flex_attention
+    )
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [T, H, hd] -> [1, H, T, hd]
     how = dict(score_mod=cap if softcap else None, block_mask=mask, scale=scale, enable_gqa=True)
     return kernel(q, k, v, **how, kernel_options=options)[0].transpose(0, 1)
@@ -346,9 +393,16 @@ class Attention(nn.Module):
         super().__init__()
         c, layer_type = config, config.layer_types[block]
         self.block = block
-        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.heads, self.kv_heads, self.head_dim = (
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+        )
         self.scale, self.softcap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
-        self.layer_type, self.window = layer_type, c.sliding_window if layer_type == SLIDING else None
+        self.layer_type, self.window = (
+            layer_type,
+            c.sliding_window if layer_type == SLIDING else None,
+        )
         self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
         self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
@@ -386,7 +440,7 @@ class MLP(nn.Module):
 class _GeGLU(torch.autograd.Function):
     """gelu(a) b, keeping a and b alone, of the widest tensors in a block: gelu(a) is made again in the backward.
 
-        da = gelu'(a) b dy,   db = gelu(a) dy
+    da = gelu'(a) b dy,   db = gelu(a) dy
     """
 
     @staticmethod
@@ -398,7 +452,9 @@ class _GeGLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         a, b = ctx.saved_tensors
-        return torch.ops.aten.gelu_backward(grad * b, a, approximate="tanh"), F.gelu(a, approximate="tanh").mul_(grad)
+        return torch.ops.aten.gelu_backward(grad * b, a, approximate="tanh"), F.gelu(
+            a, approximate="tanh"
+        ).mul_(grad)
 
 
 class Block(nn.Module):
@@ -434,7 +490,10 @@ class Gemma2(nn.Module):
     def __init__(self, config: Gemma2Config):
         super().__init__()
         self.config = config
-        self.source, self.revision = None, None  # where the weights came from, set by from_pretrained
+        self.source, self.revision = (
+            None,
+            None,
+        )  # where the weights came from, set by from_pretrained
         self.folder = None  # Path of the loaded checkpoint, for its tokenizer
         self.recompute = False  # activation checkpointing: a block keeps only its input and runs again in the backward
         self.model = Body(config)
@@ -456,7 +515,9 @@ class Gemma2(nn.Module):
         about to take: a stream of prompts, or a decoding.Newest.
         """
         c, device = self.config, packed.tokens.device
-        frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim)
+        frequency = c.rope_theta ** -(
+            torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim
+        )
         angle = packed.position[:, None, None] * frequency  # [T, 1, hd / 2]
         # Angles in float32 always; float64 weights (tests) take the cosines of those same angles.
         dtype = torch.promote_types(self.model.norm.weight.dtype, torch.float32)
@@ -474,14 +535,20 @@ class Gemma2(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [T] -> residual stream [T, d]. The scale sqrt(d) is rounded to the weights' dtype, as Gemma's is."""
         weight = self.model.embed_tokens.weight
-        scale = torch.tensor(math.sqrt(self.config.hidden_size), dtype=weight.dtype).item()  # on the CPU: no GPU waits
+        scale = torch.tensor(
+            math.sqrt(self.config.hidden_size), dtype=weight.dtype
+        ).item()  # on the CPU: no GPU waits
         x = self.model.embed_tokens(tokens) * scale
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def blocks(self, x: Tensor, plan: Plan, start: int = 0, stop: int | None = None) -> Tensor:
         """Run blocks start..stop-1 on the residual stream [T, d]."""
         for block in self.model.layers[start:stop]:
-            x = checkpoint(block, x, plan, use_reentrant=False) if self.recompute else block(x, plan)
+            x = (
+                checkpoint(block, x, plan, use_reentrant=False)
+                if self.recompute
+                else block(x, plan)
+            )
         return x
 
     def final_norm(self, x: Tensor) -> Tensor:
@@ -512,14 +579,23 @@ class Gemma2(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, source: str, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None
+        cls,
+        source: str,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        revision: str | None = None,
     ) -> "Gemma2":
         """Load an HF folder or Hub repository: config.json and safetensors, sharded or single, strictly.
 
         The weights come frozen (requires_grad False). Raises UserError naming the file for a missing or
         truncated shard, and the tensor for a wrong name or shape.
         """
-        patterns = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*.json"]
+        patterns = [
+            "config.json",
+            "*.safetensors",
+            "model.safetensors.index.json",
+            "tokenizer*.json",
+        ]
         folder, commit = fetch(source, "model", patterns, revision)
         config = Gemma2Config.from_json(folder / "config.json")
         with torch.device("meta"):
@@ -527,15 +603,23 @@ class Gemma2(nn.Module):
         state = {}
         for shard in _shards(folder):
             state.update(_read(shard, dtype, device))
-        head = state.pop("lm_head.weight", None)  # tied: published checkpoints leave it out, some others repeat it
-        if head is not None and not torch.equal(head, state.get("model.embed_tokens.weight", head[:0])):
-            raise UserError(f"{folder}: lm_head.weight differs from the embedding; Gemma-2 ties the two.")
+        head = state.pop(
+            "lm_head.weight", None
+        )  # tied: published checkpoints leave it out, some others repeat it
+        if head is not None and not torch.equal(
+            head, state.get("model.embed_tokens.weight", head[:0])
+        ):
+            raise UserError(
+                f"{folder}: lm_head.weight differs from the embedding; Gemma-2 ties the two."
+            )
         expected = model.state_dict()
         for name in sorted(expected.keys() | state.keys()):
             ours = tuple(expected[name].shape) if name in expected else "nothing"
             theirs = tuple(state[name].shape) if name in state else "nothing"
             if ours != theirs:
-                raise UserError(f"{folder}: tensor {name}: config.json calls for {ours}, the weights hold {theirs}.")
+                raise UserError(
+                    f"{folder}: tensor {name}: config.json calls for {ours}, the weights hold {theirs}."
+                )
         model.load_state_dict(state, strict=True, assign=True)
         model.source, model.revision, model.folder = str(source), commit, folder
         return model.requires_grad_(False)
@@ -594,11 +678,19 @@ def _compiled() -> Compiled:
     One graph each for a window or none, with gradients or without, under autocast or not; lengths become symbolic the
     second time they differ. Past the limit torch would quietly go back to the unfused form, so it is told to fail.
     """
-    torch.compiler.assume_constant_result(_shared_memory)  # it asks what torch.compile cannot look into
+    torch.compiler.assume_constant_result(
+        _shared_memory
+    )  # it asks what torch.compile cannot look into
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
-    def block_mask(visible, T: int, device: torch.device) -> BlockMask:  # its block size is no symbol, as T is
+    def block_mask(
+        visible, T: int, device: torch.device
+    ) -> BlockMask:  # its block size is no symbol, as T is
         return create_block_mask(visible, None, None, T, T, device=device)
 
-    return Compiled(torch.compile(flex_attention), torch.compile(block_mask, dynamic=True), torch.compile(Block.run))
+    return Compiled(
+        torch.compile(flex_attention),
+        torch.compile(block_mask, dynamic=True),
+        torch.compile(Block.run),
+    )

@@ -18,7 +18,9 @@ NEVER = 1 << 30  # a key position no query reaches: marks padding inside a bucke
 TILE = 128  # queries that share their keys: a longer tile scores more keys that causality hides
 SCORES = 1 << 18  # of a bucket, per head: what keeps its products in the processor's cache
 
-Tree = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt's token ids, and those of its continuations
+Tree = tuple[
+    Sequence[int], Sequence[Sequence[int]]
+]  # a prompt's token ids, and those of its continuations
 
 
 class Bucket(NamedTuple):
@@ -106,7 +108,10 @@ def _buckets(stretches: list[tuple[int, int, int, int]], position: Tensor) -> tu
     tiles.sort(key=lambda t: (t[1] + t[3] + t[4], t[1]))
     groups, lq, area = [], 0, 0
     for tile in tiles:
-        n, k = tile[1], tile[1] + tile[3] + tile[4]  # k only grows: the newest tile has the most keys
+        n, k = (
+            tile[1],
+            tile[1] + tile[3] + tile[4],
+        )  # k only grows: the newest tile has the most keys
         if groups:
             padded = (len(groups[-1]) + 1) * max(lq, n) * k
             # A third of padding, or 32k scores a head, is cheaper than another round of small products.

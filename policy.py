@@ -22,7 +22,9 @@ class Policy(NamedTuple):
     base: Gemma2  # the frozen model; of a full fine-tuning run, the trained one
     steered: SteeredModel | None  # None for a base model alone and for a full fine-tuning run
     tokenizer: Tokenizer
-    settings: train.Settings  # those of the run, with the device and dtype in use; defaults for a bare adapter folder
+    settings: (
+        train.Settings
+    )  # those of the run, with the device and dtype in use; defaults for a bare adapter folder
     name: str  # what was opened, for titles
     folder: Path | None  # the run's, where its evaluations go; None for a base model alone
 
@@ -47,12 +49,16 @@ def open_policy(
     """
     if run is None:
         named = train.PRESETS.get(model, {}) | (dict(model=model) if model else {})
-        s = train.resolve_device(train.Settings(**named, model_revision=model_revision, device=device, dtype=dtype))
+        s = train.resolve_device(
+            train.Settings(**named, model_revision=model_revision, device=device, dtype=dtype)
+        )
         base = Gemma2.from_pretrained(s.model, getattr(torch, s.dtype), s.device, s.model_revision)
         return Policy(base, None, data.load_tokenizer(base.folder), s, s.model, None)
 
     names = [name for files in ADAPTER_FILES for name in files]
-    folder = fetch(run, "run", ["config.json", *names, *(f"adapter/{n}" for n in names), "model/*"]).path
+    folder = fetch(
+        run, "run", ["config.json", *names, *(f"adapter/{n}" for n in names), "model/*"]
+    ).path
     recorded = _recorded_settings(folder / "config.json")
     here = dict(device=device, dtype=dtype)
     if (folder / "model" / "config.json").is_file():
@@ -60,14 +66,28 @@ def open_policy(
         base = Gemma2.from_pretrained(str(folder / "model"), getattr(torch, s.dtype), s.device)
         return Policy(base, None, data.load_tokenizer(base.folder), s, str(run), folder)
 
-    if (folder / "metrics.jsonl").is_file() and not (folder / "adapter" / ADAPTER_FILES[0][0]).is_file():
+    if (folder / "metrics.jsonl").is_file() and not (
+        folder / "adapter" / ADAPTER_FILES[0][0]
+    ).is_file():
         raise UserError(f"--run {run}: has not finished; train.py goes on with it by --resume.")
     adapter = Adapter.from_pretrained(folder)
     own = adapter.identity
-    named = re.match(r"layer_(\d+)/", own.get("sae_id") or "")  # the authors' files state the layer only so
-    layer = own.get("layer") if own.get("layer") is not None else int(named[1]) if named else recorded.layer
-    where = dict(model=own.get("base_model"), model_revision=own.get("base_model_revision"), layer=layer)
-    where |= dict(sae=own.get("sae"), sae_id=own.get("sae_id"), sae_revision=own.get("sae_revision"))
+    named = re.match(
+        r"layer_(\d+)/", own.get("sae_id") or ""
+    )  # the authors' files state the layer only so
+    layer = (
+        own.get("layer")
+        if own.get("layer") is not None
+        else int(named[1])
+        if named
+        else recorded.layer
+    )
+    where = dict(
+        model=own.get("base_model"), model_revision=own.get("base_model_revision"), layer=layer
+    )
+    where |= dict(
+        sae=own.get("sae"), sae_id=own.get("sae_id"), sae_revision=own.get("sae_revision")
+    )
     where = {name: value for name, value in where.items() if value is not None}
     where |= dict(model=model, model_revision=None) if model else {}
     where |= dict(sae=sae, sae_id=sae_id, sae_revision=None) if sae else {}
@@ -117,6 +137,8 @@ def _recorded_settings(path: Path) -> train.Settings:
         if "settings" not in recorded:  # an adapter's or a model's own config.json
             return train.Settings()
         known = {field.name for field in dataclasses.fields(train.Settings)}
-        return train.Settings(**{name: value for name, value in recorded["settings"].items() if name in known})
+        return train.Settings(
+            **{name: value for name, value in recorded["settings"].items() if name in known}
+        )
     except (OSError, ValueError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not the config.json of a run ({e!r}).") from e

@@ -1,7 +1,7 @@
 """JumpReLU sparse autoencoder, from GemmaScope's params.npz or SAELens's folder.
 
-    f = JumpReLU_θ(x W_enc + b_enc),  JumpReLU_θ(z) = z · 1[z > θ]      x [T, d] -> f [T, F]
-    x̂ = f W_dec + b_dec                                                 f [T, F] -> x̂ [T, d]
+f = JumpReLU_θ(x W_enc + b_enc),  JumpReLU_θ(z) = z · 1[z > θ]      x [T, d] -> f [T, F]
+x̂ = f W_dec + b_dec                                                 f [T, F] -> x̂ [T, d]
 """
 
 import math
@@ -26,15 +26,25 @@ ZIPFILE_RAISES = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, Ov
 class JumpReLUSAE(nn.Module):
     """Frozen. W_enc [d, F], W_dec [F, d], b_enc [F], b_dec [d], threshold [F]."""
 
-    def __init__(self, arrays: dict[str, Tensor], source: str = "", sae_id: str | None = None, digest: str = ""):
+    def __init__(
+        self,
+        arrays: dict[str, Tensor],
+        source: str = "",
+        sae_id: str | None = None,
+        digest: str = "",
+    ):
         super().__init__()
         if arrays["W_enc"].ndim != 2:
-            raise UserError(f"{source}: W_enc has shape {tuple(arrays['W_enc'].shape)}, (d, F) was expected.")
+            raise UserError(
+                f"{source}: W_enc has shape {tuple(arrays['W_enc'].shape)}, (d, F) was expected."
+            )
         d, F = arrays["W_enc"].shape
         shapes = {"W_enc": (d, F), "W_dec": (F, d), "b_enc": (F,), "b_dec": (d,), "threshold": (F,)}
         for name, shape in shapes.items():
             if tuple(arrays[name].shape) != shape:
-                raise UserError(f"{source}: {name} has shape {tuple(arrays[name].shape)}, {shape} was expected.")
+                raise UserError(
+                    f"{source}: {name} has shape {tuple(arrays[name].shape)}, {shape} was expected."
+                )
             self.register_buffer(name, arrays[name])
         self.source, self.sae_id, self.sha256 = source, sae_id, digest
         self.revision = None  # commit of a Hub download, set by from_pretrained
@@ -85,8 +95,13 @@ class JumpReLUSAE(nn.Module):
             file, arrays = folder / "sae_weights.safetensors", read_saelens(folder)
         else:
             named = f"--sae-id {sae_id}" if sae_id else "the folder"
-            raise UserError(f"--sae {source}: {named} holds neither params.npz nor cfg.json + sae_weights.safetensors.")
-        arrays = {name: torch.as_tensor(array).to(device=device, dtype=dtype) for name, array in arrays.items()}
+            raise UserError(
+                f"--sae {source}: {named} holds neither params.npz nor cfg.json + sae_weights.safetensors."
+            )
+        arrays = {
+            name: torch.as_tensor(array).to(device=device, dtype=dtype)
+            for name, array in arrays.items()
+        }
         sae = cls(arrays, str(source), sae_id, sha256(file))
         sae.revision = commit
         return sae
@@ -109,21 +124,31 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             for name in ARRAYS:
                 with archive.open(members[name]) as f:
                     version = np.lib.format.read_magic(f)
-                    header = {(1, 0): "read_array_header_1_0", (2, 0): "read_array_header_2_0"}.get(version)
+                    header = {(1, 0): "read_array_header_1_0", (2, 0): "read_array_header_2_0"}.get(
+                        version
+                    )
                     if header is None:
-                        raise UserError(f"{path}: {name} has npy version {version}, (1, 0) or (2, 0) was expected.")
+                        raise UserError(
+                            f"{path}: {name} has npy version {version}, (1, 0) or (2, 0) was expected."
+                        )
                     shape, _, dtype = getattr(np.lib.format, header)(f)
                 if dtype.hasobject or dtype.kind != "f":
-                    raise UserError(f"{path}: {name} is of type {dtype}, floating point was expected; not loaded.")
+                    raise UserError(
+                        f"{path}: {name} is of type {dtype}, floating point was expected; not loaded."
+                    )
                 if min(shape, default=0) < 0:
                     raise UserError(f"{path}: {name} claims the shape {shape}; not loaded.")
                 unpacked += math.prod(shape) * dtype.itemsize
             if unpacked > 20 * path.stat().st_size + 65_536:
-                raise UserError(f"{path}: would unpack to {unpacked:,} bytes, over 20 times its size; not loaded.")
+                raise UserError(
+                    f"{path}: would unpack to {unpacked:,} bytes, over 20 times its size; not loaded."
+                )
             arrays = {}
             for name in ARRAYS:
                 with archive.open(members[name]) as f:
-                    arrays[name] = np.lib.format.read_array(f, allow_pickle=False).astype(np.float32, copy=False)
+                    arrays[name] = np.lib.format.read_array(f, allow_pickle=False).astype(
+                        np.float32, copy=False
+                    )
             return arrays
     except (OSError, ValueError, EOFError, KeyError, *ZIPFILE_RAISES) as e:
         why = str(e)[:200]  # zipfile quotes names, which may be anything
@@ -139,13 +164,19 @@ def read_saelens(folder: Path) -> dict[str, Tensor]:
     try:
         cfg = read_json(folder / "cfg.json")
         if cfg.get("architecture") != "jumprelu":
-            raise UserError(f"{folder}/cfg.json: architecture is {cfg.get('architecture')!r}, jumprelu was expected.")
+            raise UserError(
+                f"{folder}/cfg.json: architecture is {cfg.get('architecture')!r}, jumprelu was expected."
+            )
         for key in ("normalize_activations", "reshape_activations"):
             if cfg.get(key, "none") != "none":
-                raise UserError(f"{folder}/cfg.json: {key} is {cfg[key]!r}, only 'none' is supported.")
+                raise UserError(
+                    f"{folder}/cfg.json: {key} is {cfg[key]!r}, only 'none' is supported."
+                )
         with safe_open(path, framework="pt", device="cpu") as f:
             arrays = {name: f.get_tensor(name) for name in ARRAYS}
-        if cfg.get("apply_b_dec_to_input", True):  # SAELens's default: (x - b_dec) W_enc; fold it into b_enc
+        if cfg.get(
+            "apply_b_dec_to_input", True
+        ):  # SAELens's default: (x - b_dec) W_enc; fold it into b_enc
             arrays["b_enc"] = arrays["b_enc"] - arrays["b_dec"] @ arrays["W_enc"]
         return arrays
     except (OSError, ValueError, SafetensorError) as e:
@@ -168,8 +199,14 @@ def default_id(repo: str, layer: int, revision: str | None = None) -> str | None
     """
     local = Path(repo).expanduser()
     if repo == "tiny" or local.exists():
-        folders = [] if repo == "tiny" else [p.parent for p in local.glob(f"layer_{layer}/*/average_l0_*/params.npz")]
-        by_l0 = {folder: int(m[1]) for folder in folders if (m := re.search(r"_(\d+)$", folder.name))}
+        folders = (
+            []
+            if repo == "tiny"
+            else [p.parent for p in local.glob(f"layer_{layer}/*/average_l0_*/params.npz")]
+        )
+        by_l0 = {
+            folder: int(m[1]) for folder in folders if (m := re.search(r"_(\d+)$", folder.name))
+        }
         return min(by_l0, key=by_l0.get).relative_to(local).as_posix() if by_l0 else None
     if repo == PAPER_REPO and layer in PAPER_L0:  # spares a question to the Hub
         return f"layer_{layer}/width_65k/average_l0_{PAPER_L0[layer]}"
@@ -181,5 +218,7 @@ def lowest_l0_id(repo: str, layer: int, width: str = "65k", revision: str | None
     pattern = re.compile(rf"layer_{layer}/width_{width}/average_l0_(\d+)/params\.npz")
     found = [m for m in map(pattern.fullmatch, list_files(repo, "sae", revision)) if m]
     if not found:
-        raise UserError(f"--layer {layer}: {repo} holds no layer_{layer}/width_{width}; give --sae-id.")
+        raise UserError(
+            f"--layer {layer}: {repo} holds no layer_{layer}/width_{width}; give --sae-id."
+        )
     return str(Path(min(found, key=lambda m: int(m[1]))[0]).parent)

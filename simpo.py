@@ -1,8 +1,8 @@
 """SimPO on log-probabilities, and the log-probabilities themselves without the full logits tensor.
 
-    ℓ(y) = (1/|y|) Σ_t log π(y_t | p, y_<t)                      mean over the response's tokens
-    L    = -log σ( β (ℓ(w) - ℓ(l) - ρ) ),  ρ = γ/β               SimPO, arXiv 2405.14734
-    total = mean over pairs of L + α · mean over positions of ‖v‖₁            FSRL, arXiv 2509.12934
+ℓ(y) = (1/|y|) Σ_t log π(y_t | p, y_<t)                      mean over the response's tokens
+L    = -log σ( β (ℓ(w) - ℓ(l) - ρ) ),  ρ = γ/β               SimPO, arXiv 2405.14734
+total = mean over pairs of L + α · mean over positions of ‖v‖₁            FSRL, arXiv 2509.12934
 """
 
 import functools
@@ -30,18 +30,24 @@ def token_logps(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float |
 
 class TokenScores(NamedTuple):
     logp: Tensor  # float32 [N], as token_logps
-    greedy: Tensor  # bool [N], no other token is likelier: greedy decoding would have taken this one
+    greedy: (
+        Tensor  # bool [N], no other token is likelier: greedy decoding would have taken this one
+    )
 
 
 @torch.no_grad()
-def token_scores(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> TokenScores:
+def token_scores(
+    hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None
+) -> TokenScores:
     """token_logps for evaluation, which also says whether each target is the likeliest token at its place."""
     logps = torch.empty(len(hidden), dtype=_precise(hidden.dtype), device=hidden.device)
     greedy = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
     with _products(weight) as weight:
         spare = _spare(hidden, weight)
         for rows in _chunks(hidden, weight):
-            logps[rows], greedy[rows], _ = _chunk(hidden[rows], weight, target[rows], softcap, spare, want_greedy=True)
+            logps[rows], greedy[rows], _ = _chunk(
+                hidden[rows], weight, target[rows], softcap, spare, want_greedy=True
+            )
     return TokenScores(logps, greedy)
 
 
@@ -66,7 +72,9 @@ class _TokenLogps(torch.autograd.Function):
         with _products(weight) as weight:
             spare, wanted = _spare(hidden, weight), weight.dtype if keep_gradient else None
             for rows in _chunks(hidden, weight):
-                logps[rows], _, dlogits = _chunk(hidden[rows], weight, target[rows], softcap, spare, wanted)
+                logps[rows], _, dlogits = _chunk(
+                    hidden[rows], weight, target[rows], softcap, spare, wanted
+                )
                 if keep_gradient:
                     gradient[rows] = _matmul(dlogits, weight)
         if keep_gradient:
@@ -81,7 +89,10 @@ class _TokenLogps(torch.autograd.Function):
             return (gradient * grad[:, None]).to(gradient.dtype), None, None, None
         hidden, weight, target = ctx.saved_tensors
         # Chunks add up in float32; autograd rounds the sum to the weight's dtype, once.
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=_precise(weight.dtype))
+        grad_hidden, grad_weight = (
+            torch.empty_like(hidden),
+            torch.zeros_like(weight, dtype=_precise(weight.dtype)),
+        )
         with _products(weight) as weight:
             spare, wanted = _spare(hidden, weight), _precise(weight.dtype)
             for rows in _chunks(hidden, weight):
@@ -121,11 +132,18 @@ def _softmax(products, target, softcap, gradient_dtype, want_greedy, out=(None, 
     logps = (z_target - shift - total.log()).squeeze(1)
     if gradient_dtype is None:
         return logps, greedy, None
-    gradient, at_target = e.div_(-total), -torch.expm1(logps)[:, None]  # -softmax; at the target 1 - softmax
+    gradient, at_target = (
+        e.div_(-total),
+        -torch.expm1(logps)[:, None],
+    )  # -softmax; at the target 1 - softmax
     if softcap:
         gradient.addcmul_(gradient, tanh.square_(), value=-1)  # times 1 - tanh²
         at_target.mul_(1 - (z_target / softcap).square_())
-    return logps, greedy, gradient.to(gradient_dtype).scatter_(1, target[:, None], at_target.to(gradient_dtype))
+    return (
+        logps,
+        greedy,
+        gradient.to(gradient_dtype).scatter_(1, target[:, None], at_target.to(gradient_dtype)),
+    )
 
 
 @functools.cache
@@ -184,7 +202,9 @@ def mean_logps(logps: Tensor, sequence: Tensor, lengths: Tensor) -> Tensor:
     return total.index_add(0, sequence, logps.double()) / lengths
 
 
-def simpo_loss(logp_chosen: Tensor, logp_rejected: Tensor, beta: float, gamma_ratio: float) -> Tensor:
+def simpo_loss(
+    logp_chosen: Tensor, logp_rejected: Tensor, beta: float, gamma_ratio: float
+) -> Tensor:
     """-log σ(β (ℓ_w - ℓ_l - γ/β)): [P], [P] -> [P]. The logsigmoid does not overflow for any margin."""
     return -F.logsigmoid(beta * (logp_chosen - logp_rejected - gamma_ratio))
 

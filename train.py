@@ -62,10 +62,27 @@ from runtime.ranks import ALONE, Ranks
 from runtime.sources import UserError, sha256, writable, write_whole
 
 PRESETS = {  # what --model tiny changes of the defaults below
-    "tiny": dict(sae="tiny", data="tiny", layer=tiny.LAYER, lr=2e-3, threshold_lr=0.2, epochs=1, eval_every=16),
+    "tiny": dict(
+        sae="tiny",
+        data="tiny",
+        layer=tiny.LAYER,
+        lr=2e-3,
+        threshold_lr=0.2,
+        epochs=1,
+        eval_every=16,
+    ),
 }
-BFLOAT16_PRODUCTS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, ARM: as torch.cpu.get_capabilities names them
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+BFLOAT16_PRODUCTS = (
+    "avx512_bf16",
+    "amx_bf16",
+    "bf16",
+)  # x86, x86, ARM: as torch.cpu.get_capabilities names them
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+)
 TOKENIZER_FILES += ("chat_template.jinja", "generation_config.json")
 
 
@@ -74,13 +91,20 @@ class Settings:
     model: str = flag("google/gemma-2-2b-it", "tiny, a Hugging Face model folder, or a Hub id")
     model_revision: str | None = flag(None, "branch, tag or commit of a Hub model")
     sae: str = flag("google/gemma-scope-2b-pt-res", "tiny, a params.npz, a folder, or a Hub id")
-    sae_id: str | None = flag(None, "folder within --sae; unset: the layer's 65k SAE of lowest average L0")
+    sae_id: str | None = flag(
+        None, "folder within --sae; unset: the layer's 65k SAE of lowest average L0"
+    )
     sae_revision: str | None = flag(None, "branch, tag or commit of a Hub SAE")
-    data: str = flag("princeton-nlp/llama3-ultrafeedback-armorm", "tiny, a parquet or jsonl file, a folder, a Hub id")
+    data: str = flag(
+        "princeton-nlp/llama3-ultrafeedback-armorm",
+        "tiny, a parquet or jsonl file, a folder, a Hub id",
+    )
     eval_data: str | None = flag(None, "as --data; unset: the test split of --data")
     data_revision: str | None = flag(None, "branch, tag or commit of a Hub dataset")
     layer: int = flag(12, "steer the residual stream after this block (counted from 0)")
-    l1: float | None = flag(None, "weight α of the L1 penalty (default: 0.02; with --adapter jumprelu 0)")
+    l1: float | None = flag(
+        None, "weight α of the L1 penalty (default: 0.02; with --adapter jumprelu 0)"
+    )
     l0: float = flag(0.0, "weight λ of the L0 penalty, which --adapter jumprelu can follow")
     penalty_warmup_ratio: float = flag(0.0, "share of the steps before the penalty sets in")
     beta: float = flag(10.0, "β of SimPO")
@@ -89,33 +113,65 @@ class Settings:
     max_steps: int | None = flag(None, "optimiser steps; overrides --epochs")
     lr: float | None = flag(None, "peak learning rate; unset: 5e-7, with --full 2e-7")
     warmup_ratio: float = flag(0.1, "share of the steps in which the cosine schedule rises")
-    schedule: str = flag("cosine", "cosine (with warm-up) or constant (without)", choices=("cosine", "constant"))
+    schedule: str = flag(
+        "cosine", "cosine (with warm-up) or constant (without)", choices=("cosine", "constant")
+    )
     max_grad_norm: float = flag(1.0, "gradient norm is clipped here; 0: off")
     batch_size: int = flag(32, "pairs per optimiser step, exactly")
-    tokens_per_microbatch: int = flag(8192, "tokens per forward pass, the memory knob; no effect on the result")
-    cache_activations: str | None = flag(None, "folder for the residual streams below the adapter, kept in --dtype")
+    tokens_per_microbatch: int = flag(
+        8192, "tokens per forward pass, the memory knob; no effect on the result"
+    )
+    cache_activations: str | None = flag(
+        None, "folder for the residual streams below the adapter, kept in --dtype"
+    )
     max_length: int = flag(2048, "tokens of prompt + response, at most")
     max_prompt_length: int = flag(1800, "tokens of a truncated prompt")
     adapter: str = flag("relu", "what turns x W_aᵀ + b_a into steering", choices=ACTIVATIONS)
-    threshold_parametrisation: str = flag("direct", "train the thresholds or their log", choices=PARAMETRISATIONS)
-    threshold_init: float | None = flag(None, "initial thresholds (default: jumprelu 0.001, soft-threshold 0)")
-    threshold_lr: float | None = flag(None, "peak learning rate of the thresholds (default: 1000 times --lr)")
-    bandwidth: float | None = flag(None, "ε of jumprelu's estimator (default: 0.05; log parametrisation 0.001)")
+    threshold_parametrisation: str = flag(
+        "direct", "train the thresholds or their log", choices=PARAMETRISATIONS
+    )
+    threshold_init: float | None = flag(
+        None, "initial thresholds (default: jumprelu 0.001, soft-threshold 0)"
+    )
+    threshold_lr: float | None = flag(
+        None, "peak learning rate of the thresholds (default: 1000 times --lr)"
+    )
+    bandwidth: float | None = flag(
+        None, "ε of jumprelu's estimator (default: 0.05; log parametrisation 0.001)"
+    )
     init_adapter: str | None = flag(None, "adapter folder (ours or the authors') to start from")
-    full: bool = flag(False, "train every weight of the model instead of an adapter; no SAE is read")
-    mask_features: str | None = flag(None, "json list of features that never steer, as eval_ablation.py writes them")
+    full: bool = flag(
+        False, "train every weight of the model instead of an adapter; no SAE is read"
+    )
+    mask_features: str | None = flag(
+        None, "json list of features that never steer, as eval_ablation.py writes them"
+    )
     shuffle: bool = flag(True, "a new order each epoch, from --seed; --no-shuffle: file order")
     seed: int = flag(0, "seed of the order of the pairs and of the initial weights")
-    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag(
+        "auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16")
+    )
     device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
     eval_every: int = flag(200, "steps between evaluations; 0: only at start and end")
-    zero: bool = flag(False, "under torchrun: each process keeps the optimiser's state of some weights (ZeRO-1)")
+    zero: bool = flag(
+        False, "under torchrun: each process keeps the optimiser's state of some weights (ZeRO-1)"
+    )
     shard: bool = flag(False, "under torchrun: each process keeps a slice of every weight (FSDP2)")
-    timeout: float = flag(30.0, "under torchrun: minutes a process waits for the others before all end")
-    on_bad_row: str = flag("error", "what a malformed row of the data does", choices=("error", "skip"))
-    checkpoint_every: int = flag(200, "steps between checkpoints, of which the newest two are kept; 0: none")
-    resume: bool = flag(False, "go on from the last checkpoint in --out; the other flags as when it was started")
-    out: str | None = flag(None, "folder to write; unset: runs/NAME of the model, with a number if taken")
+    timeout: float = flag(
+        30.0, "under torchrun: minutes a process waits for the others before all end"
+    )
+    on_bad_row: str = flag(
+        "error", "what a malformed row of the data does", choices=("error", "skip")
+    )
+    checkpoint_every: int = flag(
+        200, "steps between checkpoints, of which the newest two are kept; 0: none"
+    )
+    resume: bool = flag(
+        False, "go on from the last checkpoint in --out; the other flags as when it was started"
+    )
+    out: str | None = flag(
+        None, "folder to write; unset: runs/NAME of the model, with a number if taken"
+    )
 
     def __post_init__(self):
         cli.at_least_one(self, "epochs", "batch_size", "tokens_per_microbatch", "max_steps")
@@ -127,18 +183,26 @@ class Settings:
         for name in ("l0", "threshold_init", "threshold_lr", "bandwidth"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be finite and not negative.")
+                raise UserError(
+                    f"--{name.replace('_', '-')} {value}: must be finite and not negative."
+                )
         if self.l0 and self.adapter != "jumprelu":
-            raise UserError(f"--l0 {self.l0}: only --adapter jumprelu has a gradient for the L0 penalty.")
+            raise UserError(
+                f"--l0 {self.l0}: only --adapter jumprelu has a gradient for the L0 penalty."
+            )
         if self.bandwidth == 0:
             raise UserError("--bandwidth 0: the estimator needs a positive width.")
         counted = ("eval_every", "checkpoint_every", "seed", "layer")
         for name in ("l1", "beta", "gamma_ratio", "lr", "max_grad_norm", "timeout", *counted):
             if not 0 <= getattr(self, name) < (2**63 if name == "seed" else math.inf):
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be finite and not negative.")
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be finite and not negative."
+                )
         for name in ("warmup_ratio", "penalty_warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: a share between 0 and 1.")
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: a share between 0 and 1."
+                )
         exclude = dict(full=("init_adapter", "cache_activations", "mask_features", "l0"))
         exclude |= dict(shard=("zero", "cache_activations"))
         for one, others in exclude.items():
@@ -148,7 +212,9 @@ class Settings:
         if self.full and self.adapter != "relu":
             raise UserError(f"--full and --adapter {self.adapter} exclude each other.")
         if self.adapter == "soft-threshold" and self.threshold_init and not self.init_adapter:
-            raise UserError(f"--threshold-init {self.threshold_init}: a new soft-threshold adapter learns from 0 only.")
+            raise UserError(
+                f"--threshold-init {self.threshold_init}: a new soft-threshold adapter learns from 0 only."
+            )
         if self.resume and not self.out:
             raise UserError("--resume: name the run to go on with, --out FOLDER.")
 
@@ -157,7 +223,10 @@ class Settings:
         jumprelu, log = self.adapter == "jumprelu", self.threshold_parametrisation == "log"
         defaults = {"l1": 0.0 if jumprelu else 0.02}
         if self.adapter != "relu":
-            defaults |= {"threshold_init": 0.001 if jumprelu else 0.0, "threshold_lr": 1000 * self.lr}
+            defaults |= {
+                "threshold_init": 0.001 if jumprelu else 0.0,
+                "threshold_lr": 1000 * self.lr,
+            }
         if jumprelu:
             defaults |= {"bandwidth": 0.001 if log else BANDWIDTH}
         return defaults
@@ -172,7 +241,9 @@ class Batch(NamedTuple):
     pairs: list[Pair]
     indices: Sequence[int]  # of each pair in the data set, where `activations` looks it up
     activations: Activations | None = None  # the residual stream below the adapter, cached
-    packed: list[tuple[list[int], Packed]] | None = None  # its micro_batches, where they were made ahead
+    packed: list[tuple[list[int], Packed]] | None = (
+        None  # its micro_batches, where they were made ahead
+    )
 
 
 class Scores(NamedTuple):
@@ -201,7 +272,10 @@ def score(model: nn.Module, packed: Packed, s: Settings, x: Tensor | None = None
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     base = inner if isinstance(inner, Gemma2) else inner.model
     if inner is base:
-        hidden, l1, l0 = model(packed), *torch.zeros(2, len(packed.tokens), device=packed.tokens.device)
+        hidden, l1, l0 = (
+            model(packed),
+            *torch.zeros(2, len(packed.tokens), device=packed.tokens.device),
+        )
     else:
         hidden, l1, l0 = model(packed, x)
     losses, chosen, rejected = preference(base, hidden, packed, s)
@@ -209,10 +283,14 @@ def score(model: nn.Module, packed: Packed, s: Settings, x: Tensor | None = None
     return Scores(losses, chosen, rejected, (l1 * packed.copies).sum(), (l0 * packed.copies).sum())
 
 
-def preference(model: Gemma2, hidden: Tensor, packed: Packed, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+def preference(
+    model: Gemma2, hidden: Tensor, packed: Packed, s: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
     """Final states [T, d] of packed pairs -> SimPO losses and mean log-probabilities, chosen and rejected, each [P]."""
     head, softcap = model.model.embed_tokens.weight, model.config.final_logit_softcapping
-    if s.dtype == "bfloat16":  # of float32 masters (--full) too: the head's products are the largest of all
+    if (
+        s.dtype == "bfloat16"
+    ):  # of float32 masters (--full) too: the head's products are the largest of all
         head = head.to(torch.bfloat16)
     logps = simpo.token_logps(hidden[packed.source], head, packed.target, softcap)
     logps = simpo.mean_logps(logps, packed.sequence, packed.lengths)
@@ -238,14 +316,19 @@ def micro_batches(batch: Batch, s: Settings, ranks: Ranks) -> Iterator[tuple[lis
     other: what the processes do together, inside a forward or a backward, must meet.
     """
     shares = data.shares(batch.pairs, ranks.world)
-    plans = [data.microbatches([batch.pairs[i] for i in share], s.tokens_per_microbatch) for share in shares]
+    plans = [
+        data.microbatches([batch.pairs[i] for i in share], s.tokens_per_microbatch)
+        for share in shares
+    ]
     share, plan = shares[ranks.rank], plans[ranks.rank]
     for i in range(max(map(len, plans))):
         micro = [share[j] for j in plan[i]] if i < len(plan) else []
         yield micro, data.pack_pairs([batch.pairs[j] for j in micro] or [Pair([0], [0], [0])])
 
 
-def scores_by_microbatch(model: nn.Module, batch: Batch, s: Settings, ranks: Ranks) -> Iterator[tuple[int, Scores]]:
+def scores_by_microbatch(
+    model: nn.Module, batch: Batch, s: Settings, ranks: Ranks
+) -> Iterator[tuple[int, Scores]]:
     """Score this process's share of a batch a micro-batch at a time: (pairs in it, their scores). One autocast for all,
     so that a float32 master weight is cast to bfloat16 once per step. DistributedDataParallel sends gradients in the
     last round alone.
@@ -254,21 +337,34 @@ def scores_by_microbatch(model: nn.Module, batch: Batch, s: Settings, ranks: Ran
     with autocast(s):
         for i, (micro, packed) in enumerate(rounds, start=1):
             cached = batch.activations and micro
-            x = batch.activations([batch.indices[j] for j in micro]).to(s.device) if cached else None
+            x = (
+                batch.activations([batch.indices[j] for j in micro]).to(s.device)
+                if cached
+                else None
+            )
             if isinstance(model, DistributedDataParallel):
                 model.require_backward_grad_sync = i == len(rounds)
             yield len(micro), score(model, packed.to(s.device), s, x)
 
 
 def backward(
-    model: nn.Module, batch: Batch, alpha: float, s: Settings, ranks: Ranks = ALONE, l0_weight: float = 0.0
+    model: nn.Module,
+    batch: Batch,
+    alpha: float,
+    s: Settings,
+    ranks: Ranks = ALONE,
+    l0_weight: float = 0.0,
 ) -> Tensor:
     """Add the gradients of one whole step: mean SimPO over pairs + mean over positions of α ‖v‖₁ + λ ‖v‖₀.
 
     The weights of the means are those of the step, so that neither packing nor the number of processes matters: each
     adds its share, times their number, since DDP and FSDP2 average. Returns the step's Scores.sums over all of them.
     """
-    sums, done, positions = torch.zeros(7, dtype=torch.float64, device=s.device), 0, data.positions(batch.pairs)
+    sums, done, positions = (
+        torch.zeros(7, dtype=torch.float64, device=s.device),
+        0,
+        data.positions(batch.pairs),
+    )
     for n, scores in scores_by_microbatch(model, batch, s, ranks):
         counts = ranks.world if n else 0
         penalty = alpha * scores.l1 + l0_weight * scores.l0
@@ -291,7 +387,12 @@ def evaluate(
     sums, pairs = torch.zeros(7, dtype=torch.float64, device=s.device), batch.pairs
     # FSDP2 could not train on weights that it gathered in inference mode.
     mode = torch.inference_mode() if ranks.world == 1 else torch.no_grad()
-    with mode, tqdm(total=len(pairs), desc="evaluating", unit="pair", leave=False, disable=not progress) as bar:
+    with (
+        mode,
+        tqdm(
+            total=len(pairs), desc="evaluating", unit="pair", leave=False, disable=not progress
+        ) as bar,
+    ):
         for n, scores in scores_by_microbatch(model, batch, s, ranks):
             sums += scores.sums(s.beta) if n else 0
             bar.update(n)
@@ -320,7 +421,11 @@ def make_optimizer(trained: list, s: Settings, ranks: Ranks = ALONE) -> torch.op
 
 def autocast(s: Settings):
     """bfloat16 matrix products for float32 master weights; entered once per step, so that each is cast once."""
-    return torch.autocast(s.device.split(":")[0], torch.bfloat16) if s.dtype == "bfloat16" else nullcontext()
+    return (
+        torch.autocast(s.device.split(":")[0], torch.bfloat16)
+        if s.dtype == "bfloat16"
+        else nullcontext()
+    )
 
 
 def lr_factor(step: int, steps: int, s: Settings) -> float:
@@ -348,20 +453,28 @@ def _train(s: Settings, ranks: Ranks) -> Path:
     out = distributed.on_first(ranks, lambda: choose_out(s, ranks))
     model, tokenizer = distributed.together(ranks, lambda: load(s))
     steered = model if isinstance(model, SteeredModel) else None
-    preferences = distributed.one_by_one(ranks, lambda: load_data(s, tokenizer, progress=ranks.first))
+    preferences = distributed.one_by_one(
+        ranks, lambda: load_data(s, tokenizer, progress=ranks.first)
+    )
     pairs, eval_pairs = preferences.pairs, preferences.eval_pairs
     steps_per_epoch = len(pairs) // s.batch_size
     steps = s.max_steps or s.epochs * steps_per_epoch
 
     cached = s.cache_activations
     activations, eval_activations = distributed.one_by_one(
-        ranks, lambda: [Activations.open(cached, steered, p, s) if cached and p else None for p in (pairs, eval_pairs)]
+        ranks,
+        lambda: [
+            Activations.open(cached, steered, p, s) if cached and p else None
+            for p in (pairs, eval_pairs)
+        ],
     )
     eval_batch = Batch(eval_pairs, range(len(eval_pairs)), eval_activations)
 
     wrapped = spread(model, s, ranks)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    meant = steered.adapter if steered else model  # the adapter and nothing else, or with --full every weight
+    meant = (
+        steered.adapter if steered else model
+    )  # the adapter and nothing else, or with --full every weight
     assert {*map(id, trained.values())} == {*map(id, meant.parameters())}
     groups = parameter_groups(trained, s)
     grouped = sorted(id(p) for group in groups for p in group["params"])
@@ -370,7 +483,9 @@ def _train(s: Settings, ranks: Ranks) -> Path:
 
     log = distributed.together(ranks, lambda: open_run(out, s, model, preferences, ranks))
     started = time.perf_counter()
-    shown = [list(prompt) for prompt in dict.fromkeys(tuple(p.prompt) for p in eval_pairs or pairs)][:2]
+    shown = [
+        list(prompt) for prompt in dict.fromkeys(tuple(p.prompt) for p in eval_pairs or pairs)
+    ][:2]
     samples = [(prompt, decoding.greedy(model, tokenizer, prompt)) for prompt in shown]
 
     def batch_of(step: int) -> Batch:
@@ -387,11 +502,15 @@ def _train(s: Settings, ranks: Ranks) -> Path:
     coming = ahead and ahead.submit(batch_of, step)
     stop = Interrupts(ranks)
     bar = tqdm(total=steps, initial=first, desc="training", unit="step", disable=not ranks.first)
-    while True:  # here the state is that after `step` updates, and this is where a resumed run comes in
+    while (
+        True
+    ):  # here the state is that after `step` updates, and this is where a resumed run comes in
         stopping = stop()
         if step > saved and (stopping or s.checkpoint_every and step % s.checkpoint_every == 0):
             log.sync()
-            checkpoint.save(out / "checkpoints", step, checkpoint.state(trained, optimizer, step), ranks)
+            checkpoint.save(
+                out / "checkpoints", step, checkpoint.state(trained, optimizer, step), ranks
+            )
             saved = step
         if stopping:
             bar.close()
@@ -431,11 +550,20 @@ def _train(s: Settings, ranks: Ranks) -> Path:
         penalty = alpha * row["l1"] + l0_weight * row["l0"]
         log.write(
             **dict(split="train", step=step, epoch=step / steps_per_epoch, **row),
-            **dict(penalty=penalty, total=row["loss"] + penalty, lr=s.lr * factor, grad_norm=grad_norm),
-            **dict(pairs=s.batch_size, tokens=tokens, tokens_per_second=tokens / seconds, seconds=seconds),
+            **dict(
+                penalty=penalty, total=row["loss"] + penalty, lr=s.lr * factor, grad_norm=grad_norm
+            ),
+            **dict(
+                pairs=s.batch_size,
+                tokens=tokens,
+                tokens_per_second=tokens / seconds,
+                seconds=seconds,
+            ),
         )
         shown_l0 = {} if s.full else dict(L0=f"{row['l0']:.0f}")
-        bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.2f}", **shown_l0, refresh=False)
+        bar.set_postfix(
+            loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.2f}", **shown_l0, refresh=False
+        )
         bar.update()
     bar.close()
     if ahead:
@@ -450,7 +578,9 @@ def _train(s: Settings, ranks: Ranks) -> Path:
             print(f"\n--- prompt\n{tokenizer.decode(prompt)}")
             print(f"--- before\n{before}\n--- after\n{now}")
         print_table(log.rows, time.perf_counter() - started, s)
-        print(f"Written to {out}: {'model' if s.full else 'adapter'}/, metrics.jsonl, config.json, loss.png")
+        print(
+            f"Written to {out}: {'model' if s.full else 'adapter'}/, metrics.jsonl, config.json, loss.png"
+        )
     return out
 
 
@@ -463,7 +593,9 @@ def spread(model: nn.Module, s: Settings, ranks: Ranks) -> nn.Module:
     return model
 
 
-def restore(out: Path, model, trained: dict, optimizer, log: "Log", s: Settings, ranks: Ranks) -> int:
+def restore(
+    out: Path, model, trained: dict, optimizer, log: "Log", s: Settings, ranks: Ranks
+) -> int:
     """With --resume, load the newest whole checkpoint: the number of steps done, 0 where there is none."""
     path = checkpoint.newest(out / "checkpoints", ranks) if resumes(s, ranks) else None
     if path is None:
@@ -490,7 +622,9 @@ class Interrupts:
 
     def __init__(self, ranks: Ranks):
         self.ranks, self.asked = ranks, False
-        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
+        }
 
     def _ask(self, number, frame) -> None:
         self.asked = True
@@ -506,7 +640,9 @@ class Interrupts:
     def leave(self, step: int, steps: int, out: Path) -> None:
         self.restore()
         if self.ranks.first:
-            print(f"Saved after step {step} of {steps}; the same command with --resume --out {out} goes on from there.")
+            print(
+                f"Saved after step {step} of {steps}; the same command with --resume --out {out} goes on from there."
+            )
         raise SystemExit(0)
 
 
@@ -516,16 +652,23 @@ def resolve_device(s: Settings, ranks: Ranks = ALONE) -> Settings:
     """
     device = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if ranks.world > 1 and device.startswith("cuda:"):
-        raise UserError(f"--device {device}: under torchrun each process takes its own GPU; cuda was expected.")
+        raise UserError(
+            f"--device {device}: under torchrun each process takes its own GPU; cuda was expected."
+        )
     device = f"cuda:{ranks.local}" if ranks.world > 1 and device == "cuda" else device
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda") or (":" in device and (kind == "cpu" or not index.isdigit())):
         raise UserError(f"--device {device}: auto, cpu, cuda or cuda:N was expected.")
     if kind == "cuda" and not int(index or 0) < torch.cuda.device_count():
-        raise UserError(f"--device {device}: this machine offers {torch.cuda.device_count()} CUDA devices to torch.")
+        raise UserError(
+            f"--device {device}: this machine offers {torch.cuda.device_count()} CUDA devices to torch."
+        )
     dtype = dtype_on(device, s.dtype)
     if s.dtype == "bfloat16" != dtype and ranks.first:
-        print("--dtype bfloat16: this processor would only emulate it, far slower; float32 is used.", file=sys.stderr)
+        print(
+            "--dtype bfloat16: this processor would only emulate it, far slower; float32 is used.",
+            file=sys.stderr,
+        )
     return replace(s, device=device, dtype=dtype)
 
 
@@ -545,10 +688,14 @@ def load(s: Settings) -> tuple[SteeredModel | Gemma2, Tokenizer]:
     What will be sharded stays on the CPU until then: it need not fit one device.
     """
     dtype, device = getattr(torch, s.dtype), "cpu" if s.shard else s.device
-    model = Gemma2.from_pretrained(s.model, torch.float32 if s.full else dtype, device, s.model_revision)
+    model = Gemma2.from_pretrained(
+        s.model, torch.float32 if s.full else dtype, device, s.model_revision
+    )
     tokenizer = data.load_tokenizer(model.folder)
     if tokenizer.get_vocab_size(with_added_tokens=True) > model.config.vocab_size:
-        raise UserError(f"--model {s.model}: its tokenizer knows more tokens than its embedding has rows.")
+        raise UserError(
+            f"--model {s.model}: its tokenizer knows more tokens than its embedding has rows."
+        )
     if s.full:
         model.recompute = True
         return model.requires_grad_(True), tokenizer
@@ -558,7 +705,9 @@ def load(s: Settings) -> tuple[SteeredModel | Gemma2, Tokenizer]:
     if s.init_adapter:
         adapter = Adapter.from_pretrained(s.init_adapter, *how)
         if adapter.activation != s.adapter:
-            raise UserError(f"--init-adapter {s.init_adapter}: a {adapter.activation} adapter, --adapter {s.adapter}.")
+            raise UserError(
+                f"--init-adapter {s.init_adapter}: a {adapter.activation} adapter, --adapter {s.adapter}."
+            )
     else:
         adapter = Adapter(model.config.hidden_size, sae.d_sae, s.adapter, *how)
         adapter.init_weights(torch.Generator().manual_seed(s.seed), s.threshold_init or 0.0)
@@ -572,9 +721,15 @@ def read_features(path: str, d_sae: int) -> list[int]:
     try:
         features = json.loads(Path(path).read_text())
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"--mask-features {path}: a json list of features was expected ({e}).") from e
-    if not isinstance(features, list) or not all(type(k) is int and 0 <= k < d_sae for k in features):
-        raise UserError(f"--mask-features {path}: a json list of whole numbers from 0 to {d_sae - 1} was expected.")
+        raise UserError(
+            f"--mask-features {path}: a json list of features was expected ({e})."
+        ) from e
+    if not isinstance(features, list) or not all(
+        type(k) is int and 0 <= k < d_sae for k in features
+    ):
+        raise UserError(
+            f"--mask-features {path}: a json list of whole numbers from 0 to {d_sae - 1} was expected."
+        )
     return features
 
 
@@ -595,14 +750,22 @@ def load_data(s: Settings, tokenizer: Tokenizer, progress: bool = True) -> Prefe
     files, commit = data.data_files(s.data, None, s.data_revision)
     pairs = read(s.data, "train", commit)
     if len(pairs) < s.batch_size:
-        raise UserError(f"--data {s.data}: {len(pairs)} training pairs, fewer than --batch-size {s.batch_size}.")
+        raise UserError(
+            f"--data {s.data}: {len(pairs)} training pairs, fewer than --batch-size {s.batch_size}."
+        )
     if s.eval_data is None:
         eval_pairs = read(s.data, "test", commit)
     else:  # what is given for evaluation need not call itself a test split
         more, eval_commit = data.data_files(s.eval_data)
-        eval_pairs, files = read(s.eval_data, "test", eval_commit) or read(s.eval_data, None, eval_commit), files + more
+        eval_pairs, files = (
+            read(s.eval_data, "test", eval_commit) or read(s.eval_data, None, eval_commit),
+            files + more,
+        )
     if not eval_pairs and progress:
-        print(f"{s.eval_data or s.data} has no test split: no evaluation (give --eval-data).", file=sys.stderr)
+        print(
+            f"{s.eval_data or s.data} has no test split: no evaluation (give --eval-data).",
+            file=sys.stderr,
+        )
     return Preferences(pairs, eval_pairs, files, commit)
 
 
@@ -634,13 +797,18 @@ class Log:
         end = 0
         for line in self.file:
             row = _row(line)
-            if row is None or not (row["step"] < step or row["step"] == step and row["split"] == "train"):
+            if row is None or not (
+                row["step"] < step or row["step"] == step and row["split"] == "train"
+            ):
                 break
             self.rows.append(row)
             end += len(line)
         missing = step - sum(row["split"] == "train" for row in self.rows)
         if missing:
-            print(f"{self.path}: the rows of {missing} steps are lost; training goes on without them.", file=sys.stderr)
+            print(
+                f"{self.path}: the rows of {missing} steps are lost; training goes on without them.",
+                file=sys.stderr,
+            )
         with writing(self.path.parent):
             self.file.truncate(end)
 
@@ -661,7 +829,11 @@ class Log:
 def _row(line: bytes) -> dict | None:
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
-        return row if isinstance(row, dict) and isinstance(row.get("step"), int) and "split" in row else None
+        return (
+            row
+            if isinstance(row, dict) and isinstance(row.get("step"), int) and "split" in row
+            else None
+        )
     except ValueError:
         return None
 
@@ -686,14 +858,22 @@ def choose_out(s: Settings, ranks: Ranks) -> Path:
     """The folder to write. Raises UserError, before anything loads, where it holds another run or cannot be made."""
     if not s.out:
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
-            raise UserError("--out: torchrun --max-restarts needs a folder to find the run in again.")
-        names = (f"{Path(s.model).name}{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 10_000))])
-        return next(p for p in map(Path("runs").joinpath, names) if not (p / "metrics.jsonl").exists())
+            raise UserError(
+                "--out: torchrun --max-restarts needs a folder to find the run in again."
+            )
+        names = (
+            f"{Path(s.model).name}{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 10_000))]
+        )
+        return next(
+            p for p in map(Path("runs").joinpath, names) if not (p / "metrics.jsonl").exists()
+        )
     out = Path(s.out)
     writable(out)
     if (out / "metrics.jsonl").exists():
         if not resumes(s, ranks):
-            raise UserError(f"--out {out}: holds a run already; choose another folder, remove it, or add --resume.")
+            raise UserError(
+                f"--out {out}: holds a run already; choose another folder, remove it, or add --resume."
+            )
         with writing(out), open(out / "metrics.jsonl", "ab") as file:
             lock(file, out)
     return out
@@ -705,7 +885,9 @@ FREE = ("out", "resume", "eval_every", "checkpoint_every", "device", "timeout", 
 FREE += ("zero", "shard", "tokens_per_microbatch")
 
 
-def open_run(out: Path, s: Settings, model: SteeredModel | Gemma2, preferences: Preferences, ranks: Ranks) -> Log:
+def open_run(
+    out: Path, s: Settings, model: SteeredModel | Gemma2, preferences: Preferences, ranks: Ranks
+) -> Log:
     """Lock the output folder and write config.json: settings, versions, hardware, hashes. Never over another run.
 
     A run that is resumed keeps its config.json. Raises UserError where its settings or files were others.
@@ -722,7 +904,9 @@ def open_run(out: Path, s: Settings, model: SteeredModel | Gemma2, preferences: 
         sha256={str(f): sha256(f) for f in files},
         data_revision=preferences.revision,
         versions=dict(python=platform.python_version(), **{p: version(p) for p in packages}),
-        hardware=torch.cuda.get_device_name(s.device) if s.device != "cpu" else f"{platform.machine()} CPU",
+        hardware=torch.cuda.get_device_name(s.device)
+        if s.device != "cpu"
+        else f"{platform.machine()} CPU",
         processes=ranks.world,
         threads=torch.get_num_threads(),
         code=code_revision(),
@@ -748,9 +932,13 @@ def _same_run(out: Path, config: dict) -> None:
     for name, value in config["settings"].items():
         if name not in FREE and theirs.get(name) != value:
             flag = name.replace("_", "-")
-            raise UserError(f"--resume: {out} was started with --{flag} {theirs.get(name)}, now it is {value}.")
+            raise UserError(
+                f"--resume: {out} was started with --{flag} {theirs.get(name)}, now it is {value}."
+            )
     if not same_stream(theirs, config["settings"]):
-        raise UserError(f"--resume: under bfloat16 {out} cannot change between cached and computed activations.")
+        raise UserError(
+            f"--resume: under bfloat16 {out} cannot change between cached and computed activations."
+        )
     changed = sorted(name for name in config["sha256"].items() ^ hashes.items())
     if changed:
         raise UserError(f"--resume: {changed[0][0]} is not the file that {out} was started with.")
@@ -758,7 +946,9 @@ def _same_run(out: Path, config: dict) -> None:
 
 def same_stream(a: dict, b: dict) -> bool:
     """Whether two runs' settings read the same residual stream, cached or computed."""
-    return b["dtype"] != "bfloat16" or bool(a.get("cache_activations")) == bool(b["cache_activations"])
+    return b["dtype"] != "bfloat16" or bool(a.get("cache_activations")) == bool(
+        b["cache_activations"]
+    )
 
 
 def save(out: Path, model: SteeredModel | Gemma2, s: Settings, ranks: Ranks) -> None:
@@ -787,13 +977,26 @@ def identity(s: Settings, steered: SteeredModel) -> dict:
     """What an adapter file says about where it belongs."""
     return dict(
         **dict(base_model=s.model, base_model_revision=steered.model.revision, layer=s.layer),
-        **dict(sae=s.sae, sae_id=steered.sae.sae_id, sae_revision=steered.sae.revision, sae_sha256=steered.sae.sha256),
+        **dict(
+            sae=s.sae,
+            sae_id=steered.sae.sae_id,
+            sae_revision=steered.sae.revision,
+            sae_sha256=steered.sae.sha256,
+        ),
     )
 
 
 def code_revision() -> str | None:
     """Commit of this checkout, with "+" when files differ from it; None outside git."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).resolve().parent),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty=+",
+    ]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -811,11 +1014,25 @@ def draw(rows: list[dict], path: Path, s: Settings) -> None:
     train_rows = [r for r in rows if r["split"] == "train"]
     eval_rows = [r for r in rows if r["split"] == "eval"]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
-    top.plot([r["step"] for r in train_rows], [r["loss"] for r in train_rows], color="C0", alpha=0.5, label="train")
-    top.plot([r["step"] for r in eval_rows], [r["loss"] for r in eval_rows], color="C1", marker="o", label="eval")
+    top.plot(
+        [r["step"] for r in train_rows],
+        [r["loss"] for r in train_rows],
+        color="C0",
+        alpha=0.5,
+        label="train",
+    )
+    top.plot(
+        [r["step"] for r in eval_rows],
+        [r["loss"] for r in eval_rows],
+        color="C1",
+        marker="o",
+        label="eval",
+    )
     top.set(ylabel="SimPO loss", ylim=(0, None))
     top.legend(frameon=False)
-    bottom.plot([r["step"] for r in train_rows], [r[key] for r in train_rows], color="C0", alpha=0.5)
+    bottom.plot(
+        [r["step"] for r in train_rows], [r[key] for r in train_rows], color="C0", alpha=0.5
+    )
     bottom.plot([r["step"] for r in eval_rows], [r[key] for r in eval_rows], color="C1", marker="o")
     bottom.set(xlabel="optimiser step", ylabel=name, ylim=(0, None))
     for axes in (top, bottom):
@@ -841,7 +1058,9 @@ def peak_memory(device: str) -> int:
     """Bytes: of CUDA memory on a GPU, of resident memory of the whole process on a CPU."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def main() -> None:

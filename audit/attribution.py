@@ -30,7 +30,11 @@ from policy import Policy
 # response, the header is `<start_of_turn>model` and its line break, the end all from <end_of_turn> on. A position's
 # steering acts on the tokens after it: the header decides how an answer begins.
 PARTS = ("header", "text", "end")
-KINDS = ("first", "prompt", *(f"{response} {part}" for response in ("chosen", "rejected") for part in PARTS))
+KINDS = (
+    "first",
+    "prompt",
+    *(f"{response} {part}" for response in ("chosen", "rejected") for part in PARTS),
+)
 
 
 class Attribution(NamedTuple):
@@ -54,7 +58,11 @@ class Attribution(NamedTuple):
 
 
 def attribution(
-    policy: Policy, pairs: list[Pair], s: train.Settings, steps: int = 16, categories: Tensor | None = None
+    policy: Policy,
+    pairs: list[Pair],
+    s: train.Settings,
+    steps: int = 16,
+    categories: Tensor | None = None,
 ) -> Attribution:
     """Share the change of the loss out among features. steps: nodes of the integral, a forward and a backward each.
 
@@ -62,12 +70,21 @@ def attribution(
     and ∂L/∂v from it, some rows at a time.
     """
     steered, (P, F_) = policy.steered, (len(pairs), policy.steered.sae.d_sae)
-    member = (torch.zeros(0, F_) if categories is None else categories).to(s.device, torch.float64).T  # [F, C]
+    member = (
+        (torch.zeros(0, F_) if categories is None else categories).to(s.device, torch.float64).T
+    )  # [F, C]
     nodes, weights = np.polynomial.legendre.leggauss(steps)  # on [-1, 1]
-    shares, squares = torch.zeros(len(KINDS), F_, dtype=torch.float64), torch.zeros(F_, dtype=torch.float64)
+    shares, squares = (
+        torch.zeros(len(KINDS), F_, dtype=torch.float64),
+        torch.zeros(F_, dtype=torch.float64),
+    )
     pair_category = torch.zeros(P, member.shape[1], dtype=torch.float64)
     base, full = torch.zeros(P, dtype=torch.float64), torch.zeros(P, dtype=torch.float64)
-    with train.autocast(s), torch.no_grad(), tqdm(total=P, desc="attributing", unit="pair", leave=False) as bar:
+    with (
+        train.autocast(s),
+        torch.no_grad(),
+        tqdm(total=P, desc="attributing", unit="pair", leave=False) as bar,
+    ):
         for micro in data.microbatches(pairs, s.tokens_per_microbatch):
             packed = data.pack_pairs([pairs[i] for i in micro]).to(s.device)
             plan = policy.base.plan(packed)
@@ -81,15 +98,23 @@ def attribution(
             by_kind = torch.zeros(len(KINDS), F_, dtype=x.dtype, device=x.device)
             by_pair = torch.zeros(len(micro), F_, dtype=x.dtype, device=x.device)
             for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-                x_node = torch.cat([steered.add(rows, node * _v(steered, rows)) for rows in steered.pieces(x)])
+                x_node = torch.cat(
+                    [steered.add(rows, node * _v(steered, rows)) for rows in steered.pieces(x)]
+                )
                 with torch.enable_grad():
-                    (gradient,) = torch.autograd.grad(loss(x_node.requires_grad_()).sum(), x_node)  # [T, d]
+                    (gradient,) = torch.autograd.grad(
+                        loss(x_node.requires_grad_()).sum(), x_node
+                    )  # [T, d]
                 pieces = (steered.pieces(t) for t in (x, gradient, kind, packed.tree))
                 for rows, d_x, kinds, trees in zip(*pieces, strict=True):
                     v = _v(steered, rows)
-                    with torch.enable_grad():  # through `add`, whatever it is for this kind of adapter
+                    with (
+                        torch.enable_grad()
+                    ):  # through `add`, whatever it is for this kind of adapter
                         steering = (node * v).requires_grad_()
-                        (d_v,) = torch.autograd.grad(steered.add(rows, steering), steering, d_x)  # [rows, F]
+                        (d_v,) = torch.autograd.grad(
+                            steered.add(rows, steering), steering, d_x
+                        )  # [rows, F]
                     share = d_v.mul_(v).mul_(weight)
                     by_kind.index_add_(0, kinds, share)
                     by_pair.index_add_(0, trees, share)
@@ -103,7 +128,9 @@ def attribution(
 
 
 def _v(steered, rows: Tensor) -> Tensor:
-    return steered.adapter(rows).to(rows.dtype)  # autocast makes it bfloat16; s v is rounded only once, by the product
+    return steered.adapter(rows).to(
+        rows.dtype
+    )  # autocast makes it bfloat16; s v is rounded only once, by the product
 
 
 def position_kinds(packed: Packed, tokenizer: Tokenizer) -> Tensor:
@@ -113,9 +140,13 @@ def position_kinds(packed: Packed, tokenizer: Tokenizer) -> Tensor:
     prompts = torch.bincount(packed.tree[branch == 0])  # tokens of each prompt
     offset = packed.position - prompts[packed.tree]  # within the response
     part = torch.where(offset < header, 0, 1)
-    stop = (tokens == tokenizer.token_to_id("<end_of_turn>")) & (branch > 0)  # once in a response: users' text has none
+    stop = (tokens == tokenizer.token_to_id("<end_of_turn>")) & (
+        branch > 0
+    )  # once in a response: users' text has none
     sequence = packed.tree * 3 + branch
     for back in range(3):  # <end_of_turn>, a line break, <eos>: what truncation left of them
         part[(stop.roll(back)) & (sequence == sequence.roll(back))] = 2
-    kind = torch.where(branch == 0, KINDS.index("prompt"), KINDS.index("chosen header") + 3 * (branch - 1) + part)
+    kind = torch.where(
+        branch == 0, KINDS.index("prompt"), KINDS.index("chosen header") + 3 * (branch - 1) + part
+    )
     return torch.where(packed.position == 0, KINDS.index("first"), kind)

@@ -9,14 +9,38 @@ from pathlib import Path
 from audit.report import Run, before_after, percent, read_run
 from runtime.sources import write_whole
 
-TAGS = ("fsrl", "sparse-autoencoder", "feature-steering", "simpo", "preference-optimization", "interpretability")
+TAGS = (
+    "fsrl",
+    "sparse-autoencoder",
+    "feature-steering",
+    "simpo",
+    "preference-optimization",
+    "interpretability",
+)
 KINDS = {  # of adapter: what stands after the linear layer, what it does to features, what is penalised
     "relu": ("a ReLU", "turn up", "an L1"),
     "jumprelu": ("a JumpReLU", "turn up", "a sparsity"),
     "soft-threshold": ("a soft threshold", "turn up or down", "an L1"),
 }
-SETTINGS = ("l1", "beta", "gamma_ratio", "lr", "schedule", "warmup_ratio", "batch_size", "epochs", "max_steps", "seed")
-OF_VARIANTS = ("l0", "threshold_init", "threshold_lr", "threshold_parametrisation", "bandwidth")  # not of relu
+SETTINGS = (
+    "l1",
+    "beta",
+    "gamma_ratio",
+    "lr",
+    "schedule",
+    "warmup_ratio",
+    "batch_size",
+    "epochs",
+    "max_steps",
+    "seed",
+)
+OF_VARIANTS = (
+    "l0",
+    "threshold_init",
+    "threshold_lr",
+    "threshold_parametrisation",
+    "bandwidth",
+)  # not of relu
 
 
 def write_card(out: str | Path) -> Path:
@@ -38,7 +62,10 @@ def card(run: Run) -> str:
     kind, turn, penalty = KINDS.get(own.get("activation"), KINDS["relu"])
     return "\n".join(
         [
-            *front_matter(base if own.get("base_model_revision") else None, trained_on if run.data_revision else None),
+            *front_matter(
+                base if own.get("base_model_revision") else None,
+                trained_on if run.data_revision else None,
+            ),
             f"# FSRL adapter for {_name(base)}, layer {own.get('layer')}",
             "",
             f"One linear layer with {kind} that reads the residual stream of a frozen model and says, token by token,"
@@ -54,7 +81,10 @@ def card(run: Run) -> str:
                     ("SAE", _revised(sae, own.get("sae_revision"))),
                     ("SAE id", own.get("sae_id")),
                     ("SAE sha256", own.get("sae_sha256")),
-                    ("adapter", f"{own.get('activation')}, weight [{own.get('d_sae')}, {own.get('d_model')}], float32"),
+                    (
+                        "adapter",
+                        f"{own.get('activation')}, weight [{own.get('d_sae')}, {own.get('d_model')}], float32",
+                    ),
                     ("trained on", _revised(trained_on, run.data_revision)),
                     *((name.replace("_", " "), settings.get(name)) for name in named),
                     ("code", run.config.get("code")),
@@ -98,9 +128,22 @@ def _losses(run: Run) -> list[str]:
     if measured is None:
         return []
     where, first, last = measured
-    names = {"loss": "SimPO loss", "accuracy": "accuracy", "l0": "L0 per position", "l1": "L1 per position"}
-    rows = [(name, f"{first[key]:.3f}", f"{last[key]:.3f}") for key, name in names.items() if key in first]
-    return [f"## Before and after ({where})", "", *_table(("", "before", f"after step {last['step']}"), rows)]
+    names = {
+        "loss": "SimPO loss",
+        "accuracy": "accuracy",
+        "l0": "L0 per position",
+        "l1": "L1 per position",
+    }
+    rows = [
+        (name, f"{first[key]:.3f}", f"{last[key]:.3f}")
+        for key, name in names.items()
+        if key in first
+    ]
+    return [
+        f"## Before and after ({where})",
+        "",
+        *_table(("", "before", f"after step {last['step']}"), rows),
+    ]
 
 
 def _composition(run: Run) -> list[str]:
@@ -131,7 +174,9 @@ def _revised(name: str | None, revision: str | None) -> str | None:
 def _name(name: str | None) -> str:
     """The last part of a local path, a Hub id as it is; nothing in it can act as markup."""
     name = str(name)
-    name = name if name.count("/") == 1 and not name.startswith((".", "/", "~")) else Path(name).name
+    name = (
+        name if name.count("/") == 1 and not name.startswith((".", "/", "~")) else Path(name).name
+    )
     return _plain(name)
 
 

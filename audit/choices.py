@@ -35,7 +35,9 @@ from packed import Packed
 from policy import Policy
 
 END, REST = "end", "rest"  # <end_of_turn>: how long a response is; tokens of no category
-AVERAGE = 2.0  # mean tokens added to what is counted of a token, so that one sighting decides nothing
+AVERAGE = (
+    2.0  # mean tokens added to what is counted of a token, so that one sighting decides nothing
+)
 
 
 class Classes(NamedTuple):
@@ -74,7 +76,11 @@ def in_text(packed: Packed, policy: Policy) -> Tensor:
 
 @torch.inference_mode()
 def classes(
-    policy: Policy, pairs: Sequence[Pair], s: train.Settings, categories: Mapping[str, np.ndarray], kind: str = "fires"
+    policy: Policy,
+    pairs: Sequence[Pair],
+    s: train.Settings,
+    categories: Mapping[str, np.ndarray],
+    kind: str = "fires",
 ) -> Classes:
     """Part the vocabulary by features' labels: category -> bool [F].
 
@@ -85,16 +91,24 @@ def classes(
     """
     names, V, steered = (*categories, END, REST), policy.base.config.vocab_size, policy.steered
     member = torch.from_numpy(np.stack(list(categories.values()))).float()
-    member = torch.cat([member, (member.sum(0, keepdim=True) == 0).float()]).T.to(s.device)  # [F, C - 1]
+    member = torch.cat([member, (member.sum(0, keepdim=True) == 0).float()]).T.to(
+        s.device
+    )  # [F, C - 1]
     total = torch.zeros(V, member.shape[1], device=s.device)
     count = torch.zeros(V, device=s.device)
-    for micro in tqdm(data.microbatches(pairs, s.tokens_per_microbatch), desc="classes", leave=False):
+    for micro in tqdm(
+        data.microbatches(pairs, s.tokens_per_microbatch), desc="classes", leave=False
+    ):
         packed = data.pack_pairs([pairs[i] for i in micro]).to(s.device)
         with train.autocast(s):
             x = steered.residual(packed, policy.base.plan(packed))
         text = in_text(packed, policy)
-        at = (packed.source if kind == "promotes" else (packed.branch > 0).nonzero().squeeze(1))[text]
-        mass = torch.cat([steered.sae.encode(rows).float() @ member for rows in steered.pieces(x[at])])
+        at = (packed.source if kind == "promotes" else (packed.branch > 0).nonzero().squeeze(1))[
+            text
+        ]
+        mass = torch.cat(
+            [steered.sae.encode(rows).float() @ member for rows in steered.pieces(x[at])]
+        )
         share = mass / mass.sum(1, keepdim=True).clamp(min=1e-12)
         total.index_add_(0, packed.target[text], share)
         count.index_add_(0, packed.target[text], torch.ones_like(share[:, 0]))
@@ -113,7 +127,9 @@ def partition(policy: Policy, names: tuple[str, ...], total: Tensor, count: Tens
 
 
 @torch.inference_mode()
-def choices(policy: Policy, pairs: Sequence[Pair], s: train.Settings, partitions: Sequence[Classes]) -> list[Choices]:
+def choices(
+    policy: Policy, pairs: Sequence[Pair], s: train.Settings, partitions: Sequence[Classes]
+) -> list[Choices]:
     """The change of every pair's gap, shared out under each partition, from one pass of base model and policy."""
     P, steered = len(pairs), policy.steered
     member = [torch.eye(len(c.names))[c.of_token].to(s.device) for c in partitions]  # [V, C] each
@@ -125,12 +141,16 @@ def choices(policy: Policy, pairs: Sequence[Pair], s: train.Settings, partitions
             plan = policy.base.plan(packed)
             with train.autocast(s):  # not below: it would round sums of probabilities to bfloat16
                 x = steered.residual(packed, plan)
-                states = [steered.above(y, plan)[packed.source] for y in (x, steered.steer(x)[0])]  # [N, d] each
+                states = [
+                    steered.above(y, plan)[packed.source] for y in (x, steered.steer(x)[0])
+                ]  # [N, d] each
             pair = torch.tensor(micro)[packed.sequence.cpu() // 2]
             weight = token_weight(packed).cpu()
             for rows in torch.arange(len(pair)).split(rows_at_once(policy)):
                 target = packed.target[rows.to(x.device)]
-                logp = [policy.base.head(h[rows.to(x.device)]).log_softmax(-1) for h in states]  # [n, V] each
+                logp = [
+                    policy.base.head(h[rows.to(x.device)]).log_softmax(-1) for h in states
+                ]  # [n, V] each
                 y0, y1 = (lp.gather(1, target[:, None]).squeeze(1).double().cpu() for lp in logp)
                 change.index_add_(0, pair[rows], weight[rows] * (y1 - y0))
                 p = [lp.exp_() for lp in logp]
@@ -143,7 +163,9 @@ def choices(policy: Policy, pairs: Sequence[Pair], s: train.Settings, partitions
 
 
 @torch.no_grad()
-def feature_shares(policy: Policy, pairs: Sequence[Pair], s: train.Settings, c: Classes, steps: int = 8) -> Tensor:
+def feature_shares(
+    policy: Policy, pairs: Sequence[Pair], s: train.Settings, c: Classes, steps: int = 8
+) -> Tensor:
     """Which features earned each class's share: integrated gradients of the shares along the steering, as in
     attribution.py. Means over pairs, float64 [C, F] on the CPU; a row sums to the class's mean share, but for the error
     of the integral. steps: its nodes, each a forward pass and C backward passes through the upper blocks.
@@ -162,22 +184,32 @@ def feature_shares(policy: Policy, pairs: Sequence[Pair], s: train.Settings, c: 
                 steering = [steered.adapter(rows).to(x.dtype) for rows in steered.pieces(x)]
             parts = list(zip(steered.pieces(x), steering, strict=True))
             for node, share_of_path in zip((nodes + 1) / 2, weights / 2, strict=True):
-                moved = torch.cat([steered.add(rows, node * v) for rows, v in parts]).requires_grad_()  # [T, d]
+                moved = torch.cat(
+                    [steered.add(rows, node * v) for rows, v in parts]
+                ).requires_grad_()  # [T, d]
                 with torch.enable_grad(), train.autocast(s):
                     states = steered.above(moved, plan)[packed.source]
                 by_state = _state_gradients(policy, packed, base, states.detach(), member, of_token)
                 for k in range(C):
-                    (by_x,) = torch.autograd.grad(states, moved, by_state[k], retain_graph=k + 1 < C)  # [T, d]
+                    (by_x,) = torch.autograd.grad(
+                        states, moved, by_state[k], retain_graph=k + 1 < C
+                    )  # [T, d]
                     for (rows, v), d_x in zip(parts, steered.pieces(by_x), strict=True):
-                        with torch.enable_grad():  # through `add`, whatever it is for this kind of adapter
+                        with (
+                            torch.enable_grad()
+                        ):  # through `add`, whatever it is for this kind of adapter
                             at = (node * v).requires_grad_()
-                            (d_v,) = torch.autograd.grad(steered.add(rows, at), at, d_x)  # [rows, F]
+                            (d_v,) = torch.autograd.grad(
+                                steered.add(rows, at), at, d_x
+                            )  # [rows, F]
                         total[k] += share_of_path * (d_v * v).sum(0).double().cpu()
             bar.update(len(micro))
     return total / len(pairs)
 
 
-def _state_gradients(policy: Policy, packed: Packed, base: Tensor, states: Tensor, member: Tensor, of_token: Tensor):
+def _state_gradients(
+    policy: Policy, packed: Packed, base: Tensor, states: Tensor, member: Tensor, of_token: Tensor
+):
     """Gradient of each class's share, summed over pairs, with respect to the steered final states: [C, N, d]."""
     gradients = torch.zeros(member.shape[1], *states.shape, device=states.device)
     weight = token_weight(packed)
@@ -188,7 +220,9 @@ def _state_gradients(policy: Policy, packed: Packed, base: Tensor, states: Tenso
             h = states[rows].requires_grad_()
             after = policy.base.head(h).log_softmax(-1)
             change = (after - before).gather(1, target[:, None]).squeeze(1).double()
-            p0, p1 = ((logp.exp() @ member).double() for logp in (before, after))  # [n, V] -> [n, C]
+            p0, p1 = (
+                (logp.exp() @ member).double() for logp in (before, after)
+            )  # [n, V] -> [n, C]
             shares = (weight[rows] @ token_shares(change, p0, p1, of_token[target])).unbind()
         for k, share in enumerate(shares):
             gradients[k, rows] = torch.autograd.grad(share, h, retain_graph=k + 1 < len(shares))[0]
@@ -211,7 +245,9 @@ def token_shares(change: Tensor, p0: Tensor, p1: Tensor, own: Tensor) -> Tensor:
     difference, n = p1 - p0, torch.arange(len(own), device=own.device)
     a, b = p0[n, own].clamp(min=1e-30), p1[n, own].clamp(min=1e-30)
     ratio = (b / a).log()
-    mean = torch.where(ratio.abs() < 1e-6, (a + b) / 2, (b - a) / torch.where(ratio == 0, 1.0, ratio))
+    mean = torch.where(
+        ratio.abs() < 1e-6, (a + b) / 2, (b - a) / torch.where(ratio == 0, 1.0, ratio)
+    )
     between = difference[n, own] / mean
     terms = torch.zeros_like(p0)
     rest = own == p0.shape[1] - 1
@@ -230,5 +266,7 @@ def sign_flip(shares: Tensor, draws: int = 9999, seed: int = 0) -> Tensor:
     signs = torch.from_numpy(np.random.default_rng(seed).choice([-1.0, 1.0], (draws, len(shares))))
     drawn = signs @ shares / len(shares)  # [draws, C]
     mean = shares.mean(0)
-    tie = 1e-12 * shares.abs().mean(0)  # the same pairs under the same signs, but for the order of the sum
+    tie = 1e-12 * shares.abs().mean(
+        0
+    )  # the same pairs under the same signs, but for the order of the sum
     return (1 + (drawn >= mean - tie).sum(0)) / (1 + draws)

@@ -60,7 +60,11 @@ TINY_LABELS = tuple(str(tiny.LABELS_DIR / name) for name in ("fires.jsonl", "pro
 SIDES = ("adapter", "sae")  # v and f; the first axis of what is counted
 CONTEXTS = ("prompt", "prompt+chosen", "prompt+rejected")
 TOP = 10  # features in Tables 3 and 4
-EXAMPLES, EXAMPLE_TOKENS, EXAMPLE_FEATURES = 4, 400, 4  # pairs shown, tokens of each text, features at each token
+EXAMPLES, EXAMPLE_TOKENS, EXAMPLE_FEATURES = (
+    4,
+    400,
+    4,
+)  # pairs shown, tokens of each text, features at each token
 
 
 @dataclass(frozen=True)
@@ -69,21 +73,35 @@ class Settings:
     model: str | None = flag(None, "where the base model is now; unset: where the run says")
     sae: str | None = flag(None, "where the SAE is now; unset: where the run says")
     sae_id: str | None = flag(None, "folder within --sae")
-    data: str | None = flag(None, "tiny, a parquet or jsonl file, a folder, a Hub id; unset: the run's evaluation data")
-    labels: tuple[str, ...] = flag((), "label files of the run's SAE; unset: those of tiny for tiny, else none")
-    assume_labels_match: bool = flag(False, "take label files that do not say so to be of the run's SAE")
-    human: str | None = flag(None, "what a person says of some features, csv or jsonl: feature, category, label")
+    data: str | None = flag(
+        None, "tiny, a parquet or jsonl file, a folder, a Hub id; unset: the run's evaluation data"
+    )
+    labels: tuple[str, ...] = flag(
+        (), "label files of the run's SAE; unset: those of tiny for tiny, else none"
+    )
+    assume_labels_match: bool = flag(
+        False, "take label files that do not say so to be of the run's SAE"
+    )
+    human: str | None = flag(
+        None, "what a person says of some features, csv or jsonl: feature, category, label"
+    )
     bootstrap: int = flag(1000, "resamples of the pairs behind each interval")
     seed: int = flag(0, "seed of the resamples")
     pairs: int | None = flag(None, "only so many pairs, the first ones")
-    tokens_per_microbatch: int = flag(8192, "tokens per forward pass, the memory knob; no effect on the result")
-    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16"))
+    tokens_per_microbatch: int = flag(
+        8192, "tokens per forward pass, the memory knob; no effect on the result"
+    )
+    dtype: str = flag(
+        "auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16")
+    )
     device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
     out: str | None = flag(None, "where eval/ and report.html go; unset: the folder of --run")
 
     def __post_init__(self):
         if self.run is None:
-            raise UserError("--run: a folder that train.py wrote, an adapter folder, or its Hub id was expected.")
+            raise UserError(
+                "--run: a folder that train.py wrote, an adapter folder, or its Hub id was expected."
+            )
         cli.at_least_one(self, "bootstrap", "pairs", "tokens_per_microbatch")
         if self.seed < 0:
             raise UserError(f"--seed {self.seed}: must not be negative.")
@@ -103,7 +121,9 @@ class Counts(NamedTuple):
     l0: Tensor  # int64 [2, 3, F + 1], positions by how many features are active there
     place: Tensor  # int64 [3, L], positions by where they stand in their sequence
     place_l0: Tensor  # int64 [2, 3, L], Σ L0 over those
-    pair_events: Tensor  # int64 [P, 2, 3, C + 1], events of each pair by category, then of all features
+    pair_events: (
+        Tensor  # int64 [P, 2, 3, C + 1], events of each pair by category, then of all features
+    )
 
     @property
     def usage(self) -> Tensor:
@@ -129,7 +149,9 @@ def usage(
     """
     n, P, device = steered.sae.d_sae, len(pairs), s.device
     masks = torch.zeros(0, n, dtype=torch.bool) if masks is None else masks
-    groups = torch.cat([masks, torch.ones(1, n, dtype=torch.bool)]).T.to(device, torch.float32)  # [F, C + 1]
+    groups = torch.cat([masks, torch.ones(1, n, dtype=torch.bool)]).T.to(
+        device, torch.float32
+    )  # [F, C + 1]
     C1, L = groups.shape[1], max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
 
     # By segment first: 0 the prompt, 1 the chosen response, 2 the rejected one. A context is a sum of segments.
@@ -151,7 +173,10 @@ def usage(
             onehot = F.one_hot(segment, 3).T.float()  # [3, rows]
             place.index_add_(0, segment * L + at, torch.ones_like(at))
             with train.autocast(s):
-                v, f = steered.adapter(x[rows]), steered.sae.encode(x[rows])  # [rows, d] -> [rows, F]
+                v, f = (
+                    steered.adapter(x[rows]),
+                    steered.sae.encode(x[rows]),
+                )  # [rows, d] -> [rows, F]
             for side, value in enumerate((v, f)):
                 value = value.float()
                 active = (value != 0).float()
@@ -220,7 +245,9 @@ class Agreement(NamedTuple):
         return float(judges.mcc(np.array([tp, fp, fn, tn])))
 
 
-def noisy_changes(counts: Counts, machine: np.ndarray, agreement: Agreement, draws: int, seed: int) -> Tensor:
+def noisy_changes(
+    counts: Counts, machine: np.ndarray, agreement: Agreement, draws: int, seed: int
+) -> Tensor:
     """Relative changes [draws, 3] under labels as a person might have given them.
 
     Each draw takes P(person says yes | machine's label m) from its posterior Beta(yes_m + 1/2, no_m + 1/2), then
@@ -229,7 +256,9 @@ def noisy_changes(counts: Counts, machine: np.ndarray, agreement: Agreement, dra
     a category towards no change, so that the draws need not lie around the change under the machine's own labels.
     """
     rng = np.random.default_rng((seed, 1))
-    yes = rng.beta(agreement.confusion[:, 1] + 0.5, agreement.confusion[:, 0] + 0.5, size=(draws, 2))
+    yes = rng.beta(
+        agreement.confusion[:, 1] + 0.5, agreement.confusion[:, 0] + 0.5, size=(draws, 2)
+    )
     known = np.array(list(agreement.known), dtype=np.int64)
     events, out = counts.events.double(), torch.empty(draws, 3, dtype=torch.float64)
     for i in range(draws):
@@ -248,14 +277,18 @@ def read_human(path: str, labels: list[Labels]) -> dict[tuple[str, str], Agreeme
     """
     judged = [table for table in labels if table.kind == "fires"]
     if not judged:
-        raise UserError(f"--human {path}: no label file of kind fires was given that a person could have judged.")
+        raise UserError(
+            f"--human {path}: no label file of kind fires was given that a person could have judged."
+        )
     found: dict[tuple[str, str], Agreement] = {}
     _, rows = read_rows(path)
     for number, row in enumerate(rows, start=1):
         where = f"{path} row {number}"
         tables = [table for table in judged if row.get("category") in table.categories]
         if not tables:
-            raise UserError(f"{where}: category {row.get('category')!r} is in none of the label files.")
+            raise UserError(
+                f"{where}: category {row.get('category')!r} is in none of the label files."
+            )
         for table in tables:
             machine = table.categories[row["category"]]
             key = (table.name, row["category"])
@@ -265,11 +298,15 @@ def read_human(path: str, labels: list[Labels]) -> dict[tuple[str, str], Agreeme
                 try:
                     entry.confusion[cell] += int(row["count"])
                 except (TypeError, ValueError) as e:
-                    raise UserError(f"{where}: count is {row['count']!r}, a whole number was expected.") from e
+                    raise UserError(
+                        f"{where}: count is {row['count']!r}, a whole number was expected."
+                    ) from e
             else:
                 k, says = feature_index(Path(path), number, row), _truth(where, "label", row)
                 if k >= len(machine):
-                    raise UserError(f"{where}: feature {k}; the SAE has features 0 to {len(machine) - 1}.")
+                    raise UserError(
+                        f"{where}: feature {k}; the SAE has features 0 to {len(machine) - 1}."
+                    )
                 if entry.known.setdefault(k, says) is not says:
                     raise UserError(f"{where}: feature {k} is labelled both ways.")
                 entry.confusion[int(machine[k]), int(says)] += 1
@@ -291,7 +328,9 @@ def _truth(where: str, column: str, row: dict) -> bool:
 Row = dict[str, object]
 
 
-def composition_rows(counts: Counts, labels: list[Labels], human: dict, resamples: int, seed: int) -> list[Row]:
+def composition_rows(
+    counts: Counts, labels: list[Labels], human: dict, resamples: int, seed: int
+) -> list[Row]:
     """Table 2. change, low, high: relative change of the share and its 95 % percentile interval over pairs; noisy_*:
     the same with label noise, where a person has judged the category: the two errors, taken to be independent, are
     added draw by draw.
@@ -332,10 +371,14 @@ def top_rows(values: Tensor, name: str, labels: list[Labels]) -> list[Row]:
     rows = []
     for (side, of), (i, context) in ((a, b) for a in enumerate(SIDES) for b in enumerate(CONTEXTS)):
         top = values[side, i].topk(min(TOP, values.shape[-1]))
-        for rank, (value, k) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True), start=1):
+        for rank, (value, k) in enumerate(
+            zip(top.values.tolist(), top.indices.tolist(), strict=True), start=1
+        ):
             if value:
                 row = dict(of=of, context=context, rank=rank, feature=k) | {name: value}
-                rows.append(row | dict(explanation=explain(labels, k), categories=categories(labels, k)))
+                rows.append(
+                    row | dict(explanation=explain(labels, k), categories=categories(labels, k))
+                )
     return rows
 
 
@@ -356,7 +399,9 @@ def difference_rows(difference: Tensor, bins: int = 81) -> list[Row]:
     rows = []
     for context, values in zip(CONTEXTS, difference.numpy(), strict=True):
         features = np.histogram(values, edges)[0]
-        totals = dict(promoted=int((values > 0).sum()), suppressed=int((values < 0).sum()), mean=values.mean())
+        totals = dict(
+            promoted=int((values > 0).sum()), suppressed=int((values < 0).sum()), mean=values.mean()
+        )
         for low, high, n in zip(edges[:-1], edges[1:], features, strict=True):
             rows.append(dict(context=context, low=low, high=high, features=int(n)) | totals)
     return rows
@@ -375,7 +420,11 @@ def rank_rows(usage: Tensor, labels: list[Labels]) -> list[Row]:
             values = values[values > 0]
             n = len(values)
             slope, intercept, r2 = log_linear_fit(values)
-            ranks = np.unique(np.r_[np.linspace(1, n, 80), np.geomspace(1, n, 40)].round().astype(int)) if n else []
+            ranks = (
+                np.unique(np.r_[np.linspace(1, n, 80), np.geomspace(1, n, 40)].round().astype(int))
+                if n
+                else []
+            )
             fit = dict(active=n, slope=slope, intercept=intercept, r2=r2)
             for rank in ranks:
                 line = 10 ** (intercept + slope * rank)
@@ -404,9 +453,13 @@ def l0_rows(counts: Counts, bins: int = 50) -> list[Row]:
     for (side, of), (i, context) in ((a, b) for a in enumerate(SIDES) for b in enumerate(CONTEXTS)):
         here = counts.l0[side, i]
         totals = dict(mean=(here * number).sum().item() / here.sum().item())
-        totals |= {f"p{q}": int((here.cumsum(0) >= here.sum() * q / 100).nonzero()[0]) for q in (5, 50, 95)}
+        totals |= {
+            f"p{q}": int((here.cumsum(0) >= here.sum() * q / 100).nonzero()[0]) for q in (5, 50, 95)
+        }
         for low, end in pairwise(edges):
-            row = dict(of=of, context=context, low=low, high=end - 1, positions=int(here[low:end].sum()))
+            row = dict(
+                of=of, context=context, low=low, high=end - 1, positions=int(here[low:end].sum())
+            )
             rows.append(row | totals)
     return rows
 
@@ -420,8 +473,12 @@ def place_rows(counts: Counts, bins: int = 100) -> list[Row]:
             at = slice(low, low + width)
             positions = int(counts.place[i, at].sum())
             if positions:
-                row = dict(of=of, context=context, low=low, high=low + width - 1, positions=positions)
-                rows.append(row | dict(mean_l0=counts.place_l0[side, i, at].sum().item() / positions))
+                row = dict(
+                    of=of, context=context, low=low, high=low + width - 1, positions=positions
+                )
+                rows.append(
+                    row | dict(mean_l0=counts.place_l0[side, i, at].sum().item() / positions)
+                )
     return rows
 
 
@@ -444,7 +501,9 @@ def feature_table(counts: Counts, labels: list[Labels]) -> pa.Table:
         columns[f"difference_{suffix}"] = difference[i].numpy()
         for name, order in (("promoted", True), ("suppressed", False)):
             rank = torch.empty(n, dtype=torch.int32)
-            rank[difference[i].argsort(descending=order, stable=True)] = torch.arange(1, n + 1, dtype=torch.int32)
+            rank[difference[i].argsort(descending=order, stable=True)] = torch.arange(
+                1, n + 1, dtype=torch.int32
+            )
             columns[f"{name}_rank_{suffix}"] = rank.numpy()
     return pa.table(columns)
 
@@ -476,7 +535,9 @@ def examples(policy: Policy, pairs: Sequence[Pair], labels: list[Labels]) -> dic
             rows = rows[-EXAMPLE_TOKENS:] if name == "prompt" else rows[:EXAMPLE_TOKENS]
             with train.autocast(s):
                 v = steered.adapter(x[rows]).float()
-            v[packed.position[rows] == 0] = 0  # left out of every average, and it would outshine the rest
+            v[packed.position[rows] == 0] = (
+                0  # left out of every average, and it would outshine the rest
+            )
             parts[name] = part(packed.tokens[rows], v)
         shown.append(parts)
     return dict(pairs=shown, explanations={str(k): explain(labels, k) for k in sorted(named)})
@@ -496,10 +557,18 @@ def described_run(policy: Policy, source: str, pairs: Sequence[Pair], labels: li
 
 def described(table: Labels) -> dict:
     """Which labels a table was made with, for its `about`; text says it in words."""
-    by = {"fires": "by what a feature fires on", "promotes": "by what a feature promotes"}.get(table.kind, table.kind)
+    by = {"fires": "by what a feature fires on", "promotes": "by what a feature promotes"}.get(
+        table.kind, table.kind
+    )
     match = "of this SAE" if table.matched else "ASSUMED to be of this SAE, the file does not say"
     text = f"{table.name}: {by}; judge: {table.judge or 'not stated'}; {match}"
-    own = dict(name=table.name, kind=table.kind, judge=table.judge, matched=table.matched, sha256=table.sha256)
+    own = dict(
+        name=table.name,
+        kind=table.kind,
+        judge=table.judge,
+        matched=table.matched,
+        sha256=table.sha256,
+    )
     return own | dict(table.sae, text=text)
 
 
@@ -519,11 +588,17 @@ def write_table(folder: Path, name: str, about: dict, rows: list[Row], draw) -> 
     writer.writerows(rows)
     (folder / f"{name}.csv").write_text(text.getvalue())
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
-    (folder / f"{name}.json").write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{lines}\n]}}\n')
+    (folder / f"{name}.json").write_text(
+        f'{{"about": {json.dumps(about)},\n"rows": [\n{lines}\n]}}\n'
+    )
     digest = hashlib.sha256(text.getvalue().encode()).hexdigest()
     with plt.rc_context(figures.STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # explanations come in every script
-        draw(rows, about).savefig(folder / f"{name}.png", dpi=150, metadata={"Source": f"{name}.csv sha256 {digest}"})
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from"
+        )  # explanations come in every script
+        draw(rows, about).savefig(
+            folder / f"{name}.png", dpi=150, metadata={"Source": f"{name}.csv sha256 {digest}"}
+        )
 
 
 def _plain(value):
@@ -540,7 +615,9 @@ def out_folder(s: Settings) -> Path:
     if s.out:
         return writable(Path(s.out))
     if not Path(s.run).is_dir():
-        raise UserError(f"--run {s.run}: no such folder; of a Hub id, say with --out where the results should go.")
+        raise UserError(
+            f"--run {s.run}: no such folder; of a Hub id, say with --out where the results should go."
+        )
     return writable(Path(s.run), "run")
 
 
@@ -549,7 +626,9 @@ def main() -> None:
     out = out_folder(s)
     policy = open_policy(s.run, s.model, s.sae, s.sae_id, s.device, s.dtype)
     if policy.steered is None:
-        raise UserError(f"--run {s.run}: has no adapter; there is no steering to read in a model trained whole.")
+        raise UserError(
+            f"--run {s.run}: has no adapter; there is no steering to read in a model trained whole."
+        )
     sae = policy.steered.sae
     files = s.labels or (TINY_LABELS if sae.source == "tiny" else ())
     labels = [load_labels(path, sae, s.assume_labels_match) for path in files]
@@ -557,22 +636,35 @@ def main() -> None:
         raise UserError("--labels: two files of the same name; their names tell the tables apart.")
     human = read_human(s.human, labels) if s.human else {}
     pairs, source = eval_pairs(policy, s.data, s.pairs)
-    policy = policy._replace(settings=replace(policy.settings, tokens_per_microbatch=s.tokens_per_microbatch))
+    policy = policy._replace(
+        settings=replace(policy.settings, tokens_per_microbatch=s.tokens_per_microbatch)
+    )
 
     masks = [torch.from_numpy(mask) for table in labels for mask in table.categories.values()]
     counts = usage(policy.steered, pairs, policy.settings, torch.stack(masks) if masks else None)
     about = described_run(policy, source, pairs, labels) | dict(
         positions=dict(zip(CONTEXTS, counts.positions.tolist(), strict=True)),
-        **dict(bootstrap=s.bootstrap, seed=s.seed, human=sha256(Path(s.human)) if s.human else None),
+        **dict(
+            bootstrap=s.bootstrap, seed=s.seed, human=sha256(Path(s.human)) if s.human else None
+        ),
     )
     tables = {
-        "composition": (composition_rows(counts, labels, human, s.bootstrap, s.seed), figures.composition),
-        "top_usage": (top_rows(counts.usage, "usage", labels), figures.top("usage", "Most used features (Table 3)")),
+        "composition": (
+            composition_rows(counts, labels, human, s.bootstrap, s.seed),
+            figures.composition,
+        ),
+        "top_usage": (
+            top_rows(counts.usage, "usage", labels),
+            figures.top("usage", "Most used features (Table 3)"),
+        ),
         "top_value": (
             top_rows(counts.mean, "value", labels),
             figures.top("value", "Features of largest mean value (Table 4)"),
         ),
-        "value_difference": (difference_rows(counts.mean[0] - counts.mean[1]), figures.value_difference),
+        "value_difference": (
+            difference_rows(counts.mean[0] - counts.mean[1]),
+            figures.value_difference,
+        ),
         "usage_rank": (rank_rows(counts.usage, labels), figures.usage_rank),
         "l0": (l0_rows(counts), figures.l0),
         "l0_by_position": (place_rows(counts), figures.l0_by_position),
@@ -590,19 +682,27 @@ def main() -> None:
     if (out / "adapter").is_dir() or (out / "adapter_config.json").is_file():
         card.write_card(out)
     print_composition(tables["composition"][0] if masks else [])
-    print(f"Written to {out / 'eval'}: {', '.join(tables)} (csv, json, png), features.parquet; and {page}")
+    print(
+        f"Written to {out / 'eval'}: {', '.join(tables)} (csv, json, png), features.parquet; and {page}"
+    )
 
 
 def print_composition(rows: list[Row]) -> None:
     """Table 2, for the terminal."""
     if rows:
-        print(f"{'category':<24}{'context':<17}{'SAE':>8}{'adapter':>9}{'change':>10}  95 % over pairs")
+        print(
+            f"{'category':<24}{'context':<17}{'SAE':>8}{'adapter':>9}{'change':>10}  95 % over pairs"
+        )
     for row in rows:
         name = f"{row['labels']}: {row['category']}"
-        change = f"{100 * row['change']:+9.1f}%  {100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
+        change = (
+            f"{100 * row['change']:+9.1f}%  {100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
+        )
         if "noisy_low" in row:
             change += f"; with label noise {100 * row['noisy_low']:+.1f} to {100 * row['noisy_high']:+.1f}"
-        print(f"{name:<24}{row['context']:<17}{100 * row['sae']:7.2f}%{100 * row['adapter']:8.2f}% {change}")
+        print(
+            f"{name:<24}{row['context']:<17}{100 * row['sae']:7.2f}%{100 * row['adapter']:8.2f}% {change}"
+        )
 
 
 if __name__ == "__main__":

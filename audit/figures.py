@@ -19,7 +19,10 @@ STYLE = {
 
 COLOUR = {"adapter": "#d1495b", "sae": "#3d6b8e"}
 NAME = {"adapter": "adapter (v)", "sae": "SAE (f)"}
-CONDITION_COLOUR = {"base model": "#7a7a7a", "policy": "#d1495b"}  # of eval_ablation.py, and its sets of features:
+CONDITION_COLOUR = {
+    "base model": "#7a7a7a",
+    "policy": "#d1495b",
+}  # of eval_ablation.py, and its sets of features:
 CONDITION_COLOUR |= {"category": "#d1495b", "matched": "#3d6b8e", "random": "#9aa7b1"}
 CONTEXT_COLOUR = {"prompt": "#7a7a7a", "prompt+chosen": "#2a9d6f", "prompt+rejected": "#d98032"}
 
@@ -37,16 +40,39 @@ def finish(figure: Figure, title: str, about: dict) -> Figure:
 def composition(rows: list[dict], about: dict) -> Figure:
     """Table 2: shares at the left, relative change with intervals at the right."""
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(9, 1.6 + 0.24 * len(rows)), sharey=True, layout="constrained", width_ratios=(2, 3)
+        1,
+        2,
+        figsize=(9, 1.6 + 0.24 * len(rows)),
+        sharey=True,
+        layout="constrained",
+        width_ratios=(2, 3),
     )
     for y, row in enumerate(rows):
         for of in ("sae", "adapter"):
-            left.plot(_percent(row[of]), y, "o", color=COLOUR[of], ms=4.5, label=NAME[of] if y == 0 else None)
+            left.plot(
+                _percent(row[of]),
+                y,
+                "o",
+                color=COLOUR[of],
+                ms=4.5,
+                label=NAME[of] if y == 0 else None,
+            )
         colour = CONTEXT_COLOUR[row["context"]]
         if row.get("noisy_low") is not None:
-            right.plot([_percent(row["noisy_low"]), _percent(row["noisy_high"])], [y, y], color=colour, lw=1)
+            right.plot(
+                [_percent(row["noisy_low"]), _percent(row["noisy_high"])],
+                [y, y],
+                color=colour,
+                lw=1,
+            )
         if row["low"] is not None:
-            right.plot([_percent(row["low"]), _percent(row["high"])], [y, y], color=colour, lw=3.5, alpha=0.6)
+            right.plot(
+                [_percent(row["low"]), _percent(row["high"])],
+                [y, y],
+                color=colour,
+                lw=3.5,
+                alpha=0.6,
+            )
         if row["change"] is not None:
             right.plot(_percent(row["change"]), y, "o", color=colour, ms=4.5)
     ticks = [f"{row['labels']}: {row['category']}, {row['context']}" for row in rows]
@@ -54,9 +80,16 @@ def composition(rows: list[dict], about: dict) -> Figure:
     left.set_ylim(len(rows) - 0.4, -0.6)
     left.set_xlim(0, None)
     left.set_xlabel("% of active features")
-    left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.5 / (1 + len(rows) * 0.24)))
+    left.legend(
+        frameon=False,
+        fontsize=8,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 1.0 + 0.5 / (1 + len(rows) * 0.24)),
+    )
     right.axvline(0, color="black", lw=0.8)
-    noise = ", thin: label noise too" if any(row.get("noisy_low") is not None for row in rows) else ""
+    noise = (
+        ", thin: label noise too" if any(row.get("noisy_low") is not None for row in rows) else ""
+    )
     right.set_xlabel(f"relative change, %\n(bar: 95 % over pairs{noise})", fontsize=9)
     for axes in (left, right):
         axes.grid(axis="x", lw=0.4)
@@ -74,15 +107,30 @@ def top(value: str, title: str):
         panels = list(dict.fromkeys((row["context"], row["of"]) for row in rows))
         contexts = list(dict.fromkeys(context for context, _ in panels))
         figure, grid = plt.subplots(
-            max(1, len(contexts)), 2, figsize=(11, 1 + 2.9 * len(contexts)), layout="constrained", squeeze=False
+            max(1, len(contexts)),
+            2,
+            figsize=(11, 1 + 2.9 * len(contexts)),
+            layout="constrained",
+            squeeze=False,
         )
         for context, of in panels:
             axes = grid[contexts.index(context)][int(of == "sae")]
             here = [row for row in rows if (row["context"], row["of"]) == (context, of)]
-            axes.barh([row["rank"] for row in here], [row[value] for row in here], color=COLOUR[of], alpha=0.35)
+            axes.barh(
+                [row["rank"] for row in here],
+                [row[value] for row in here],
+                color=COLOUR[of],
+                alpha=0.35,
+            )
             for row in here:
                 text = " ".join(f"{row['feature']}  {row['explanation']}".split())
-                axes.text(0, row["rank"], " " + textwrap.shorten(text, 78, placeholder="…"), va="center", fontsize=7)
+                axes.text(
+                    0,
+                    row["rank"],
+                    " " + textwrap.shorten(text, 78, placeholder="…"),
+                    va="center",
+                    fontsize=7,
+                )
             axes.set_yticks([row["rank"] for row in here])
             axes.tick_params(labelsize=7)
             axes.invert_yaxis()
@@ -96,12 +144,23 @@ def value_difference(rows: list[dict], about: dict) -> Figure:
     """Figure 3: a histogram of features for each context."""
     contexts = list(dict.fromkeys(row["context"] for row in rows))
     figure, grid = plt.subplots(
-        len(contexts), 1, figsize=(7, 1 + 1.7 * len(contexts)), sharex=True, sharey=True, layout="constrained"
+        len(contexts),
+        1,
+        figsize=(7, 1 + 1.7 * len(contexts)),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
     )
     for axes, context in zip(grid, contexts, strict=True):
         here = [row for row in rows if row["context"] == context]
         edges = [row["low"] for row in here] + [here[-1]["high"]]
-        axes.stairs([row["features"] for row in here], edges, fill=True, color=CONTEXT_COLOUR[context], baseline=0.5)
+        axes.stairs(
+            [row["features"] for row in here],
+            edges,
+            fill=True,
+            color=CONTEXT_COLOUR[context],
+            baseline=0.5,
+        )
         axes.axvline(0, color="black", lw=0.6)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -125,7 +184,11 @@ def usage_rank(rows: list[dict], about: dict) -> Figure:
         axes = grid[contexts.index(context)][int(of == "sae")]
         for name, category in curves:
             key = (context, of, name, category)
-            here = [row for row in rows if (row["context"], row["of"], row["labels"], row["category"]) == key]
+            here = [
+                row
+                for row in rows
+                if (row["context"], row["of"], row["labels"], row["category"]) == key
+            ]
             if not here:
                 continue
             colour = f"C{kinds.index(category)}" if name else "black"
@@ -134,7 +197,9 @@ def usage_rank(rows: list[dict], about: dict) -> Figure:
             label = f"{name}: {category}" if name else category
             label += f", {here[0]['active']:,} active, {r2}"
             ranks = [row["rank"] for row in here]
-            axes.plot(ranks, [row["usage"] for row in here], color=colour, ls=style, lw=1.3, label=label)
+            axes.plot(
+                ranks, [row["usage"] for row in here], color=colour, ls=style, lw=1.3, label=label
+            )
             if not name and here[0]["fit"] is not None:
                 axes.plot(ranks, [row["fit"] for row in here], color=colour, lw=0.7, ls=(0, (2, 3)))
         axes.set_yscale("log")
@@ -145,7 +210,9 @@ def usage_rank(rows: list[dict], about: dict) -> Figure:
         axes.legend(frameon=False, fontsize=6.5)
     low = min((row["usage"] for row in rows), default=0.1)
     grid[0][0].set_ylim(low / 2, 2)
-    return finish(figure, "Usage against rank, with the log-linear fit over all features (Figure 5)", about)
+    return finish(
+        figure, "Usage against rank, with the log-linear fit over all features (Figure 5)", about
+    )
 
 
 def l0(rows: list[dict], about: dict) -> Figure:
@@ -176,15 +243,30 @@ def l0_by_position(rows: list[dict], about: dict) -> Figure:
     for axes, of in zip(grid, ("adapter", "sae"), strict=True):
         for context in dict.fromkeys(row["context"] for row in rows):
             here = [row for row in rows if (row["context"], row["of"]) == (context, of)]
-            style = dict(color=CONTEXT_COLOUR[context], lw=1.3, ls="-" if context != "prompt" else ":", label=context)
-            axes.plot([(row["low"] + row["high"]) / 2 for row in here], [row["mean_l0"] for row in here], **style)
+            style = dict(
+                color=CONTEXT_COLOUR[context],
+                lw=1.3,
+                ls="-" if context != "prompt" else ":",
+                label=context,
+            )
+            axes.plot(
+                [(row["low"] + row["high"]) / 2 for row in here],
+                [row["mean_l0"] for row in here],
+                **style,
+            )
         axes.set_title(NAME[of], fontsize=9, loc="left")
         axes.set_ylabel("mean L0")
         rows_of = [row for row in rows if row["of"] == of]
         usual = max((row["positions"] for row in rows_of), default=1) / 50
-        axes.set_ylim(0, 1.2 * max((row["mean_l0"] for row in rows_of if row["positions"] >= usual), default=1) or 1)
+        axes.set_ylim(
+            0,
+            1.2 * max((row["mean_l0"] for row in rows_of if row["positions"] >= usual), default=1)
+            or 1,
+        )
     grid[0].legend(frameon=False, fontsize=8)
-    grid[1].set_xlabel("position in the sequence (<bos>, at 0, is left out); cut off where few positions remain")
+    grid[1].set_xlabel(
+        "position in the sequence (<bos>, at 0, is left out); cut off where few positions remain"
+    )
     return finish(figure, "L0 by position", about)
 
 
@@ -197,13 +279,27 @@ def topk(rows: list[dict], about: dict) -> Figure:
         axes.axhline(row["loss"], color=colour, lw=1, ls="--", label=f"{name}: {row['loss']:.3f}")
     inner = rows[1:-1]
     at, loss = [row["percent"] for row in inner], [row["loss"] for row in inner]
-    axes.fill_between(at, [row["low"] for row in inner], [row["high"] for row in inner], alpha=0.2, lw=0, color="C0")
+    axes.fill_between(
+        at,
+        [row["low"] for row in inner],
+        [row["high"] for row in inner],
+        alpha=0.2,
+        lw=0,
+        color="C0",
+    )
     axes.plot(at, loss, "o-", ms=4, color="C0", label="top k %")
     for row in inner:
         axes.annotate(
-            f"{row['features']}", (row["percent"], row["loss"]), (0, 5), textcoords="offset points", fontsize=7
+            f"{row['features']}",
+            (row["percent"], row["loss"]),
+            (0, 5),
+            textcoords="offset points",
+            fontsize=7,
         )
-    axes.set(xscale="log", xlabel="% of the dictionary kept at each position (above each point: features)")
+    axes.set(
+        xscale="log",
+        xlabel="% of the dictionary kept at each position (above each point: features)",
+    )
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(ylabel="SimPO loss", ylim=(min(0, *loss), None))
     axes.legend(frameon=False, fontsize=8)
@@ -217,7 +313,9 @@ def ablation(rows: list[dict], about: dict) -> Figure:
     ticks = []
     for y, (name, category) in enumerate(groups):
         here = [row for row in rows if (row["labels"], row["category"]) == (name, category)]
-        ticks.append(f"{name}: {category}\n{here[0]['features']:,} features, {here[0]['used']:,} used")
+        ticks.append(
+            f"{name}: {category}\n{here[0]['features']:,} features, {here[0]['used']:,} used"
+        )
         for kind, offset in (("category", -0.22), ("matched", 0.0), ("random", 0.22)):
             sets = [row for row in here if row["set"].split()[0] == kind]
             for row in sets:
@@ -229,7 +327,11 @@ def ablation(rows: list[dict], about: dict) -> Figure:
                     alpha=1 / (1 + len(sets)),
                 )
             deltas = [row["delta"] for row in sets]
-            label = dict(category="the category", matched="matched on usage", random="random sets, as many features")
+            label = dict(
+                category="the category",
+                matched="matched on usage",
+                random="random sets, as many features",
+            )
             axes.plot(
                 deltas,
                 [y + offset] * len(sets),
@@ -240,7 +342,10 @@ def ablation(rows: list[dict], about: dict) -> Figure:
             )
     axes.axvline(0, color="black", lw=0.8)
     axes.set_yticks(range(len(groups)), ticks, fontsize=8)
-    axes.set(ylim=(len(groups) - 0.5, -0.5), xlabel="SimPO loss added by zeroing the features (95 % over pairs)")
+    axes.set(
+        ylim=(len(groups) - 0.5, -0.5),
+        xlabel="SimPO loss added by zeroing the features (95 % over pairs)",
+    )
     axes.grid(axis="x", lw=0.4)
     axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     return finish(figure, "Zeroing a category, and controls", about)
@@ -248,9 +353,12 @@ def ablation(rows: list[dict], about: dict) -> Figure:
 
 def static(rows: list[dict], about: dict) -> Figure:
     """Losses of static steering against its coefficient, and against the number of features."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained", width_ratios=(3, 2))
+    figure, panels = plt.subplots(
+        1, 2, figsize=(9, 4), sharey=True, layout="constrained", width_ratios=(3, 2)
+    )
     curves = {
-        name: [row for row in rows if row["steering"] == name] for name in dict.fromkeys(r["steering"] for r in rows)
+        name: [row for row in rows if row["steering"] == name]
+        for name in dict.fromkeys(r["steering"] for r in rows)
     }
     for axes in panels:
         for name in ("base model", "policy"):
@@ -261,22 +369,37 @@ def static(rows: list[dict], about: dict) -> Figure:
     for i, (name, here) in enumerate(curves.items()):
         if name in ("base model", "policy"):
             continue
-        axes, key = (panels[1], "features") if name == "top features" else (panels[0], "coefficient")
+        axes, key = (
+            (panels[1], "features") if name == "top features" else (panels[0], "coefficient")
+        )
         here = sorted(here, key=lambda row: row[key])
         at = [row[key] for row in here]
-        axes.fill_between(at, [r["low"] for r in here], [r["high"] for r in here], alpha=0.15, lw=0, color=f"C{i - 2}")
+        axes.fill_between(
+            at,
+            [r["low"] for r in here],
+            [r["high"] for r in here],
+            alpha=0.15,
+            lw=0,
+            color=f"C{i - 2}",
+        )
         axes.plot(at, [r["loss"] for r in here], "o-", ms=4, color=f"C{i - 2}", label=name)
     panels[0].set(xlabel="coefficient c", ylabel="SimPO loss")
     if all(row["coefficient"] is None or row["coefficient"] > 0 for row in rows):
         panels[0].set_xscale("log")
     panels[1].set(xscale="log", xlabel="m, the features of largest mean v")
-    for axes, at in zip(panels, ({r["coefficient"] for r in rows}, {r["features"] for r in rows}), strict=True):
+    for axes, at in zip(
+        panels, ({r["coefficient"] for r in rows}, {r["features"] for r in rows}), strict=True
+    ):
         axes.set_xticks(sorted(at - {None}), [f"{x:g}" for x in sorted(at - {None})])
         axes.minorticks_off()
     for axes in panels:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8)
-    axes.set_ylim(0, 1.1 * max(max(r["loss"] for r in rows if r["loss"] <= 4 * rows[0]["loss"]), rows[0]["high"]))
+    axes.set_ylim(
+        0,
+        1.1
+        * max(max(r["loss"] for r in rows if r["loss"] <= 4 * rows[0]["loss"]), rows[0]["high"]),
+    )
     return finish(figure, "Steering that does not read its context", about)
 
 
@@ -288,7 +411,9 @@ def choices(rows: list[dict], about: dict) -> Figure:
         axes.barh(y, row["share"], height=0.6, color=colour)
         axes.plot([row["low"], row["high"]], [y, y], color="black", lw=1.5)
     axes.axvline(0, color="black", lw=0.8)
-    ticks = [f"{row['labels']}: {row['tokens']}{' (named)' if row['named'] else ''}" for row in rows]
+    ticks = [
+        f"{row['labels']}: {row['tokens']}{' (named)' if row['named'] else ''}" for row in rows
+    ]
     axes.set_yticks(range(len(rows)), ticks, fontsize=8)
     axes.set(ylim=(len(rows) - 0.5, -0.5))
     axes.set_xlabel("change of ℓ(chosen) − ℓ(rejected), nats per token (line: 95 % over pairs)")
@@ -306,7 +431,14 @@ def attribution(rows: list[dict], about: dict) -> Figure:
         for i, where in enumerate(where for where in here if where != "(all)"):
             share = here[where]["share"]
             sign = 1 if share >= 0 else -1
-            axes.barh(y, share, left=ends[sign], height=0.6, color=f"C{i}", label=where if y == 0 else None)
+            axes.barh(
+                y,
+                share,
+                left=ends[sign],
+                height=0.6,
+                color=f"C{i}",
+                label=where if y == 0 else None,
+            )
             ends[sign] += share
         whole = here["(all)"]
         axes.plot([whole["low"], whole["high"]], [y, y], color="black", lw=1.5)
@@ -314,21 +446,37 @@ def attribution(rows: list[dict], about: dict) -> Figure:
     axes.axvline(0, color="black", lw=0.8)
     ticks = [f"{name}: {category}" if name else "all features" for name, category in groups]
     axes.set_yticks(range(len(groups)), ticks, fontsize=8)
-    axes.set(ylim=(len(groups) - 0.5, -0.5), xlabel="change in SimPO loss that they earned (line: 95 % over pairs)")
+    axes.set(
+        ylim=(len(groups) - 0.5, -0.5),
+        xlabel="change in SimPO loss that they earned (line: 95 % over pairs)",
+    )
     axes.grid(axis="x", lw=0.4)
     axes.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     return finish(
-        figure, f"Shares of the change of {about['change']:.3f} in loss (residual {about['residual']:.2g})", about
+        figure,
+        f"Shares of the change of {about['change']:.3f} in loss (residual {about['residual']:.2g})",
+        about,
     )
 
 
 def attribution_features(rows: list[dict], about: dict) -> Figure:
     """The largest shares, feature by feature, with a standard error and what the label files say."""
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 1.4 + 0.22 * len(rows)), sharey=True, layout="constrained", width_ratios=(2, 3)
+        1,
+        2,
+        figsize=(11, 1.4 + 0.22 * len(rows)),
+        sharey=True,
+        layout="constrained",
+        width_ratios=(2, 3),
     )
     error = [row["error"] for row in rows]
-    left.barh(range(len(rows)), [row["share"] for row in rows], xerr=error, color="#3d6b8e", error_kw=dict(lw=1))
+    left.barh(
+        range(len(rows)),
+        [row["share"] for row in rows],
+        xerr=error,
+        color="#3d6b8e",
+        error_kw=dict(lw=1),
+    )
     left.set_yticks(range(len(rows)), [row["feature"] for row in rows], fontsize=7)
     left.set_ylim(len(rows) - 0.4, -0.6)
     left.axvline(0, color="black", lw=0.8)

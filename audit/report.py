@@ -28,21 +28,48 @@ OURS = {  # tables of eval_features.py -> heading and how to read the picture
         "Steering against activation (Figure 3)",
         "How many features have which mean v − f: right of 0 the adapter adds more than the SAE finds.",
     ),
-    "top_usage": ("Most used features (Table 3)", "Share of positions at which a feature is active."),
-    "top_value": ("Features of largest mean value (Table 4)", "Mean over all positions, active or not."),
+    "top_usage": (
+        "Most used features (Table 3)",
+        "Share of positions at which a feature is active.",
+    ),
+    "top_value": (
+        "Features of largest mean value (Table 4)",
+        "Mean over all positions, active or not.",
+    ),
     "usage_rank": (
         "Usage against rank (Figure 5)",
         "Dotted: least-squares line of log usage on rank over all active features; R² by category in the legend.",
     ),
-    "l0": ("How many features are active at a position", "Each context's positions by L0; bins widen to the right."),
-    "l0_by_position": ("L0 along the sequence", "Mean over the positions at the same distance from <bos>."),
+    "l0": (
+        "How many features are active at a position",
+        "Each context's positions by L0; bins widen to the right.",
+    ),
+    "l0_by_position": (
+        "L0 along the sequence",
+        "Mean over the positions at the same distance from <bos>.",
+    ),
 }
 FURTHER = {  # tables of eval_ablation.py
-    "topk": ("Only the strongest features kept (Figure 2)", "SimPO loss with k % of the dictionary at each position."),
-    "ablation": ("Categories taken away", "Loss added by zeroing a category, beside as many other features."),
-    "static": ("Steering that does not read its context", "What one and the same vector at every position recovers."),
-    "attribution": ("Where the gain comes from", "Integrated gradients: shares of the change of the loss."),
-    "attribution_features": ("Features that earned the gain", "The largest shares; the parquet file has them all."),
+    "topk": (
+        "Only the strongest features kept (Figure 2)",
+        "SimPO loss with k % of the dictionary at each position.",
+    ),
+    "ablation": (
+        "Categories taken away",
+        "Loss added by zeroing a category, beside as many other features.",
+    ),
+    "static": (
+        "Steering that does not read its context",
+        "What one and the same vector at every position recovers.",
+    ),
+    "attribution": (
+        "Where the gain comes from",
+        "Integrated gradients: shares of the change of the loss.",
+    ),
+    "attribution_features": (
+        "Features that earned the gain",
+        "The largest shares; the parquet file has them all.",
+    ),
 }
 
 
@@ -52,7 +79,9 @@ class Settings:
 
     def __post_init__(self):
         if self.run is None or not Path(self.run).is_dir():
-            raise UserError(f"--run {self.run}: a folder that train.py and eval_features.py wrote was expected.")
+            raise UserError(
+                f"--run {self.run}: a folder that train.py and eval_features.py wrote was expected."
+            )
 
 
 class Run(NamedTuple):
@@ -87,14 +116,18 @@ def read_run(out: str | Path) -> Run:
     folder = out / "adapter" if (out / "adapter").is_dir() else out
     try:
         text = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").is_file() else ""
-        complete = text[: text.rfind("\n") + 1]  # what a run is still writing, or was killed while writing, has no end
+        complete = text[
+            : text.rfind("\n") + 1
+        ]  # what a run is still writing, or was killed while writing, has no end
         metrics = [json.loads(line) for line in complete.splitlines()]
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{out / 'metrics.jsonl'}: not readable jsonl ({e}).") from e
     tables = {path.stem: read(path) for path in sorted((out / "eval").glob("*.json"))}
     if not (tables or metrics or (folder / "adapter_config.json").is_file()):
         raise UserError(f"--run {out}: neither a run of train.py nor an evaluation of one.")
-    return Run(out, read(out / "config.json"), read(folder / "adapter_config.json"), metrics, tables)
+    return Run(
+        out, read(out / "config.json"), read(folder / "adapter_config.json"), metrics, tables
+    )
 
 
 def before_after(run: Run) -> tuple[str, dict, dict] | None:
@@ -116,14 +149,31 @@ def percent(share: float | None, sign: bool = False) -> str:
 def write_report(out: str | Path) -> Path:
     """Write OUT/report.html whole; returns its path. Raises UserError where a file is not what its name says."""
     run = read_run(out)
-    sections = (_head, _training, _choices, _composition, _features, _examples, _figures, _further, _provenance)
+    sections = (
+        _head,
+        _training,
+        _choices,
+        _composition,
+        _features,
+        _examples,
+        _figures,
+        _further,
+        _provenance,
+    )
     try:
         parts = [section(run) for section in sections]
     except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"--run {out}: a file in it was not written by this project's scripts ({e!r}).") from e
+        raise UserError(
+            f"--run {out}: a file in it was not written by this project's scripts ({e!r})."
+        ) from e
     title = _text(f"What {_short(run.adapter.get('base_model') or run.folder.name)} learned")
     path = run.folder / "report.html"
-    write_whole(path, PAGE.replace("{title}", title).replace("{style}", STYLE).replace("{body}", "\n".join(parts)))
+    write_whole(
+        path,
+        PAGE.replace("{title}", title)
+        .replace("{style}", STYLE)
+        .replace("{body}", "\n".join(parts)),
+    )
     return path
 
 
@@ -137,20 +187,34 @@ def _head(run: Run) -> str:
         "trained on": settings.get("data"),
         "settings": ", ".join(
             f"{name.replace('_', ' ')} {settings[name]}"
-            for name in ("l1", "beta", "gamma_ratio", "lr", "batch_size", "epochs", "max_steps", "seed")
+            for name in (
+                "l1",
+                "beta",
+                "gamma_ratio",
+                "lr",
+                "batch_size",
+                "epochs",
+                "max_steps",
+                "seed",
+            )
             if settings.get(name) is not None
         ),
     }
     return (
         f"<h1>What {_text(_short(own.get('base_model') or run.folder.name))} learned from preferences</h1>"
         "<p>A frozen language model was trained on preferences through one small layer that, at each token, turns "
-        "features of a frozen sparse autoencoder up. This page says which, how often, and where.</p>" + _facts(facts)
+        "features of a frozen sparse autoencoder up. This page says which, how often, and where.</p>"
+        + _facts(facts)
     )
 
 
 def _facts(facts: dict) -> str:
     """Name and value of what is known."""
-    rows = (f"<dt>{name}</dt><dd>{_text(value)}</dd>" for name, value in facts.items() if value not in (None, ""))
+    rows = (
+        f"<dt>{name}</dt><dd>{_text(value)}</dd>"
+        for name, value in facts.items()
+        if value not in (None, "")
+    )
     return f"<dl>{''.join(rows)}</dl>"
 
 
@@ -165,7 +229,11 @@ def _training(run: Run) -> str:
         "l0": "features steered at a position (L0)",
         "l1": "size of the steering (L1)",
     }
-    rows = [[name, f"{first[key]:.3f}", f"{last[key]:.3f}"] for key, name in names.items() if key in first]
+    rows = [
+        [name, f"{first[key]:.3f}", f"{last[key]:.3f}"]
+        for key, name in names.items()
+        if key in first
+    ]
     note = "A fresh adapter steers about half of the features, by next to nothing."
     table = _table([f"{where} means", "before", f"after step {last.get('step')}"], rows, numbers=2)
     return f"<h2>Before and after</h2>{table}<p class=note>{note}</p>{_image(run.folder / 'loss.png', 'losses')}"
@@ -181,12 +249,30 @@ def _choices(run: Run) -> str:
         here = [row for row in table["rows"] if row["labels"] == name]
         named = next((row["tokens"] for row in here if row["named"]), "no category")
         rest = here[-1]["part_of_change"]
-        said.append(f"by <i>{_text(name)}</i> it names <b>{_text(named)}</b> (the rest: {percent(rest)})")
+        said.append(
+            f"by <i>{_text(name)}</i> it names <b>{_text(named)}</b> (the rest: {percent(rest)})"
+        )
     for row in table["rows"]:
         where = (row["labels"], row["tokens"], percent(row["part_of_change"], sign=True))
-        cells.append([*where, f"{row['share']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}", f"{row['p_value']:.2g}"])
-    titles = ["labels", "tokens", "part of the gap's change", "nats per token", "95 % over pairs", "p"]
-    image = _image(run.folder / "eval" / "choices.png", "shares of the widened gap by kinds of tokens")
+        cells.append(
+            [
+                *where,
+                f"{row['share']:.4f}",
+                f"{row['low']:.4f} to {row['high']:.4f}",
+                f"{row['p_value']:.2g}",
+            ]
+        )
+    titles = [
+        "labels",
+        "tokens",
+        "part of the gap's change",
+        "nats per token",
+        "95 % over pairs",
+        "p",
+    ]
+    image = _image(
+        run.folder / "eval" / "choices.png", "shares of the widened gap by kinds of tokens"
+    )
     return (
         f"<h2>What it chooses otherwise</h2><p>In one line: {'; '.join(said)}.</p>"
         "<p>Training widens the gap between the mean log-probabilities of chosen and rejected responses. Every token "
@@ -202,7 +288,9 @@ def _composition(run: Run) -> str:
     if not run.tables.get("composition", {}).get("rows"):
         return ""
     about, rows = run.tables["composition"]["about"], run.tables["composition"]["rows"]
-    ends = [row.get(key) for row in rows for key in ("change", "low", "high", "noisy_low", "noisy_high")]
+    ends = [
+        row.get(key) for row in rows for key in ("change", "low", "high", "noisy_low", "noisy_high")
+    ]
     ends = [x for x in ends if x is not None]
     edges = min([0.0, *ends]), max([0.01, *ends])
     noise = any(row.get("noisy_low") is not None for row in rows)
@@ -211,8 +299,14 @@ def _composition(run: Run) -> str:
         if (row["labels"], row["category"]) != group:
             group = row["labels"], row["category"]
             kind = f"<small>{_text(row['labels'])}, {row['features']:,} features</small>"
-            mcc = f"<small>agreement with a person: MCC {row['mcc']:.2f}</small>" if row.get("mcc") is not None else ""
-            lines.append(f"<tr class=group><th colspan=5>{_text(row['category'])} {kind} {mcc}</th></tr>")
+            mcc = (
+                f"<small>agreement with a person: MCC {row['mcc']:.2f}</small>"
+                if row.get("mcc") is not None
+                else ""
+            )
+            lines.append(
+                f"<tr class=group><th colspan=5>{_text(row['category'])} {kind} {mcc}</th></tr>"
+            )
         sure = row["low"] is not None and not row["low"] <= 0 <= row["high"]
         change, interval = percent(row["change"], sign=True), _between(row, "low", "high")
         if row.get("noisy_low") is not None:
@@ -261,7 +355,9 @@ def _interval(row: dict, left: float, right: float) -> str:
 def _labels(about: dict) -> str:
     """Which labels a table was made with; loud where they were only assumed to fit."""
     found = about.get("labels")
-    if not isinstance(found, list) or not all(isinstance(table, dict) and "text" in table for table in found):
+    if not isinstance(found, list) or not all(
+        isinstance(table, dict) and "text" in table for table in found
+    ):
         return ""
     tags = ("li" if table.get("matched") else "li class=loud" for table in found)
     items = (f"<{tag}>{_text(table['text'])}</li>" for tag, table in zip(tags, found, strict=True))
@@ -286,9 +382,18 @@ def _features(run: Run) -> str:
         rank = table[f"{name}_rank_prompt_chosen"].to_numpy()
         rows = []
         for row in table.take(rank.argsort()[:FEATURES]).to_pylist():
-            said = "<br>".join(_text(row[column]) for column in explained if row[column]) or "<i>no explanation</i>"
-            tags = " ".join(f"<span class=tag>{_text(tag.replace(':', ': ', 1))}</span>" for tag in tagged if row[tag])
-            v_used, v, f_used, f, difference = (row[f"{number}_prompt_chosen"] for number in numbers)
+            said = (
+                "<br>".join(_text(row[column]) for column in explained if row[column])
+                or "<i>no explanation</i>"
+            )
+            tags = " ".join(
+                f"<span class=tag>{_text(tag.replace(':', ': ', 1))}</span>"
+                for tag in tagged
+                if row[tag]
+            )
+            v_used, v, f_used, f, difference = (
+                row[f"{number}_prompt_chosen"] for number in numbers
+            )
             shown = [percent(v_used), f"{v:.4f}", percent(f_used), f"{f:.4f}", f"{difference:+.4f}"]
             rows.append([_link(run, row["feature"]), f"{said} {tags}", *shown])
         shown = _table(titles, rows, numbers=5, escaped=True)
@@ -325,12 +430,17 @@ def _examples(run: Run) -> str:
             tokens = []
             for token, l1, top in zip(part["tokens"], part["l1"], part["top"], strict=True):
                 shade = min(9, round(9 * l1 / full))
-                lines = [f"steered by {l1:.3g}", *(f"{v:+.3g}  {k}  {said.get(str(k), '')}"[:160] for k, v in top)]
+                lines = [
+                    f"steered by {l1:.3g}",
+                    *(f"{v:+.3g}  {k}  {said.get(str(k), '')}"[:160] for k, v in top),
+                ]
                 tip = html.escape("\n".join(lines), quote=True).replace("\n", "&#10;")
                 shown = _text(token.replace("\n", "↵\n")) or "·"
                 tokens.append(f'<i class=s{shade} tabindex=-1 data-t="{tip}">{shown}</i>')
             cut = " (cut)" if len(tokens) >= 400 else ""
-            sections.append(f"<h3>Pair {number}, {name}{cut}</h3><p class=tokens>{''.join(tokens)}</p>")
+            sections.append(
+                f"<h3>Pair {number}, {name}{cut}</h3><p class=tokens>{''.join(tokens)}</p>"
+            )
     scale = "".join(f"<i class=s{i}>&nbsp;&nbsp;</i>" for i in range(10))
     return (
         "<h2>Where it steers</h2>"
@@ -350,12 +460,18 @@ def _figures(run: Run) -> str:
 
 
 def _figure(heading: str, note: str, image: str) -> str:
-    return f"<div class=figure><h3>{_text(heading)}</h3><p class=note>{_text(note)}</p>{image}</div>"
+    return (
+        f"<div class=figure><h3>{_text(heading)}</h3><p class=note>{_text(note)}</p>{image}</div>"
+    )
 
 
 def _further(run: Run) -> str:
     """What other evaluations left in eval/: their pictures, and their tables where those are short."""
-    others = [name for name in run.tables if name not in {*OURS, *FURTHER, "choices", "composition", "examples"}]
+    others = [
+        name
+        for name in run.tables
+        if name not in {*OURS, *FURTHER, "choices", "composition", "examples"}
+    ]
     shown = []
     for name in [*FURTHER, *others]:
         table = run.tables.get(name, {})
@@ -363,10 +479,16 @@ def _further(run: Run) -> str:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             continue
         said = ("kind", "matched")  # of the labels, once below
-        columns = [column for column in dict.fromkeys(key for row in rows for key in row) if column not in said]
+        columns = [
+            column
+            for column in dict.fromkeys(key for row in rows for key in row)
+            if column not in said
+        ]
         cells = [[_cell(row.get(column)) for column in columns] for row in rows[:ROWS]]
         left = len(rows) - ROWS
-        more = f"<p class=note>{left:,} more rows in eval/{_text(name)}.json.</p>" if left > 0 else ""
+        more = (
+            f"<p class=note>{left:,} more rows in eval/{_text(name)}.json.</p>" if left > 0 else ""
+        )
         heading, note = FURTHER.get(name, (name.replace("_", " "), ""))
         image = _image(run.folder / "eval" / f"{name}.png", heading)
         body = _table([column.replace("_", " ") for column in columns], cells)
@@ -380,8 +502,12 @@ def _cell(value: object) -> str:
 
 
 def _provenance(run: Run) -> str:
-    abouts = [table["about"] for table in run.tables.values() if isinstance(table.get("about"), dict)]
-    said = dict.fromkeys(f"{a['data']}, {a['pairs']:,} pairs" for a in abouts if {"data", "pairs"} <= set(a))
+    abouts = [
+        table["about"] for table in run.tables.values() if isinstance(table.get("about"), dict)
+    ]
+    said = dict.fromkeys(
+        f"{a['data']}, {a['pairs']:,} pairs" for a in abouts if {"data", "pairs"} <= set(a)
+    )
     about = next(iter(abouts), {})
     facts = {
         "code": run.config.get("code"),
@@ -402,7 +528,11 @@ def _table(titles: list[str], rows: list[list], numbers: int = 0, escaped: bool 
 
     def line(cells: list, tag: str) -> str:
         kinds = (" class=n" if i >= first else "" for i in range(len(cells)))
-        return "<tr>" + "".join(f"<{tag}{k}>{c}</{tag}>" for c, k in zip(cells, kinds, strict=True)) + "</tr>"
+        return (
+            "<tr>"
+            + "".join(f"<{tag}{k}>{c}</{tag}>" for c, k in zip(cells, kinds, strict=True))
+            + "</tr>"
+        )
 
     body = "".join(line([cell if escaped else _text(cell) for cell in row], "td") for row in rows)
     head = line([_text(title) for title in titles], "th")

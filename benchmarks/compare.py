@@ -68,14 +68,20 @@ def plain_model(steered, s: Settings):
     with tempfile.TemporaryDirectory() as folder:
         steered.model.save_pretrained(folder)
         dtype = getattr(torch, s.dtype)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager"
+        )
     model = model.to(s.device).requires_grad_(False)
     sae, kept = steered.sae, {}
 
     def steer(module, inputs, output):
         x = output[0] if isinstance(output, tuple) else output
         f = sae.encode(x)
-        v = F.relu(F.linear(x.to(steered.adapter.weight.dtype), steered.adapter.weight, steered.adapter.bias))
+        v = F.relu(
+            F.linear(
+                x.to(steered.adapter.weight.dtype), steered.adapter.weight, steered.adapter.bias
+            )
+        )
         kept["v"] = v
         steered_x = sae.decode(f + v.to(f.dtype)) + (x - sae.decode(f))
         return (steered_x, *output[1:]) if isinstance(output, tuple) else steered_x
@@ -92,16 +98,24 @@ def plain(model, kept, batch, s: Settings, training):
             rows = [(p.prompt + p.chosen, len(p.prompt)) for p in pairs]
             rows += [(p.prompt + p.rejected, len(p.prompt)) for p in pairs]
             longest = max(len(tokens) for tokens, _ in rows)
-            ids = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in rows], device=s.device)
-            mask = torch.tensor([[1] * len(t) + [0] * (longest - len(t)) for t, _ in rows], device=s.device)
+            ids = torch.tensor(
+                [tokens + [0] * (longest - len(tokens)) for tokens, _ in rows], device=s.device
+            )
+            mask = torch.tensor(
+                [[1] * len(t) + [0] * (longest - len(t)) for t, _ in rows], device=s.device
+            )
             scored = mask.clone().bool()
             for row, (_, prompt) in enumerate(rows):
                 scored[row, :prompt] = False
             logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-            logps = -F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(rows), -1)
+            logps = -F.cross_entropy(
+                logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+            ).view(len(rows), -1)
             scored = scored[:, 1:]
             means = (logps * scored).sum(1) / scored.sum(1)
-            loss = simpo.simpo_loss(means[: len(pairs)], means[len(pairs) :], training.beta, training.gamma_ratio)
+            loss = simpo.simpo_loss(
+                means[: len(pairs)], means[len(pairs) :], training.beta, training.gamma_ratio
+            )
             l1 = (kept.pop("v").abs().sum(-1) * mask).sum()
             (loss.sum() / len(batch) + training.l1 * l1 / positions).backward()
             losses += loss.detach().tolist()
@@ -110,14 +124,18 @@ def plain(model, kept, batch, s: Settings, training):
 
 def worker(s: Settings) -> None:
     """Answer each line on stdin with a step: {"seconds", "losses", "bytes"}."""
-    training = train.Settings(device=s.device, dtype=s.dtype, tokens_per_microbatch=s.tokens_per_microbatch)
+    training = train.Settings(
+        device=s.device, dtype=s.dtype, tokens_per_microbatch=s.tokens_per_microbatch
+    )
     if s.role == "plain":
         import transformers  # noqa: F401  counted before `imported`, like every other import
     imported = train.peak_memory(s.device)
     steered = build(s.shape, getattr(torch, s.dtype), s.device, s.seed)
     if s.role == "ours":
         training = train.resolve_device(training)
-        if training.dtype != s.dtype:  # a processor without bfloat16: the rounded weights, in float32
+        if (
+            training.dtype != s.dtype
+        ):  # a processor without bfloat16: the rounded weights, in float32
             steered.float()
     batch = random_pairs(s.pairs, steered.model.config.vocab_size, s.seed)
     trained = list(steered.adapter.parameters())
@@ -128,7 +146,11 @@ def worker(s: Settings) -> None:
     for _ in sys.stdin:
         synchronise(s.device)
         start = time.perf_counter()
-        losses = ours(s, steered, batch, training) if s.role == "ours" else plain(model, kept, batch, s, training)
+        losses = (
+            ours(s, steered, batch, training)
+            if s.role == "ours"
+            else plain(model, kept, batch, s, training)
+        )
         torch.nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
         optimizer.zero_grad(set_to_none=True)  # no update: both go on with the same weights
         synchronise(s.device)
@@ -145,7 +167,9 @@ def main() -> None:
     workers = {}
     for role in ("ours", "plain"):
         command = [sys.executable, "-m", "benchmarks.compare", *flags, f"--role={role}"]
-        workers[role] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        workers[role] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
     results = {role: [] for role in workers}
     for step in range(s.steps + 1):
         for role, process in workers.items():
@@ -171,7 +195,9 @@ def main() -> None:
                 plain_pairs_per_second=s.pairs / statistics.median(y["seconds"] for y in theirs),
                 memory_ratio=mine[-1]["bytes"] / theirs[-1]["bytes"],
                 **dict(bytes=mine[-1]["bytes"], plain_bytes=theirs[-1]["bytes"]),
-                **dict(largest_loss_difference=max(gaps), mean_loss=statistics.mean(mine[-1]["losses"])),
+                **dict(
+                    largest_loss_difference=max(gaps), mean_loss=statistics.mean(mine[-1]["losses"])
+                ),
             )
         )
     )

@@ -65,8 +65,14 @@ def theirs(s: Settings, model, prompts: list[list[int]]) -> tuple[float, list[li
     ids = torch.tensor(prompts, device=s.device)
     with torch.inference_mode():
         out = model.generate(
-            **dict(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0),
-            **dict(max_new_tokens=s.tokens, min_new_tokens=s.tokens, stopping_criteria=StoppingCriteriaList([clock])),
+            **dict(
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0
+            ),
+            **dict(
+                max_new_tokens=s.tokens,
+                min_new_tokens=s.tokens,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            ),
         )
     return rate(s, times), out[:, s.prompt :].tolist()
 
@@ -97,14 +103,28 @@ def main() -> None:
         row["theirs"], b = theirs(s, hooked, prompts)
         hooked.model.layers[steered.layer].register_forward_hook(steer)
         row["theirs_steered"], d = theirs(s, hooked, prompts)
-        print(f"round {number}: " + ", ".join(f"{k} {v:.1f}" for k, v in row.items()), file=sys.stderr)
+        print(
+            f"round {number}: " + ", ".join(f"{k} {v:.1f}" for k, v in row.items()), file=sys.stderr
+        )
         rounds.append(row)
     rounds = rounds[1:]
-    result = {f"{name}_tokens_per_second": statistics.median(r[name] for r in rounds) for name in rounds[0]}
-    for name, over in (("ours", "theirs"), ("ours_steered", "theirs"), ("ours_steered", "theirs_steered")):
+    result = {
+        f"{name}_tokens_per_second": statistics.median(r[name] for r in rounds)
+        for name in rounds[0]
+    }
+    for name, over in (
+        ("ours", "theirs"),
+        ("ours_steered", "theirs"),
+        ("ours_steered", "theirs_steered"),
+    ):
         ratios = [r[name] / r[over] for r in rounds]
         result[f"{name}_over_{over}"] = dict(median=statistics.median(ratios), rounds=ratios)
-    print(json.dumps(dict(settings=vars(s), threads=torch.get_num_threads(), same_tokens=[a == b, c == d]) | result))
+    print(
+        json.dumps(
+            dict(settings=vars(s), threads=torch.get_num_threads(), same_tokens=[a == b, c == d])
+            | result
+        )
+    )
 
 
 if __name__ == "__main__":

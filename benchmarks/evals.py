@@ -39,7 +39,10 @@ SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>
 
 @dataclass(frozen=True)
 class Settings:
-    task: str = flag("truthfulqa_mc2", "truthfulqa_mc1, truthfulqa_mc2, or a subject of MMLU such as mmlu_anatomy")
+    task: str = flag(
+        "truthfulqa_mc2",
+        "truthfulqa_mc1, truthfulqa_mc2, or a subject of MMLU such as mmlu_anatomy",
+    )
     data_dir: str | None = flag(None, "folder of local questions, as for eval_benchmarks.py")
     num_fewshot: int = flag(5, "worked examples (TruthfulQA's six are fixed)")
     limit: int = flag(40, "documents, the first ones")
@@ -53,7 +56,9 @@ class Settings:
 
     def __post_init__(self):
         if self.data_dir is None:
-            raise UserError("--data-dir: the folder of questions was expected (tasks/local.py says which files).")
+            raise UserError(
+                "--data-dir: the folder of questions was expected (tasks/local.py says which files)."
+            )
 
 
 def build(folder: Path, s: Settings) -> None:
@@ -65,8 +70,13 @@ def build(folder: Path, s: Settings) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    questions = (json.loads(line) for file in sorted(Path(s.data_dir).glob("*.jsonl")) for line in open(file))
-    texts = (question["question"] + "\n" + "\n".join(question.get("choices", [])) for question in questions)
+    questions = (
+        json.loads(line) for file in sorted(Path(s.data_dir).glob("*.jsonl")) for line in open(file)
+    )
+    texts = (
+        question["question"] + "\n" + "\n".join(question.get("choices", []))
+        for question in questions
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
         special_tokens=list(SPECIAL),
@@ -74,7 +84,9 @@ def build(folder: Path, s: Settings) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 2)]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     names = dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
     about = dict(tokenizer_class="PreTrainedTokenizerFast", **names)
@@ -86,9 +98,13 @@ def evaluate(lm, name: str, task, s: Settings) -> tuple[float, list[list]]:
     synchronise(s.device)
     start = time.perf_counter()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        result = eval_benchmarks.evaluate_task(lm, name, task, eval_benchmarks.Settings(tasks=(name,), limit=s.limit))
+        result = eval_benchmarks.evaluate_task(
+            lm, name, task, eval_benchmarks.Settings(tasks=(name,), limit=s.limit)
+        )
     synchronise(s.device)
-    return time.perf_counter() - start, [sample["responses"] + [sample["acc"]] for sample in result["samples"]]
+    return time.perf_counter() - start, [
+        sample["responses"] + [sample["acc"]] for sample in result["samples"]
+    ]
 
 
 def main() -> None:
@@ -97,12 +113,17 @@ def main() -> None:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     named = "mmlu" if s.task.startswith("mmlu_") else s.task
-    wanted = eval_benchmarks.Settings(tasks=(named,), data_dir=s.data_dir, num_fewshot=s.num_fewshot)
+    wanted = eval_benchmarks.Settings(
+        tasks=(named,), data_dir=s.data_dir, num_fewshot=s.num_fewshot
+    )
     task = eval_benchmarks.load_tasks(wanted)["tasks"][s.task]
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder), s)
         ours = eval_benchmarks.FSRL(
-            model=folder, dtype=s.dtype, device=s.device, tokens_per_microbatch=s.tokens_per_microbatch
+            model=folder,
+            dtype=s.dtype,
+            device=s.device,
+            tokens_per_microbatch=s.tokens_per_microbatch,
         )
         sides = {"ours": ours}
         for size in s.batch_sizes:
@@ -131,10 +152,16 @@ def main() -> None:
     print(
         json.dumps(
             dict(
-                **dict(task=s.task, shape=s.shape, dtype=s.dtype, device=s.device, documents=documents),
-                ratio=statistics.median(t / o for o, t in zip(seconds["ours"], seconds[best], strict=True)),
+                **dict(
+                    task=s.task, shape=s.shape, dtype=s.dtype, device=s.device, documents=documents
+                ),
+                ratio=statistics.median(
+                    t / o for o, t in zip(seconds["ours"], seconds[best], strict=True)
+                ),
                 documents_per_second=documents / medians["ours"],
-                hf_documents_per_second={name: documents / medians[name] for name in sides if name != "ours"},
+                hf_documents_per_second={
+                    name: documents / medians[name] for name in sides if name != "ours"
+                },
                 seconds=seconds,
                 largest_logp_difference=max(logps),
                 **dict(greedy_differences=differing, largest_score_difference=max(moved)),

@@ -33,7 +33,11 @@ TRUTH = {row["description"]: row["category"] for row in TINY}
 
 def serve(latency: float, tiny: bool, address) -> None:
     """Process: the tests' server."""
-    truth = (lambda category, text: TRUTH[text] == category) if tiny else (lambda category, text: "code" in text)
+    truth = (
+        (lambda category, text: TRUTH[text] == category)
+        if tiny
+        else (lambda category, text: "code" in text)
+    )
     server = Server(truth)
     server.latency = latency
     address.put(server.url)
@@ -56,31 +60,54 @@ def texts(n: int) -> list[str]:
 def label(folder: Path, *flags) -> float:
     """Run classify_features.py in this process: seconds."""
     start = time.monotonic()
-    classify_features.main([*map(str, flags), "--judge-model", "judge", "--out", str(folder / "labels.jsonl")])
+    classify_features.main(
+        [*map(str, flags), "--judge-model", "judge", "--out", str(folder / "labels.jsonl")]
+    )
     return time.monotonic() - start
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("endpoint", "million", "tiny"))
-    parser.add_argument("--features", type=int, help="made-up features (endpoint: 20,480; million: 1,000,000)")
+    parser.add_argument(
+        "--features", type=int, help="made-up features (endpoint: 20,480; million: 1,000,000)"
+    )
     parser.add_argument("--concurrency", type=int, default=64, help="requests in flight")
     options = parser.parse_args()
     start = multiprocessing.get_context("spawn")
     address, latency = start.Queue(), 0.2 if options.what == "endpoint" else 0.0
-    start.Process(target=serve, args=(latency, options.what == "tiny", address), daemon=True).start()
+    start.Process(
+        target=serve, args=(latency, options.what == "tiny", address), daemon=True
+    ).start()
     url = address.get()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         one, two = folder / "one.json", folder / "two.json"
-        one.write_text(json.dumps([dict(name="code", definition="about code", yes="loops", no="birds")]))
-        two.write_text(json.dumps([dict(name=n, definition=n, yes="a", no="b") for n in ("alignment", "style")]))
+        one.write_text(
+            json.dumps([dict(name="code", definition="about code", yes="loops", no="birds")])
+        )
+        two.write_text(
+            json.dumps(
+                [dict(name=n, definition=n, yes="a", no="b") for n in ("alignment", "style")]
+            )
+        )
         made = folder / "made.csv"
         if options.what != "tiny":
             n = options.features or {"endpoint": 20_480, "million": 1_000_000}[options.what]
             rows = (f'{k},"{text.replace(chr(34), "")}"\n' for k, text in enumerate(texts(n)))
             made.write_text("feature,explanation\n" + "".join(rows))
-            flags = ["--explanations", made, "--sae", "made/up", "--categories", one, "--endpoint", url]
+            flags = [
+                "--explanations",
+                made,
+                "--sae",
+                "made/up",
+                "--categories",
+                one,
+                "--endpoint",
+                url,
+            ]
         if options.what == "endpoint":
             seen: list[float] = []
 
@@ -96,9 +123,14 @@ def main() -> None:
                   f"at the end {seen[-1]:.0f}; {len(answered):,} answers")  # fmt: skip
         elif options.what == "million":
             seconds = label(folder, *flags, "--judge", "retrieval", "--ask", 400)
-            right = [row["label"] == ("code" in row["description"]) for row in read_rows(folder / "labels.jsonl")[1]]
+            right = [
+                row["label"] == ("code" in row["description"])
+                for row in read_rows(folder / "labels.jsonl")[1]
+            ]
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-            print(f"{n:,} features in {seconds:.0f} s; peak {peak:,.0f} MiB; right {sum(right) / len(right):.4f}")
+            print(
+                f"{n:,} features in {seconds:.0f} s; peak {peak:,.0f} MiB; right {sum(right) / len(right):.4f}"
+            )
         else:
             truth = {int(row["index"]): row["category"] for row in TINY}
             flags = ["--explanations", "tiny", "--categories", two, "--endpoint", url]
@@ -112,7 +144,9 @@ def main() -> None:
             }
             for judge, (by, more) in judges.items():
                 label(folder, *flags, "--judge", judge, *more)
-                learned = {int(row["feature"]) for row in read_rows(sheet)[1]} if judge == "local" else ()
+                learned = (
+                    {int(row["feature"]) for row in read_rows(sheet)[1]} if judge == "local" else ()
+                )
                 for category, a in realised(folder / "labels.jsonl", truth, by, learned).items():
                     print(f"==> {judge}, {category}: {classify_features.describe(a)}")
 

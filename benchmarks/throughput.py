@@ -32,7 +32,9 @@ SHAPES = {  # name -> (model, d_sae, layer)
     "tiny": (
         Gemma2Config(
             **dict(vocab_size=1024, hidden_size=128, intermediate_size=512, num_hidden_layers=6),
-            **dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32),
+            **dict(
+                num_attention_heads=4, num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32
+            ),
         ),
         1024,
         2,
@@ -40,15 +42,25 @@ SHAPES = {  # name -> (model, d_sae, layer)
     "mid": (
         Gemma2Config(
             **dict(vocab_size=32_768, hidden_size=512, intermediate_size=2048, num_hidden_layers=8),
-            **dict(num_attention_heads=8, num_key_value_heads=4, head_dim=64, query_pre_attn_scalar=64),
+            **dict(
+                num_attention_heads=8, num_key_value_heads=4, head_dim=64, query_pre_attn_scalar=64
+            ),
         ),
         8192,
         3,
     ),
     "gemma-2-2b": (PUBLISHED["gemma-2-2b"], 65_536, 12),
 }
-LENGTHS = {"prompt": (79, 420), "chosen": (230, 646), "rejected": (171, 546)}  # median, 90th percentile
-LONGEST = {"prompt": 1593, "chosen": 1263, "rejected": 1021}  # of 2,177 UltraFeedback pairs, Gemma-2 tokens
+LENGTHS = {
+    "prompt": (79, 420),
+    "chosen": (230, 646),
+    "rejected": (171, 546),
+}  # median, 90th percentile
+LONGEST = {
+    "prompt": 1593,
+    "chosen": 1263,
+    "rejected": 1021,
+}  # of 2,177 UltraFeedback pairs, Gemma-2 tokens
 
 
 @dataclass(frozen=True)
@@ -70,12 +82,18 @@ def random_pairs(n: int, vocabulary: int, seed: int, scale: float = 1.0) -> list
     columns = []
     for name, (median, p90) in LENGTHS.items():
         sigma = math.log(p90 / median) / 1.2816  # the 90th percentile of a standard normal
-        lengths = np.exp(math.log(median) + sigma * g.standard_normal(n)).clip(8, LONGEST[name]) * scale
-        columns.append([g.integers(4, vocabulary, max(4, int(length))).tolist() for length in lengths])
+        lengths = (
+            np.exp(math.log(median) + sigma * g.standard_normal(n)).clip(8, LONGEST[name]) * scale
+        )
+        columns.append(
+            [g.integers(4, vocabulary, max(4, int(length))).tolist() for length in lengths]
+        )
     return [data.truncate(Pair(*row), 2048, 1800) for row in zip(*columns, strict=True)]
 
 
-def build(shape: str, dtype: torch.dtype, device: str, seed: int, d_sae: int | None = None) -> SteeredModel:
+def build(
+    shape: str, dtype: torch.dtype, device: str, seed: int, d_sae: int | None = None
+) -> SteeredModel:
     """A steered model with random weights."""
     config, width, layer = SHAPES[shape]
     width, d, g = d_sae or width, config.hidden_size, torch.Generator(device).manual_seed(seed)
@@ -84,7 +102,13 @@ def build(shape: str, dtype: torch.dtype, device: str, seed: int, d_sae: int | N
         model.init_weights(g)
         W_dec = torch.nn.functional.normalize(torch.randn(width, d, generator=g), dim=1).to(dtype)
         rest = dict(b_enc=torch.zeros(width), b_dec=torch.zeros(d), threshold=torch.ones(width))
-        sae = JumpReLUSAE({"W_enc": W_dec.T.contiguous(), "W_dec": W_dec, **{k: v.to(dtype) for k, v in rest.items()}})
+        sae = JumpReLUSAE(
+            {
+                "W_enc": W_dec.T.contiguous(),
+                "W_dec": W_dec,
+                **{k: v.to(dtype) for k, v in rest.items()},
+            }
+        )
         adapter = Adapter(d, width)
         torch.nn.init.normal_(adapter.weight, std=0.02 / d**0.5, generator=g)
     if device != "cpu":  # the weights were float32 on their way: that peak is not the step's
@@ -98,7 +122,9 @@ def visible(n: int, before: int, window: int | None) -> int:
     return int(seen.sum() if window is None else np.minimum(seen, window).sum())
 
 
-def step_flops(config: Gemma2Config, d_sae: int, layer: int, pairs: list[Pair], training: bool = True) -> int:
+def step_flops(
+    config: Gemma2Config, d_sae: int, layer: int, pairs: list[Pair], training: bool = True
+) -> int:
     """Floating-point operations of one optimiser step that no arrangement avoids (a multiply-add counts 2), or of an
     evaluation of the same pairs, which is the forward alone.
 
@@ -123,10 +149,16 @@ def step_flops(config: Gemma2Config, d_sae: int, layer: int, pairs: list[Pair], 
             seen += sum(visible(len(r), len(p.prompt), window) for r in (p.chosen, p.rejected))
         linear, attention = 2 * T * weights, 4 * seen * c.num_attention_heads * c.head_dim
         total += linear + attention if i <= layer or not training else 2 * linear + 3 * attention
-    return total + (8 if training else 4) * T * d * d_sae + (4 if training else 2) * N * d * c.vocab_size
+    return (
+        total
+        + (8 if training else 4) * T * d * d_sae
+        + (4 if training else 2) * N * d * c.vocab_size
+    )
 
 
-def matmul_rate(config: Gemma2Config, d_sae: int, tokens: int, dtype: torch.dtype, device: str) -> float:
+def matmul_rate(
+    config: Gemma2Config, d_sae: int, tokens: int, dtype: torch.dtype, device: str
+) -> float:
     """FLOP/s of plain matrix products at the model's shapes, a micro-batch of tokens at a time, each shape weighted by
     the work it stands for in a step."""
     c, d = config, config.hidden_size
@@ -167,7 +199,9 @@ def synchronise(device: str) -> None:
 
 def main() -> None:
     s = cli.parse(Settings, doc=__doc__)
-    training = train.Settings(device=s.device, dtype=s.dtype, tokens_per_microbatch=s.tokens_per_microbatch)
+    training = train.Settings(
+        device=s.device, dtype=s.dtype, tokens_per_microbatch=s.tokens_per_microbatch
+    )
     training = train.resolve_device(training)
     dtype = getattr(torch, training.dtype)
     steered = build(s.shape, dtype, s.device, s.seed, s.d_sae)
@@ -191,13 +225,22 @@ def main() -> None:
         synchronise(s.device)
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
-        train.evaluate(steered, whole, training, progress=False)  # ends by reading its sums: the device is done
+        train.evaluate(
+            steered, whole, training, progress=False
+        )  # ends by reading its sums: the device is done
         evaluating.append(time.perf_counter() - start)
-        print(f"step {step}: {seconds[-1]:.2f} s, matmul {rates[-1] / 1e9:.0f} GFLOP/s", file=sys.stderr)
+        print(
+            f"step {step}: {seconds[-1]:.2f} s, matmul {rates[-1] / 1e9:.0f} GFLOP/s",
+            file=sys.stderr,
+        )
     seconds, rates, evaluating = seconds[1:], rates[1:], evaluating[1:]
-    flops, eval_flops = (step_flops(config, steered.sae.d_sae, steered.layer, batch, t) for t in (True, False))
+    flops, eval_flops = (
+        step_flops(config, steered.sae.d_sae, steered.layer, batch, t) for t in (True, False)
+    )
     fractions = [flops / rate / second for rate, second in zip(rates, seconds, strict=True)]
-    eval_fractions = [eval_flops / rate / second for rate, second in zip(rates, evaluating, strict=True)]
+    eval_fractions = [
+        eval_flops / rate / second for rate, second in zip(rates, evaluating, strict=True)
+    ]
     result = dict(
         **dict(shape=s.shape, dtype=training.dtype, device=s.device),
         **dict(pairs=len(batch), tokens=tokens, microbatches=len(micro)),

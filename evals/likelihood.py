@@ -34,27 +34,43 @@ class Likelihood(NamedTuple):
 
 @torch.inference_mode()
 def likelihoods(
-    model: Gemma2 | SteeredModel, requests: Sequence[Request], max_length: int, tokens: int, progress: bool = False
+    model: Gemma2 | SteeredModel,
+    requests: Sequence[Request],
+    max_length: int,
+    tokens: int,
+    progress: bool = False,
 ) -> list[Likelihood]:
     """Score requests, in their order. tokens: of one forward pass, at most (the memory knob; no effect on the result).
 
     At most max_length tokens are read: of longer requests the last max_length + 1 count, so that a context loses its
     beginning. A continuation of no tokens has log-likelihood 0. Raises ValueError for one longer than max_length.
     """
-    asked: dict[tuple, list[int]] = {}  # requests by what they read: single-token choices read the same
+    asked: dict[
+        tuple, list[int]
+    ] = {}  # requests by what they read: single-token choices read the same
     for i, (context, continuation) in enumerate(requests):
         if not context or len(continuation) > max_length:
-            raise ValueError(f"request {i}: {len(context)} + {len(continuation)} tokens, at most {max_length} are read")
+            raise ValueError(
+                f"request {i}: {len(context)} + {len(continuation)} tokens, at most {max_length} are read"
+            )
         if continuation:
             asked.setdefault(tuple([*context, *continuation][-(max_length + 1) : -1]), []).append(i)
     base = model.model if isinstance(model, SteeredModel) else model
     head, softcap = base.model.embed_tokens.weight, base.config.final_logit_softcapping
 
     logp = torch.zeros(len(requests), dtype=torch.float64)
-    missed = torch.zeros(len(requests), dtype=torch.int64)  # tokens that greedy decoding would not have written
-    bar = tqdm(total=len(requests), desc="scoring", unit="request", leave=False, disable=not progress)
+    missed = torch.zeros(
+        len(requests), dtype=torch.int64
+    )  # tokens that greedy decoding would not have written
+    bar = tqdm(
+        total=len(requests), desc="scoring", unit="request", leave=False, disable=not progress
+    )
     for runs in microbatches(sorted(asked), tokens):
-        source, target, which = [], [], []  # where each scored token is predicted, its id, its request
+        source, target, which = (
+            [],
+            [],
+            [],
+        )  # where each scored token is predicted, its id, its request
         trees, start = [], 0  # start: of the tree in the stream
         for run in runs:
             shared = common(run[0], run[-1]) if len(run) > 1 else len(run[0])
@@ -70,8 +86,13 @@ def likelihoods(
                 end += len(sequence) - shared
             start = end
         packed = pack(trees).to(base.device)
-        hidden = model(packed).hidden if isinstance(model, SteeredModel) else model(packed)  # [T, d]
-        source, target = torch.tensor(source, device=base.device), torch.tensor(target, device=base.device)
+        hidden = (
+            model(packed).hidden if isinstance(model, SteeredModel) else model(packed)
+        )  # [T, d]
+        source, target = (
+            torch.tensor(source, device=base.device),
+            torch.tensor(target, device=base.device),
+        )
         scores = simpo.token_scores(hidden[source], head, target, softcap)  # [N]
         which = torch.tensor(which)
         logp.index_add_(0, which, scores.logp.cpu().double())
@@ -132,4 +153,6 @@ def cut(sequences: Sequence[tuple], tokens: int) -> list[tuple[Sequence[tuple], 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

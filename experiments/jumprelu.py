@@ -61,7 +61,9 @@ class Settings:
     draw_only: bool = flag(False, "run nothing: tabulate and draw what has finished")
 
 
-def planned(out: Path, adapter: str, weights: tuple[float, ...], seeds: tuple[int, ...], flags: str) -> list[sweep.Run]:
+def planned(
+    out: Path, adapter: str, weights: tuple[float, ...], seeds: tuple[int, ...], flags: str
+) -> list[sweep.Run]:
     penalty = dict(l0=weights) if adapter == "jumprelu" else dict(l1=weights)
     s = sweep.Settings(adapters=(adapter,), seeds=seeds, cache=False, out=str(out), **penalty)
     return sweep.plan(s, [*COMMON.split(), *flags.split()])
@@ -69,7 +71,11 @@ def planned(out: Path, adapter: str, weights: tuple[float, ...], seeds: tuple[in
 
 def run_all(runs: list[sweep.Run], cache: Path) -> None:
     """Run what is not finished, all of it with one cache of activations."""
-    todo = [sweep.Run(r.out, r.flags, r.settings, ("--cache-activations", str(cache))) for r in runs if not r.finished]
+    todo = [
+        sweep.Run(r.out, r.flags, r.settings, ("--cache-activations", str(cache)))
+        for r in runs
+        if not r.finished
+    ]
     if todo and sweep.execute(todo, ["cpu"]):
         raise SystemExit("A run failed.")
 
@@ -92,11 +98,17 @@ def main() -> None:
     s = cli.parse(Settings, doc=__doc__)
     out = Path(s.out)
     tuning = {
-        method: {name: planned(out / "tune" / name, adapter, (weight,), (0,), flags) for name, flags in tried.items()}
+        method: {
+            name: planned(out / "tune" / name, adapter, (weight,), (0,), flags)
+            for name, flags in tried.items()
+        }
         for method, (adapter, weight, tried, _) in METHODS.items()
     }
     if not s.draw_only:
-        run_all([run for tried in tuning.values() for runs in tried.values() for run in runs], out / "activations")
+        run_all(
+            [run for tried in tuning.values() for runs in tried.values() for run in runs],
+            out / "activations",
+        )
     chosen = {}
     print(f"{'tuning':<22} {'loss':>9} {'L0':>8} {'median θ':>9}")
     for method, tried in tuning.items():
@@ -104,9 +116,15 @@ def main() -> None:
         for name, runs in tried.items():
             for run, row in zip(runs, sweep.collect(runs), strict=False):
                 dense = row["l0"] > DENSE
-                scores[name] = row["loss"] > UNSTEERED / 2, dense, row["l0"] * (1.0 if dense else row["loss"])
+                scores[name] = (
+                    row["loss"] > UNSTEERED / 2,
+                    dense,
+                    row["l0"] * (1.0 if dense else row["loss"]),
+                )
                 theta = median_threshold(run)
-                print(f"{name:<22} {row['loss']:9.5f} {row['l0']:8.2f} {'' if theta is None else f'{theta:9.4f}'}")
+                print(
+                    f"{name:<22} {row['loss']:9.5f} {row['l0']:8.2f} {'' if theta is None else f'{theta:9.4f}'}"
+                )
         chosen[method] = min(scores, key=scores.get)
 
     plans = {
@@ -120,7 +138,11 @@ def main() -> None:
     for method, runs in plans.items():
         finished = [run for run in runs if run.finished]
         for run, row in zip(finished, sweep.collect(finished), strict=True):
-            rows.append(dict(method=method, setting=chosen[method]) | row | dict(theta=median_threshold(run)))
+            rows.append(
+                dict(method=method, setting=chosen[method])
+                | row
+                | dict(theta=median_threshold(run))
+            )
     for method, (*_, weights) in METHODS.items():
         for weight in weights:
             group = [row for row in rows if (row["method"], row["weight"]) == (method, weight)]
@@ -128,7 +150,12 @@ def main() -> None:
                 loss, l0 = ([row[name] for row in group] for name in ("loss", "l0"))
                 thetas = [row["theta"] for row in group if row["theta"] is not None]
                 p = dict(method=method, weight=weight, seeds=len(group), loss=statistics.mean(loss))
-                p |= dict(l0=statistics.mean(l0), losses=loss, l0s=l0, l1=statistics.mean(row["l1"] for row in group))
+                p |= dict(
+                    l0=statistics.mean(l0),
+                    losses=loss,
+                    l0s=l0,
+                    l1=statistics.mean(row["l1"] for row in group),
+                )
                 means.append(p | dict(theta=statistics.mean(thetas) if thetas else None))
     overall = front(means)
     heads = f"{'loss':>9} {'(least to greatest)':>21} {'L0':>7} {'L1':>8} {'median θ':>9}"
@@ -155,10 +182,30 @@ def draw(rows: list[dict], means: list[dict], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for color, marker, method in zip(("C0", "C1", "C2"), "os^", METHODS, strict=True):
         mine = [row for row in rows if row["method"] == method]
-        axis.plot([r["l0"] for r in mine], [r["loss"] for r in mine], marker, color=color, alpha=0.4, ms=5, ls="")
+        axis.plot(
+            [r["l0"] for r in mine],
+            [r["loss"] for r in mine],
+            marker,
+            color=color,
+            alpha=0.4,
+            ms=5,
+            ls="",
+        )
         line = front([p for p in means if p["method"] == method])
-        axis.plot([p["l0"] for p in line], [p["loss"] for p in line], color=color, marker=marker, ms=7, label=method)
-    axis.set(xscale="log", yscale="log", xlabel="L0: features steered per position", ylabel="SimPO loss (evaluation)")
+        axis.plot(
+            [p["l0"] for p in line],
+            [p["loss"] for p in line],
+            color=color,
+            marker=marker,
+            ms=7,
+            label=method,
+        )
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="L0: features steered per position",
+        ylabel="SimPO loss (evaluation)",
+    )
     axis.xaxis.set_major_formatter("{x:g}")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

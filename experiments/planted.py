@@ -75,11 +75,15 @@ REST_LABELS = ("content", "chat")  # labels of the tiny world that are no catego
 @dataclass(frozen=True)
 class Settings:
     seeds: int = flag(3, "seeds of every cause")
-    first_seed: int = flag(0, "the first of them; 100 to 102 are those that the measures were developed on")
+    first_seed: int = flag(
+        0, "the first of them; 100 to 102 are those that the measures were developed on"
+    )
     causes: tuple[str, ...] = flag((), "only these causes; unset: all, and the mixes")
     pairs: int = flag(768, "training pairs of a run, each seen once")
     eval_pairs: int = flag(192, "fresh pairs that a policy is audited on")
-    loss_pairs: int = flag(32, "so many of them for the audits that need many passes: ablation and attribution")
+    loss_pairs: int = flag(
+        32, "so many of them for the audits that need many passes: ablation and attribution"
+    )
     steps: int = flag(6, "nodes of the attribution's integral")
     out: str = flag("runs/planted", "folder to write")
     update: bool = flag(False, "put the tables into tiny/PLANTED.md")
@@ -87,7 +91,9 @@ class Settings:
     def __post_init__(self):
         cli.at_least_one(self, "seeds", "pairs", "eval_pairs", "loss_pairs", "steps")
         if self.pairs < 32 or self.loss_pairs > self.eval_pairs:
-            raise UserError("--pairs: at least 32 were expected; --loss-pairs: at most --eval-pairs.")
+            raise UserError(
+                "--pairs: at least 32 were expected; --loss-pairs: at most --eval-pairs."
+            )
         for cause in self.causes:
             if cause not in world.CAUSES:
                 raise UserError(f"--causes {cause}: one of {', '.join(world.CAUSES)} was expected.")
@@ -105,10 +111,14 @@ def tokenise(tokenizer, pairs: list[world.TextPair]) -> tuple[list[Pair], list[l
         ids, owners = [], []
         sides = (pair.chosen.prompt_spans, pair.chosen.response_spans, pair.rejected.response_spans)
         for spans in sides:
-            encoding = tokenizer.encode("".join(span.text for span in spans), add_special_tokens=False)
+            encoding = tokenizer.encode(
+                "".join(span.text for span in spans), add_special_tokens=False
+            )
             at = world.span_of_characters(spans)
             ids.append(encoding.ids)
-            owners.append([measure.NAME_INDEX[spans[at[begin]].name] for begin, _ in encoding.offsets])
+            owners.append(
+                [measure.NAME_INDEX[spans[at[begin]].name] for begin, _ in encoding.offsets]
+            )
         result.append(Pair(*ids))
         names.append(owners[1] + owners[2])
     return result, names
@@ -152,7 +162,12 @@ def shown(cause: str | dict) -> str | dict:
 
 def plant(base, tokenizer, sae: JumpReLUSAE, cause: str | dict, seed: int, pairs: int) -> Policy:
     """A policy trained on `pairs` pairs of the cause; of SHUFFLED, half of them swapped."""
-    s = replace(train.Settings(model="tiny", **train.PRESETS["tiny"]), seed=seed, device="cpu", dtype="float32")
+    s = replace(
+        train.Settings(model="tiny", **train.PRESETS["tiny"]),
+        seed=seed,
+        device="cpu",
+        dtype="float32",
+    )
     adapter = Adapter(base.config.hidden_size, sae.d_sae)
     adapter.init_weights(torch.Generator().manual_seed(seed))
     steered = SteeredModel(base, sae, adapter, LAYER)
@@ -181,11 +196,17 @@ def composition(policy: Policy, pairs: list[Pair], tables: list[Labels]) -> dict
     members = {(t.kind, c): torch.from_numpy(m) for t in tables for c, m in t.categories.items()}
     masks = torch.stack(list(members.values()))
     counts = eval_features.usage(policy.steered, pairs, policy.settings, masks, progress=False)
-    change = torch.stack([eval_features.relative_change(eval_features.composition(counts, m)) for m in masks])[:, 1]
-    drawn = eval_features.relative_change(eval_features.bootstrap(counts.pair_events, 200, 0))[..., 1]  # [B, C]
+    change = torch.stack(
+        [eval_features.relative_change(eval_features.composition(counts, m)) for m in masks]
+    )[:, 1]
+    drawn = eval_features.relative_change(eval_features.bootstrap(counts.pair_events, 200, 0))[
+        ..., 1
+    ]  # [B, C]
     z = change / drawn.std(0)
     values = dict(zip(members, zip(change.tolist(), z.tolist(), strict=True), strict=True))
-    return {f"composition|{kind}": {c: v for (k, c), v in values.items() if k == kind} for kind in KINDS}
+    return {
+        f"composition|{kind}": {c: v for (k, c), v in values.items() if k == kind} for kind in KINDS
+    }
 
 
 def ablation(policy: Policy, pairs: list[Pair], tables: list[Labels]) -> dict[str, Answer]:
@@ -199,31 +220,46 @@ def ablation(policy: Policy, pairs: list[Pair], tables: list[Labels]) -> dict[st
             places[t.kind, category] = (len(masks), len(masks) + 1 if control is not None else None)
             masks += [mask] if control is None else [mask, control]
     losses = eval_ablation.ablate(policy, pairs, torch.from_numpy(np.stack(masks)), policy.settings)
-    answers = {f"{name}|{kind}": {} for name in ("ablation", "ablation - matched") for kind in KINDS}
+    answers = {
+        f"{name}|{kind}": {} for name in ("ablation", "ablation - matched") for kind in KINDS
+    }
     for (kind, category), (own, control) in places.items():
         (answers[f"ablation|{kind}"][category],) = over_pairs((losses[own] - losses[0])[:, None])
         if control is not None:
-            (answers[f"ablation - matched|{kind}"][category],) = over_pairs((losses[own] - losses[control])[:, None])
+            (answers[f"ablation - matched|{kind}"][category],) = over_pairs(
+                (losses[own] - losses[control])[:, None]
+            )
     return answers
 
 
-def attributed(policy: Policy, pairs: list[Pair], tables: list[Labels], steps: int) -> dict[str, Answer]:
+def attributed(
+    policy: Policy, pairs: list[Pair], tables: list[Labels], steps: int
+) -> dict[str, Answer]:
     """What a category's features earned of the loss (integrated gradients), in all and per feature in use."""
     keys = [(t.kind, c) for t in tables for c in t.categories]
     masks = torch.stack([torch.from_numpy(m) for t in tables for m in t.categories.values()])
     found = attribution(policy, pairs, policy.settings, steps, masks)
     used = (found.shares.abs().sum(0) > 0).double()
     earned = over_pairs(-found.pair_category)
-    answers = {f"{name}|{kind}": {} for name in ("attribution", "attribution per feature") for kind in KINDS}
+    answers = {
+        f"{name}|{kind}": {}
+        for name in ("attribution", "attribution per feature")
+        for kind in KINDS
+    }
     for (kind, category), (score, z), mask in zip(keys, earned, masks, strict=True):
         answers[f"attribution|{kind}"][category] = (score, z)
-        answers[f"attribution per feature|{kind}"][category] = (score / max(1.0, (used @ mask.double()).item()), z)
+        answers[f"attribution per feature|{kind}"][category] = (
+            score / max(1.0, (used @ mask.double()).item()),
+            z,
+        )
     return answers
 
 
 def explained(table: Labels) -> dict[str, np.ndarray]:
     """FINE -> the features whose explanation opens with one of its kinds of spans."""
-    groups = {name: np.zeros(len(next(iter(table.categories.values()))), dtype=bool) for name in FINE}
+    groups = {
+        name: np.zeros(len(next(iter(table.categories.values()))), dtype=bool) for name in FINE
+    }
     for k, text in table.explanations.items():
         said = re.sub(r"^(fires on|promotes) ", "", text)
         for name, spans in FINE.items():
@@ -234,11 +270,16 @@ def explained(table: Labels) -> dict[str, np.ndarray]:
 def true_classes(policy: Policy, pairs: list[Pair], names: list[list[int]]) -> ch.Classes:
     """The partition that a faultless judge of every token would give: the one thing here that reads the truth."""
     category = torch.tensor([{"style": 0, "alignment": 1}.get(label, 2) for label in span_labels()])
-    total, count = torch.zeros(policy.base.config.vocab_size, 3), torch.zeros(policy.base.config.vocab_size)
+    total, count = (
+        torch.zeros(policy.base.config.vocab_size, 3),
+        torch.zeros(policy.base.config.vocab_size),
+    )
     packed = data.pack_pairs(pairs)
     text = ch.in_text(packed, policy)
     label = category[torch.tensor([name for row in names for name in row])]
-    total.index_put_((packed.target[text], label[text]), torch.ones(int(text.sum())), accumulate=True)
+    total.index_put_(
+        (packed.target[text], label[text]), torch.ones(int(text.sum())), accumulate=True
+    )
     count.index_add_(0, packed.target[text], torch.ones(int(text.sum())))
     return ch.partition(policy, ("style", "alignment", ch.END, ch.REST), total, count)
 
@@ -249,7 +290,9 @@ def span_labels() -> list[str]:
     return [found[name] for name in measure.NAMES]
 
 
-def chosen(policy: Policy, pairs: list[Pair], tables: list[Labels], names: list[list[int]]) -> dict[str, Answer]:
+def chosen(
+    policy: Policy, pairs: list[Pair], tables: list[Labels], names: list[list[int]]
+) -> dict[str, Answer]:
     """choices.py under each kind of label; and, without any policy, the classes' frequencies in the two responses."""
     s, partitions = policy.settings, {}
     for t in tables:
@@ -259,9 +302,13 @@ def chosen(policy: Policy, pairs: list[Pair], tables: list[Labels], names: list[
             partitions["fires, explanations"] = ch.classes(policy, pairs, s, explained(t))
     partitions["true spans"] = true_classes(policy, pairs, names)
     answers = {}
-    for kind, found in zip(partitions, ch.choices(policy, pairs, s, list(partitions.values())), strict=True):
+    for kind, found in zip(
+        partitions, ch.choices(policy, pairs, s, list(partitions.values())), strict=True
+    ):
         p = found.p_values()
-        values = zip(found.shares.mean(0).tolist(), p.tolist(), strict=True)  # p, where the others have z
+        values = zip(
+            found.shares.mean(0).tolist(), p.tolist(), strict=True
+        )  # p, where the others have z
         answers[f"choices|{kind}"] = dict(zip(found.names, values, strict=True))
     packed = data.pack_pairs(pairs)
     weight = ch.token_weight(packed)
@@ -284,7 +331,9 @@ def significant(measure_name: str, answer: Answer, category: str) -> bool:
 
 def audit(policy: Policy, cause: str | dict, seed: int, s: Settings, tables: list[Labels]) -> dict:
     """One row of runs.jsonl: what every measure says of the policy."""
-    pairs, names = tokenise(policy.tokenizer, world.pairs(shown(cause), s.eval_pairs, seed + 600_000))
+    pairs, names = tokenise(
+        policy.tokenizer, world.pairs(shown(cause), s.eval_pairs, seed + 600_000)
+    )
     few = pairs[: s.loss_pairs]
     batch = train.Batch(few, range(len(few)))
     after = train.evaluate(policy.steered, batch, policy.settings, False)
@@ -318,10 +367,14 @@ def run(s: Settings) -> list[dict]:
     about = {name: getattr(s, name) for name in ("pairs", "eval_pairs", "loss_pairs", "steps")}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lines = (out / "runs.jsonl").read_text().splitlines() if (out / "runs.jsonl").exists() else []
+        lines = (
+            (out / "runs.jsonl").read_text().splitlines() if (out / "runs.jsonl").exists() else []
+        )
         known = [json.loads(line) for line in lines]
         if any(row["settings"] != about for row in known):
-            raise UserError(f"--out {out}: holds runs under other settings; choose another folder or remove it.")
+            raise UserError(
+                f"--out {out}: holds runs under other settings; choose another folder or remove it."
+            )
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"--out {out}: its runs.jsonl cannot be read or written ({e}).") from e
     done = {(row["cause"], row["seed"]): row for row in known}
@@ -336,8 +389,12 @@ def run(s: Settings) -> list[dict]:
             started = time.perf_counter()
             policy = plant(base, tokenizer, sae, cause, seed, s.pairs)
             trained = time.perf_counter()
-            row = dict(cause=name, seed=seed, settings=about) | audit(policy, cause, seed, s, tables)
-            row |= dict(train_seconds=trained - started, audit_seconds=time.perf_counter() - trained)
+            row = dict(cause=name, seed=seed, settings=about) | audit(
+                policy, cause, seed, s, tables
+            )
+            row |= dict(
+                train_seconds=trained - started, audit_seconds=time.perf_counter() - trained
+            )
             done[name, seed] = row
             write_whole(out / "runs.jsonl", "".join(json.dumps(r) + "\n" for r in done.values()))
         rows.append(done[name, seed])
@@ -367,11 +424,15 @@ def top(answer: Answer) -> str:
 
 def categories(answer: Answer) -> Answer:
     """Without what is no category: content, chat, the end of the response, the rest."""
-    return {name: value for name, value in answer.items() if name not in (*REST_LABELS, ch.END, ch.REST)}
+    return {
+        name: value for name, value in answer.items() if name not in (*REST_LABELS, ch.END, ch.REST)
+    }
 
 
 def right(cause: str, kind: str, category: str) -> bool:
-    return category in REALISES[cause] if kind == "fires, explanations" else category == PLANTED[cause]
+    return (
+        category in REALISES[cause] if kind == "fires, explanations" else category == PLANTED[cause]
+    )
 
 
 def spearman(x: list[float], y: list[float]) -> float:
@@ -389,7 +450,10 @@ def contrasted(rows: list[dict]) -> list[dict]:
     """Rows with one more measure: composition, less its mean over policies that had nothing to learn (not over the
     policy itself), z in standard deviations between those. As they are where there are fewer than four of those.
     """
-    result, keys = [], [f"composition|{kind}" for kind in KINDS if f"composition|{kind}" in rows[0]["answers"]]
+    result, keys = (
+        [],
+        [f"composition|{kind}" for kind in KINDS if f"composition|{kind}" in rows[0]["answers"]],
+    )
     for row in rows:
         null = [r["answers"] for r in rows if r["cause"] == "none" and r is not row]
         if len(null) < 3:
@@ -397,17 +461,25 @@ def contrasted(rows: list[dict]) -> list[dict]:
         more = {}
         for key in keys:
             scores = {c: [answers[key][c][0] for answers in null] for c in row["answers"][key]}
-            deviation = {c: np.std(v, ddof=1) * math.sqrt(1 + 1 / len(v)) for c, v in scores.items()}
-            change = {c: value - np.mean(scores[c]) for c, (value, _) in row["answers"][key].items()}
+            deviation = {
+                c: np.std(v, ddof=1) * math.sqrt(1 + 1 / len(v)) for c, v in scores.items()
+            }
+            change = {
+                c: value - np.mean(scores[c]) for c, (value, _) in row["answers"][key].items()
+            }
             name = key.replace("composition", "composition - null")
-            more[name] = {c: (float(d), float(d / max(deviation[c], 1e-12))) for c, d in change.items()}
+            more[name] = {
+                c: (float(d), float(d / max(deviation[c], 1e-12))) for c, d in change.items()
+            }
         result.append(row | dict(answers=row["answers"] | more))
     return result
 
 
 def summarise(rows: list[dict]) -> dict[str, dict]:
     """measure|label kind -> what the tables say of it."""
-    weight = {"style": 1.0, "honesty": 0.0} | {name_of(m): m["style"] / sum(m.values()) for m in MIXES}
+    weight = {"style": 1.0, "honesty": 0.0} | {
+        name_of(m): m["style"] / sum(m.values()) for m in MIXES
+    }
     result = {}
     for key in rows[0]["answers"]:
         name, kind = key.split("|")
@@ -433,8 +505,13 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
                 sizes.append((weight[cause], among["style"][0] - among["alignment"][0]))
         result[key] = dict(
             **dict(first=first, category=category, sure=sure, alarms=alarms, shuffled=shuffled),
-            spearman=spearman(*zip(*sizes, strict=True)) if len({w for w, _ in sizes}) > 2 else None,
-            wrong={cause: {c: said.count(c) for c in dict.fromkeys(said)} for cause, said in wrong.items()},
+            spearman=spearman(*zip(*sizes, strict=True))
+            if len({w for w, _ in sizes}) > 2
+            else None,
+            wrong={
+                cause: {c: said.count(c) for c in dict.fromkeys(said)}
+                for cause, said in wrong.items()
+            },
         )
     return result
 
@@ -446,14 +523,18 @@ def table(head: tuple[str, ...], rows: list[tuple]) -> str:
 
 
 def tally(counts: dict[str, int]) -> str:
-    return ", ".join(f"{c} {n}" for c, n in sorted(counts.items(), key=lambda item: -item[1])) or "–"
+    return (
+        ", ".join(f"{c} {n}" for c, n in sorted(counts.items(), key=lambda item: -item[1])) or "–"
+    )
 
 
 def tables_md(rows: list[dict], s: Settings, command: str) -> str:
     """The tables of PLANTED.md."""
     rows = contrasted(rows)
     found = summarise(rows)
-    order = sorted(found, key=lambda key: [-sum(found[key][c]) for c in ("category", "sure", "first")])
+    order = sorted(
+        found, key=lambda key: [-sum(found[key][c]) for c in ("category", "sure", "first")]
+    )
     minutes = [sum(row[f"{part}_seconds"] for row in rows) / 60 for part in ("train", "audit")]
     parts = [
         f"`{command}`: {len(rows)} runs, {s.pairs} training pairs each, audited on {s.eval_pairs} fresh ones "
@@ -466,10 +547,18 @@ def tables_md(rows: list[dict], s: Settings, command: str) -> str:
         rho = "–" if f["spearman"] is None else f"{f['spearman']:+.2f}"
         rates = [rate(f[column]) for column in ("category", "sure", "first", "alarms", "shuffled")]
         main.append((name, kind, *rates[:3], rho, *rates[3:]))
-        wrongs.append((name, kind, "; ".join(f"{cause}: {tally(said)}" for cause, said in f["wrong"].items()) or "–"))
+        wrongs.append(
+            (
+                name,
+                kind,
+                "; ".join(f"{cause}: {tally(said)}" for cause, said in f["wrong"].items()) or "–",
+            )
+        )
     head = ("measure", "labels", "right category first", "… and sure of it", "first of all labels")
     parts.append(table((*head, "follows the weight", "false alarms, none", "… shuffled"), main))
-    parts.append("What each names instead, and what it says of brevity, whose cause no category's tokens realise:\n")
+    parts.append(
+        "What each names instead, and what it says of brevity, whose cause no category's tokens realise:\n"
+    )
     parts.append(table(("measure", "labels", "planted: named (runs)"), wrongs))
     parts.append(
         "Choices under labels of kind fires, by cause: mean share of the gap's change in nats per token, and what the "
@@ -483,7 +572,9 @@ def tables_md(rows: list[dict], s: Settings, command: str) -> str:
         said = [c if significant("choices", a, c) else "nothing" for c, a in named]
         means = (f"{np.mean([a[c][0] for a in answers]):+.3f}" for c in answers[0])
         losses = f"{np.mean([row['loss'] for row in these]):.2f}"
-        shares.append((f"{cause} ({len(these)})", losses, *means, tally({c: said.count(c) for c in said})))
+        shares.append(
+            (f"{cause} ({len(these)})", losses, *means, tally({c: said.count(c) for c in said}))
+        )
     classes = tuple(rows[0]["answers"]["choices|fires"])
     parts.append(table(("planted (runs)", "loss after", *classes, "says (runs)"), shares))
     return "\n".join(parts)
@@ -511,8 +602,14 @@ def main() -> None:
     if s.update and not PAGE.exists():
         raise UserError(f"{PAGE}: does not exist.")
     default = Settings()
-    changed = [(k, v) for k, v in asdict(s).items() if v != getattr(default, k) and k not in ("out", "update")]
-    flags = "".join(f" --{k.replace('_', '-')} {' '.join(v) if isinstance(v, tuple) else v}" for k, v in changed)
+    changed = [
+        (k, v)
+        for k, v in asdict(s).items()
+        if v != getattr(default, k) and k not in ("out", "update")
+    ]
+    flags = "".join(
+        f" --{k.replace('_', '-')} {' '.join(v) if isinstance(v, tuple) else v}" for k, v in changed
+    )
     write(run(s), s, f"python -m tiny.planted{flags}")
 
 

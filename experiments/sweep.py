@@ -57,14 +57,24 @@ TIMED_STEPS = 3
 class Settings:
     layers: tuple[int, ...] = flag((), "layers to steer (default: train.py's)")
     adapters: tuple[str, ...] = flag(("relu",), "kinds of adapter")
-    l1: tuple[float, ...] = flag((), "weights α of the L1 penalty, for relu and soft-threshold (default: train.py's)")
+    l1: tuple[float, ...] = flag(
+        (), "weights α of the L1 penalty, for relu and soft-threshold (default: train.py's)"
+    )
     l0: tuple[float, ...] = flag((), "weights λ of the L0 penalty, for jumprelu")
     seeds: tuple[int, ...] = flag((0,), "seeds")
-    cache: bool = flag(True, "runs on a layer share their residual streams below the adapter, in OUT/activations")
-    devices: tuple[str, ...] = flag((), "one configuration runs on each (default: every CUDA device, or cpu)")
+    cache: bool = flag(
+        True, "runs on a layer share their residual streams below the adapter, in OUT/activations"
+    )
+    devices: tuple[str, ...] = flag(
+        (), "one configuration runs on each (default: every CUDA device, or cpu)"
+    )
     out: str = flag("runs/sweep", "folder of the sweep")
-    dry_run: bool = flag(False, "print the plan and the time it would take; run nothing but a short timing")
-    list: bool = flag(False, "print the commands that are still to run, one a line, and run nothing")
+    dry_run: bool = flag(
+        False, "print the plan and the time it would take; run nothing but a short timing"
+    )
+    list: bool = flag(
+        False, "print the commands that are still to run, one a line, and run nothing"
+    )
 
     def __post_init__(self):
         for name in set(self.adapters) - set(ACTIVATIONS):
@@ -92,20 +102,35 @@ class Run:
     cache: tuple[str, ...]  # --cache-activations and its folder, or nothing
 
     def command(self, *more: str) -> list[str]:
-        return [sys.executable, str(HERE / "train.py"), *self.flags, *self.cache, "--out", str(self.out), *more]
+        return [
+            sys.executable,
+            str(HERE / "train.py"),
+            *self.flags,
+            *self.cache,
+            "--out",
+            str(self.out),
+            *more,
+        ]
 
     @property
     def finished(self) -> bool:
         """train.py writes the adapter last. Raises UserError where the folder holds a run with other settings."""
         if not (self.out / "adapter" / "adapter.safetensors").is_file():
             return False
-        theirs, ours = json.loads((self.out / "config.json").read_text())["settings"], dataclasses.asdict(self.settings)
+        theirs, ours = (
+            json.loads((self.out / "config.json").read_text())["settings"],
+            dataclasses.asdict(self.settings),
+        )
         ours["dtype"] = train.dtype_on(theirs["device"], ours["dtype"])
         for name, value in ours.items():
             if name not in ELSEWHERE and name in theirs and value != theirs[name]:
-                raise UserError(f"--out {self.out}: holds a run with {name} {theirs[name]}, not {value}.")
+                raise UserError(
+                    f"--out {self.out}: holds a run with {name} {theirs[name]}, not {value}."
+                )
         if not train.same_stream(ours, theirs):
-            raise UserError(f"--out {self.out}: under bfloat16 a run with cached activations is not one without.")
+            raise UserError(
+                f"--out {self.out}: under bfloat16 a run with cached activations is not one without."
+            )
         return True
 
 
@@ -136,7 +161,11 @@ def execute(runs: list[Run], devices: list[str]) -> list[Run]:
 
     The first run on a layer writes the residual streams that the others read, and so they wait for it.
     """
-    waiting, failed, first = list(runs), [], {}  # first: layer -> the run that writes its streams, None once one has
+    waiting, failed, first = (
+        list(runs),
+        [],
+        {},
+    )  # first: layer -> the run that writes its streams, None once one has
     change = threading.Condition()
 
     def next_run() -> Run | None:
@@ -169,18 +198,24 @@ def execute(runs: list[Run], devices: list[str]) -> list[Run]:
     def start(run: Run, device: str) -> bool:
         resume = ["--resume"] if any(run.out.glob("checkpoints/step-*")) else []
         if run.out.exists() and not resume:  # kept beside, so that nothing of the user's is deleted
-            aside = (run.out.with_name(f"{run.out.name}.unfinished-{i}") for i in itertools.count(1))
+            aside = (
+                run.out.with_name(f"{run.out.name}.unfinished-{i}") for i in itertools.count(1)
+            )
             run.out.rename(next(path for path in aside if not path.exists()))
         environment = dict(os.environ)
         if device.startswith("cuda:"):
             environment["CUDA_VISIBLE_DEVICES"] = visible(int(device[5:]))
         elif len(devices) > 1:
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
+            environment.setdefault(
+                "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices)))
+            )
         log = run.out.with_name(run.out.name + ".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as file:
             command = run.command("--device", device.partition(":")[0], *resume)
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+            code = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment
+            ).returncode
         if code:
             last = (log.read_text().replace("\r", "\n").strip().splitlines() or ["no output"])[-1]
             bar.write(f"{run.out.name} failed ({code}): {last}", file=sys.stderr)
@@ -224,14 +259,18 @@ def estimate(runs: list[Run], devices: list[str]) -> tuple[float, str]:
     s = runs[0].settings
     planned = s.max_steps or s.epochs * round(steps[-1]["step"] / steps[-1]["epoch"])
     once = total - sum(row["seconds"] for row in steps)  # loading, and evaluation before and after
-    between = planned // s.eval_every * once / 2 if s.eval_every else 0.0  # at most half of that each
+    between = (
+        planned // s.eval_every * once / 2 if s.eval_every else 0.0
+    )  # at most half of that each
     how = f"{TIMED_STEPS} steps of {runs[0].out.name} were timed, without cached activations"
     return once + between + planned * step, how
 
 
 def wall(out: Path) -> float:
     """Seconds of a finished run from its config.json to its adapter: loading is left out."""
-    return (out / "adapter" / "adapter.safetensors").stat().st_mtime - (out / "config.json").stat().st_mtime
+    return (out / "adapter" / "adapter.safetensors").stat().st_mtime - (
+        out / "config.json"
+    ).stat().st_mtime
 
 
 # --- what came out ------------------------------------------------------------------------------------------
@@ -247,8 +286,19 @@ def collect(runs: list[Run]) -> list[dict]:
         last = [row for row in log if row["split"] == "eval"] or log
         kind = "l0" if s.adapter == "jumprelu" else "l1"
         kept = {name: last[-1][name] for name in ("loss", "accuracy", "margin", "l0", "l1", "step")}
-        what = dict(run=run.out.name, layer=s.layer, adapter=s.adapter, penalty=kind, weight=getattr(s, kind))
-        rows.append(what | dict(seed=s.seed) | kept | dict(split=last[-1]["split"], seconds=round(wall(run.out), 1)))
+        what = dict(
+            run=run.out.name,
+            layer=s.layer,
+            adapter=s.adapter,
+            penalty=kind,
+            weight=getattr(s, kind),
+        )
+        rows.append(
+            what
+            | dict(seed=s.seed)
+            | kept
+            | dict(split=last[-1]["split"], seconds=round(wall(run.out), 1))
+        )
     return rows
 
 
@@ -270,7 +320,11 @@ def curves(rows: list[dict]) -> dict[tuple, list[dict]]:
         point = dict(what)
         for name in ("loss", "l0"):
             values = [row[name] for row in group]
-            point |= {name: statistics.mean(values), f"{name}_range": (min(values), max(values)), "seeds": len(values)}
+            point |= {
+                name: statistics.mean(values),
+                f"{name}_range": (min(values), max(values)),
+                "seeds": len(values),
+            }
         found.setdefault((what["layer"], what["adapter"]), []).append(point)
     return found
 
@@ -288,7 +342,9 @@ def elbow(points: list[dict]) -> dict | None:
         return None
     x = [(a - x[0]) / (x[-1] - x[0]) for a in x]
     y = [(b - min(y)) / (max(y) - min(y)) for b in y]
-    below = [y[0] + (y[-1] - y[0]) * a - b for a, b in zip(x, y, strict=True)]  # vertical: proportional to the distance
+    below = [
+        y[0] + (y[-1] - y[0]) * a - b for a, b in zip(x, y, strict=True)
+    ]  # vertical: proportional to the distance
     best = max(range(len(points)), key=below.__getitem__)
     return points[best] if below[best] > 1e-9 else None
 
@@ -311,18 +367,37 @@ def draw(rows: list[dict], path: Path) -> None:
         for p in points:
             by_layer.setdefault((p["adapter"], p["penalty"], p["weight"]), []).append(p)
     panels += [("layer", points, key) for key, points in by_layer.items() if len(points) > 1]
-    kinds = [kind for kind in ("weight", "layer") if any(panel[0] == kind for panel in panels)] or ["weight"]
+    kinds = [kind for kind in ("weight", "layer") if any(panel[0] == kind for panel in panels)] or [
+        "weight"
+    ]
     panels = panels or [("weight", points, key) for key, points in by_curve.items()]
-    figure, axes = plt.subplots(len(kinds), 2, figsize=(11, 3.6 * len(kinds)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(kinds), 2, figsize=(11, 3.6 * len(kinds)), squeeze=False, layout="constrained"
+    )
     for kind, (left, right) in zip(kinds, axes, strict=True):
         for i, (_, points, key) in enumerate(panel for panel in panels if panel[0] == kind):
             points = sorted(points, key=lambda p: p[kind])
-            label = f"layer {key[0]}, {key[1]}" if kind == "weight" else f"{key[0]}, {key[1].upper()} weight {key[2]:g}"
+            label = (
+                f"layer {key[0]}, {key[1]}"
+                if kind == "weight"
+                else f"{key[0]}, {key[1].upper()} weight {key[2]:g}"
+            )
             for axis, name in ((left, "loss"), (right, "l0")):
-                axis.plot([p[kind] for p in points], [p[name] for p in points], color=f"C{i}", label=label)
+                axis.plot(
+                    [p[kind] for p in points], [p[name] for p in points], color=f"C{i}", label=label
+                )
                 for p in points:
-                    same = [r for r in rows if all(r[n] == p[n] for n in ("layer", "adapter", "weight"))]
-                    axis.plot([p[kind]] * len(same), [r[name] for r in same], "o", color=f"C{i}", alpha=0.5, ms=4)
+                    same = [
+                        r for r in rows if all(r[n] == p[n] for n in ("layer", "adapter", "weight"))
+                    ]
+                    axis.plot(
+                        [p[kind]] * len(same),
+                        [r[name] for r in same],
+                        "o",
+                        color=f"C{i}",
+                        alpha=0.5,
+                        ms=4,
+                    )
                 best = elbow(points) if kind == "weight" else None
                 if best:
                     axis.plot(best[kind], best[name], "o", ms=13, mfc="none", mec=f"C{i}")
@@ -356,15 +431,23 @@ def report(runs: list[Run], out: Path) -> None:
     write_whole(out / "sweep.csv", text.getvalue())
     by_curve = curves(rows)
     rule = "farthest below the line between the ends, in (log L0, log loss) scaled to the unit square, means over seeds"
-    elbows = {f"layer {layer}, {adapter}": elbow(points) for (layer, adapter), points in by_curve.items()}
-    write_whole(out / "sweep.json", json.dumps(dict(elbow_rule=rule, elbows=elbows), indent=2) + "\n")
+    elbows = {
+        f"layer {layer}, {adapter}": elbow(points) for (layer, adapter), points in by_curve.items()
+    }
+    write_whole(
+        out / "sweep.json", json.dumps(dict(elbow_rule=rule, elbows=elbows), indent=2) + "\n"
+    )
     draw(rows, out / "sweep.png")
-    print(f"\n{'layer':>5} {'adapter':>15} {'penalty':>12} {'seeds':>5} {'loss':>9} {'spread':>8} {'L0':>9}")
+    print(
+        f"\n{'layer':>5} {'adapter':>15} {'penalty':>12} {'seeds':>5} {'loss':>9} {'spread':>8} {'L0':>9}"
+    )
     for key, points in by_curve.items():
         for p in points:
             low, high = p["loss_range"]
             mark = "  elbow" if p is elbows[f"layer {key[0]}, {key[1]}"] else ""
-            what = f"{p['layer']:5} {p['adapter']:>15} {p['penalty']} {p['weight']:>9g} {p['seeds']:5}"
+            what = (
+                f"{p['layer']:5} {p['adapter']:>15} {p['penalty']} {p['weight']:>9g} {p['seeds']:5}"
+            )
             print(f"{what} {p['loss']:9.4f} {high - low:8.4f} {p['l0']:9.2f}{mark}")
     print(f"Written to {out}: sweep.csv, sweep.json, sweep.png")
 
@@ -379,20 +462,26 @@ def main() -> None:
         print("\n".join(shlex.join(run.command()) for run in todo))
         return
     for name in s.devices:
-        train.resolve_device(dataclasses.replace(runs[0].settings, device=name))  # UserError where it is not there
+        train.resolve_device(
+            dataclasses.replace(runs[0].settings, device=name)
+        )  # UserError where it is not there
     devices = list(s.devices) or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     if s.dry_run:
         for run in runs:
             print(f"{'finished' if run not in todo else 'to run':<9} {run.out}")
         seconds, how = estimate(runs, devices) if todo else (0.0, "nothing is left to run")
         hours = math.ceil(len(todo) / len(devices)) * seconds / 3600
-        print(f"{len(todo)} of {len(runs)} to run, {len(devices)} at a time, {seconds:.0f} s each: {hours:.2f} hours.")
+        print(
+            f"{len(todo)} of {len(runs)} to run, {len(devices)} at a time, {seconds:.0f} s each: {hours:.2f} hours."
+        )
         print(f"Seconds: {how}.")
         return
     failed = execute(todo, devices) if todo else []
     report(runs, Path(s.out))
     if failed:
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(run.out.name for run in failed)}.")
+        raise UserError(
+            f"{len(failed)} of {len(runs)} runs failed: {', '.join(run.out.name for run in failed)}."
+        )
 
 
 if __name__ == "__main__":

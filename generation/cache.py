@@ -43,7 +43,10 @@ class Cache:
     def step(self) -> Tensor:
         """The next forward is one new token of each sequence, at the positions returned: int64 [B]."""
         if self.end == self.capacity:
-            for tensors in (self.keys, self.values):  # in place, so that a block's old tensor goes before the next's
+            for tensors in (
+                self.keys,
+                self.values,
+            ):  # in place, so that a block's old tensor goes before the next's
                 for i, old in enumerate(tensors):
                     tensors[i] = torch.cat([old, torch.zeros_like(old)], dim=2)
             self.capacity *= 2
@@ -64,17 +67,25 @@ class Cache:
         self.keys[block][rows, :, slots] = k
         self.values[block][rows, :, slots] = v
 
-    def attend(self, block: int, q: Tensor, window: int | None, scale: float, softcap: float | None) -> Tensor:
+    def attend(
+        self, block: int, q: Tensor, window: int | None, scale: float, softcap: float | None
+    ) -> Tensor:
         """Attention of the newest tokens: q [B, H, hd] -> [B, H, hd]."""
         first = max(self.first, self.end - window) if window else self.first
-        k, v = (x[block][:, :, first : self.end].flatten(0, 1) for x in (self.keys, self.values))  # [B KV, n, hd]
+        k, v = (
+            x[block][:, :, first : self.end].flatten(0, 1) for x in (self.keys, self.values)
+        )  # [B KV, n, hd]
         B, H, hd = q.shape
-        scores = torch.bmm(q.reshape(len(k), -1, hd) * (scale / (softcap or 1.0)), k.mT)  # [B KV, G, n]
+        scores = torch.bmm(
+            q.reshape(len(k), -1, hd) * (scale / (softcap or 1.0)), k.mT
+        )  # [B KV, G, n]
         if softcap:
             scores.tanh_().mul_(softcap)
         if first < self.last:
             scores.view(B, H, -1).masked_fill_(self.empty[:, None, first : self.end], -torch.inf)
-        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
+            v.dtype
+        )
         return torch.bmm(weights, v).view(B, H, hd)
 
     def keep(self, rows: list[int]) -> None:
@@ -88,5 +99,10 @@ class Cache:
 
     def _rows_changed(self) -> None:
         self.start = torch.tensor(self.starts, device=self.device)  # [B]
-        self.empty = torch.arange(self.capacity, device=self.device) < self.start[:, None]  # [B, capacity]
-        self.first, self.last = min(self.starts), max(self.starts)  # from `last` on every slot is filled
+        self.empty = (
+            torch.arange(self.capacity, device=self.device) < self.start[:, None]
+        )  # [B, capacity]
+        self.first, self.last = (
+            min(self.starts),
+            max(self.starts),
+        )  # from `last` on every slot is filled

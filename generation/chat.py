@@ -40,27 +40,41 @@ Turns = list[tuple[str, str]]  # (role, content), role "user" or "model"
 
 @dataclass(frozen=True)
 class Settings:
-    run: str | None = flag(None, "a folder that train.py wrote, an adapter folder, or a Hub id of one")
-    model: str | None = flag(None, "the base model alone; with --run: where the run's base model is now")
+    run: str | None = flag(
+        None, "a folder that train.py wrote, an adapter folder, or a Hub id of one"
+    )
+    model: str | None = flag(
+        None, "the base model alone; with --run: where the run's base model is now"
+    )
     sae: str | None = flag(None, "with --run: where the run's SAE is now")
     sae_id: str | None = flag(None, "folder within --sae")
     prompt: tuple[str, ...] = flag((), "what the user says; may be repeated; none: chat")
-    prompts: str | None = flag(None, "a .txt (a prompt a line) or .jsonl ({prompt: text or list of turns}) of more")
+    prompts: str | None = flag(
+        None, "a .txt (a prompt a line) or .jsonl ({prompt: text or list of turns}) of more"
+    )
     max_new_tokens: int = flag(256, "tokens of an answer, at most")
     temperature: float = flag(0.0, "0: always the likeliest token")
     top_k: int = flag(0, "draw from so many likeliest tokens; 0: all")
-    top_p: float = flag(1.0, "draw from the fewest likeliest tokens that have this probability together")
+    top_p: float = flag(
+        1.0, "draw from the fewest likeliest tokens that have this probability together"
+    )
     seed: int = flag(0, "seed of the draws, the same for each prompt")
     batch_size: int = flag(16, "prompts continued together")
     compare: bool = flag(False, "base and steered side by side")
     scale: float = flag(1.0, "multiplies the steering; 0: the base model")
-    only: str | None = flag(None, "steer with these alone: features and categories of --labels, with commas")
+    only: str | None = flag(
+        None, "steer with these alone: features and categories of --labels, with commas"
+    )
     without: str | None = flag(None, "steer without these")
     labels: str | None = flag(None, "file of explanations and categories of the SAE's features")
     assume_labels_match: bool = flag(False, "take --labels that name no SAE for the run's")
-    trace: str | None = flag(None, "steering of each token: - (print), a .jsonl or an .html to write")
+    trace: str | None = flag(
+        None, "steering of each token: - (print), a .jsonl or an .html to write"
+    )
     top: int = flag(5, "features a token in the trace")
-    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag(
+        "auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16")
+    )
     device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
 
     def __post_init__(self):
@@ -74,7 +88,9 @@ class Settings:
         if self.trace and self.trace != "-":
             path = Path(self.trace)
             if path.suffix not in (".jsonl", ".html") or not path.parent.is_dir():
-                raise UserError(f"--trace {path}: -, or a .jsonl or .html file in a folder that exists, was expected.")
+                raise UserError(
+                    f"--trace {path}: -, or a .jsonl or .html file in a folder that exists, was expected."
+                )
         self.sampling  # noqa: B018  raises for what it cannot mean
 
     @property
@@ -94,7 +110,9 @@ def read_prompts(path: Path) -> list[Turns]:
             raise UserError(f"--prompts {path}: cannot be read ({e}).") from e
         prompts = [[("user", line)] for line in lines if line.strip()]
     elif path.suffix == ".jsonl":
-        prompts = [_turns(where, row) for where, row in data.read_rows([data.DataFile(path, None)], None)]
+        prompts = [
+            _turns(where, row) for where, row in data.read_rows([data.DataFile(path, None)], None)
+        ]
     else:
         raise UserError(f"--prompts {path}: a .txt or .jsonl file was expected.")
     if not prompts:
@@ -119,7 +137,9 @@ def _turns(where: str, row: dict) -> Turns:
 def part(s: Settings, policy: Policy, labels: Labels | None) -> Change | None:
     """What --scale, --only and --without do to v; None for nothing. Raises UserError for an unknown feature."""
     if policy.steered is None:
-        asked = dict(scale=s.scale != 1, only=s.only, without=s.without, trace=s.trace, labels=s.labels)
+        asked = dict(
+            scale=s.scale != 1, only=s.only, without=s.without, trace=s.trace, labels=s.labels
+        )
         for name in (name for name, given in asked.items() if given):
             raise UserError(f"--{name}: {policy.name} has no adapter, so nothing is steered.")
     if s.scale == 1 and s.only is None and s.without is None:
@@ -142,7 +162,9 @@ def _features(flag: str, names: str, d_sae: int, labels: Labels | None) -> np.nd
                 raise UserError(f"{flag} {name}: the SAE has features 0 to {d_sae - 1}.")
             chosen[int(name)] = True
         elif labels is None:
-            raise UserError(f"{flag} {name}: a feature's number was expected; categories need --labels.")
+            raise UserError(
+                f"{flag} {name}: a feature's number was expected; categories need --labels."
+            )
         elif name not in labels.categories:
             known = ", ".join(sorted(labels.categories)) or "none"
             raise UserError(f"{flag} {name}: no such category; {labels.path} has {known}.")
@@ -166,16 +188,33 @@ class Trace:
         l1, l0 = size.sum(-1).tolist(), v.count_nonzero(-1).tolist()
         largest = size.topk(min(self.top, v.shape[1])).indices
         values = v.gather(1, largest).tolist()
-        for owner, *norms, indices, of in zip(owners, l1, l0, largest.tolist(), values, strict=True):
+        for owner, *norms, indices, of in zip(
+            owners, l1, l0, largest.tolist(), values, strict=True
+        ):
             features = [(k, x) for k, x in zip(indices, of, strict=True) if x]
-            self.rows.setdefault(owner, []).append(dict(l1=norms[0], l0=norms[1], features=features))
+            self.rows.setdefault(owner, []).append(
+                dict(l1=norms[0], l0=norms[1], features=features)
+            )
 
-    def spell(self, owner: int, prompt: list[int], new: list[int], tokenizer: Tokenizer, labels: Labels | None) -> list:
+    def spell(
+        self,
+        owner: int,
+        prompt: list[int],
+        new: list[int],
+        tokenizer: Tokenizer,
+        labels: Labels | None,
+    ) -> list:
         """Rows of one prompt with their tokens and explanations: every position but the first (<bos>)."""
         rows, explained = [], labels.explanations if labels else {}
         for i, (token, row) in enumerate(zip(prompt + new, self.rows[owner], strict=True)):
-            features = [dict(feature=k, value=x, explanation=explained.get(k)) for k, x in row["features"]]
-            where = dict(position=i, part="prompt" if i < len(prompt) else "answer", token=piece(tokenizer, token))
+            features = [
+                dict(feature=k, value=x, explanation=explained.get(k)) for k, x in row["features"]
+            ]
+            where = dict(
+                position=i,
+                part="prompt" if i < len(prompt) else "answer",
+                token=piece(tokenizer, token),
+            )
             rows.append(where | row | dict(features=features))
         return rows[1:]
 
@@ -187,11 +226,15 @@ def piece(tokenizer: Tokenizer, token: int) -> str:
 
 
 def feature_line(f: dict) -> str:
-    return f"{f['feature']}: {f['value']:.3g}" + (f" {f['explanation']}" if f["explanation"] else "")
+    return f"{f['feature']}: {f['value']:.3g}" + (
+        f" {f['explanation']}" if f["explanation"] else ""
+    )
 
 
 def print_trace(rows: list[dict]) -> None:
-    print(f"\n{'token':>16}  {'L1':>7}  {'L0':>5}  features steered most (feature: value explanation)")
+    print(
+        f"\n{'token':>16}  {'L1':>7}  {'L0':>5}  features steered most (feature: value explanation)"
+    )
     for row in rows:
         if row["part"] == "answer":
             features = "; ".join(map(feature_line, row["features"]))
@@ -204,16 +247,23 @@ def write_trace(path: Path, traces: list[list[dict]], title: str) -> None:
         lines = (dict(prompt=i) | row for i, rows in enumerate(traces) for row in rows)
         write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         return
-    full = float(np.quantile([row["l1"] for rows in traces for row in rows], 0.98)) or 1.0  # the darkest shade
+    full = (
+        float(np.quantile([row["l1"] for rows in traces for row in rows], 0.98)) or 1.0
+    )  # the darkest shade
     body = []
     for i, rows in enumerate(traces):
         spans = []
         for row in rows:
             shade = min(9, int(10 * row["l1"] / full))
-            lines = [f"‖v‖₁ {row['l1']:.3g}, {row['l0']} features", *map(feature_line, row["features"])]
+            lines = [
+                f"‖v‖₁ {row['l1']:.3g}, {row['l0']} features",
+                *map(feature_line, row["features"]),
+            ]
             shown = html.escape(row["token"]).replace("\n", "↵\n")
             kind = " p" if row["part"] == "prompt" else ""
-            spans.append(f'<span class="s{shade}{kind}" title="{html.escape(chr(10).join(lines))}">{shown}</span>')
+            spans.append(
+                f'<span class="s{shade}{kind}" title="{html.escape(chr(10).join(lines))}">{shown}</span>'
+            )
         body.append(f"<h2>Prompt {i}</h2>\n<p>{''.join(spans)}</p>")
     shades = "".join(f".s{i}{{background:rgba(214,69,80,{i * 0.075:.3f})}}" for i in range(10))
     policy = "default-src 'none'; style-src 'unsafe-inline'"
@@ -255,9 +305,15 @@ def answers(
     new: list[list[int]] = [[] for _ in prompts]
     for first in range(0, len(prompts), s.batch_size):
         batch = prompts[first : first + s.batch_size]
-        seen = (lambda owners, v, first=first: watch([first + i for i in owners], v)) if watch else None
+        seen = (
+            (lambda owners, v, first=first: watch([first + i for i in owners], v))
+            if watch
+            else None
+        )
         ended, current, shown = decoding.end_of_turn(tokenizer), first, 0
-        for chosen in decoding.decode(model, batch, s.max_new_tokens, ended, s.sampling, change, seen):
+        for chosen in decoding.decode(
+            model, batch, s.max_new_tokens, ended, s.sampling, change, seen
+        ):
             for i, token in chosen.items():
                 new[first + i].append(token)
             while True:  # whoever is being shown, and, once that answer is over, those behind it
@@ -275,7 +331,9 @@ def answers(
     return new
 
 
-def ways(s: Settings, policy: Policy, change: Change | None) -> Iterator[tuple[str, object, Change | None]]:
+def ways(
+    s: Settings, policy: Policy, change: Change | None
+) -> Iterator[tuple[str, object, Change | None]]:
     """(name, model, change) of what --compare shows, left and right."""
     if policy.steered:
         yield "base", policy.base, None
@@ -286,7 +344,9 @@ def ways(s: Settings, policy: Policy, change: Change | None) -> Iterator[tuple[s
         yield "base", base, None
         yield "fine-tuned", policy.base, None
     else:
-        raise UserError(f"--compare: {policy.name} is a base model; there is nothing to compare it with.")
+        raise UserError(
+            f"--compare: {policy.name} is a base model; there is nothing to compare it with."
+        )
 
 
 def side_by_side(left: str, right: str, width: int) -> str:
@@ -297,7 +357,10 @@ def side_by_side(left: str, right: str, width: int) -> str:
         return [line for long in text.split("\n") for line in textwrap.wrap(long, column) or [""]]
 
     left, right = lines(left), lines(right)
-    pairs = ((x[i] if i < len(x) else "" for x in (left, right)) for i in range(max(len(left), len(right))))
+    pairs = (
+        (x[i] if i < len(x) else "" for x in (left, right))
+        for i in range(max(len(left), len(right)))
+    )
     return "\n".join(f"{a:<{column}} | {b}".rstrip() for a, b in pairs)
 
 
@@ -322,7 +385,9 @@ def main() -> None:
         trace = Trace(s.top) if s.trace and model is policy.steered else None
         new = answers(model, tokenizer, prompts, s, change, trace, show)
         if trace:
-            traces.extend(trace.spell(i, prompts[i], new[i], tokenizer, labels) for i in range(len(prompts)))
+            traces.extend(
+                trace.spell(i, prompts[i], new[i], tokenizer, labels) for i in range(len(prompts))
+            )
         return [tokenizer.decode(n) for n in new]
 
     def leave_trace(latest):
@@ -339,7 +404,10 @@ def main() -> None:
         chat(answer, policy.model, change, lambda: leave_trace(traces[-1:]))
         return
     if s.compare:
-        columns = [(name, answer(model, conversations, change)) for name, model, change in ways(s, policy, change)]
+        columns = [
+            (name, answer(model, conversations, change))
+            for name, model, change in ways(s, policy, change)
+        ]
         width = shutil.get_terminal_size().columns
         for i, turns in enumerate(conversations):
             print(f"\n--- prompt\n{turns[-1][1]}\n")
@@ -350,7 +418,11 @@ def main() -> None:
         def show(i, text):
             if i not in shown:
                 shown.append(i)
-                say(f"\n--- prompt\n{conversations[i][-1][1]}\n--- answer\n" if len(conversations) > 1 else "")
+                say(
+                    f"\n--- prompt\n{conversations[i][-1][1]}\n--- answer\n"
+                    if len(conversations) > 1
+                    else ""
+                )
             say(text)
 
         answer(policy.model, conversations, change, show)

@@ -36,7 +36,9 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
-            raise UserError(f"--temperature {self.temperature}: must be finite and not negative (0: greedy).")
+            raise UserError(
+                f"--temperature {self.temperature}: must be finite and not negative (0: greedy)."
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p}: a share above 0 and up to 1 was expected.")
         if self.top_k < 0:
@@ -61,7 +63,9 @@ def choose(logits: Tensor, s: Sampling, draws: Tensor) -> Tensor:
     if s.top_p < 1:
         p = p * (p.cumsum(-1) - p < s.top_p)  # the fewest tokens that reach top_p together
     cdf = p.cumsum(-1)
-    picked = torch.searchsorted(cdf, draws[:, None] * cdf[:, -1:], right=True)  # the first whose CDF exceeds the draw
+    picked = torch.searchsorted(
+        cdf, draws[:, None] * cdf[:, -1:], right=True
+    )  # the first whose CDF exceeds the draw
     return (picked if ids is None else ids.gather(1, picked))[:, 0]
 
 
@@ -72,7 +76,9 @@ class Newest(NamedTuple):
     position: Tensor  # int64 [B]
 
 
-Watch = Callable[[list[int], Tensor], None]  # which prompt each row belongs to, and v [rows, F] as it is added
+Watch = Callable[
+    [list[int], Tensor], None
+]  # which prompt each row belongs to, and v [rows, F] as it is added
 
 
 @torch.no_grad()  # not inference_mode, whose tensors FSDP2 could not train on afterwards
@@ -97,7 +103,9 @@ def decode(
     longest = base.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < longest:
-            raise UserError(f"Prompt {i}: has {len(prompt)} tokens; 1 to {longest - 1} were expected.")
+            raise UserError(
+                f"Prompt {i}: has {len(prompt)} tokens; 1 to {longest - 1} were expected."
+            )
     if not prompts or max_new_tokens < 1:
         return
     generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
@@ -118,16 +126,22 @@ def decode(
     while True:
         draws = torch.empty(len(active), dtype=torch.float64)
         if sampling.temperature:
-            draws = torch.stack([torch.rand((), dtype=torch.float64, generator=generators[i]) for i in active])
+            draws = torch.stack(
+                [torch.rand((), dtype=torch.float64, generator=generators[i]) for i in active]
+            )
         tokens = choose(logits, sampling, draws.to(logits.device))
-        chosen = dict(zip(active, tokens.tolist(), strict=True))  # the step's one wait for the device
+        chosen = dict(
+            zip(active, tokens.tolist(), strict=True)
+        )  # the step's one wait for the device
         for i, token in chosen.items():
             new[i].append(token)
         yield chosen
         going = [
             row
             for row, i in enumerate(active)
-            if len(new[i]) < max_new_tokens and len(prompts[i]) + len(new[i]) < longest and not ended(new[i])
+            if len(new[i]) < max_new_tokens
+            and len(prompts[i]) + len(new[i]) < longest
+            and not ended(new[i])
         ]
         if not going and not watch:
             return
@@ -156,7 +170,9 @@ def _groups(prompts: list[list[int]]) -> Iterator[list[int]]:
     yield group
 
 
-def _forward(model, positions, cache: Cache, change: Change | None, watch: Watch | None, owners: list[int]) -> Tensor:
+def _forward(
+    model, positions, cache: Cache, change: Change | None, watch: Watch | None, owners: list[int]
+) -> Tensor:
     """Normed final states [T, d] of a packed stream or of the newest tokens; owners: the prompt of each position."""
     if not isinstance(model, SteeredModel):
         return model(positions, cache)
@@ -173,7 +189,9 @@ def _forward(model, positions, cache: Cache, change: Change | None, watch: Watch
     return model(positions, cache=cache, change=changed).hidden
 
 
-def generate(model, prompts: list[list[int]], max_new_tokens: int, ended, *args, **options) -> list[list[int]]:
+def generate(
+    model, prompts: list[list[int]], max_new_tokens: int, ended, *args, **options
+) -> list[list[int]]:
     """decode, all of it: the new token ids of each prompt, its end token included."""
     new: list[list[int]] = [[] for _ in prompts]
     for chosen in decode(model, prompts, max_new_tokens, ended, *args, **options):
@@ -190,10 +208,15 @@ def end_of_turn(tokenizer: Tokenizer) -> Callable[[list[int]], bool]:
 
 def header(tokenizer: Tokenizer) -> list[int]:
     """Token ids of "<start_of_turn>model\\n", which stand between a prompt and its answer."""
-    return [tokenizer.token_to_id("<start_of_turn>"), *tokenizer.encode("model\n", add_special_tokens=False).ids]
+    return [
+        tokenizer.token_to_id("<start_of_turn>"),
+        *tokenizer.encode("model\n", add_special_tokens=False).ids,
+    ]
 
 
-def greedy(model: Gemma2 | SteeredModel, tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int = 96) -> str:
+def greedy(
+    model: Gemma2 | SteeredModel, tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int = 96
+) -> str:
     """The model's answer to a prompt that ends after a user turn (Pair.prompt): token ids -> text."""
     prompt = [*prompt, *header(tokenizer)]
     return tokenizer.decode(generate(model, [prompt], max_new_tokens, end_of_turn(tokenizer))[0])

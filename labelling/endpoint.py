@@ -31,7 +31,10 @@ SCHEMA = {
     "required": ["label"],
     "additionalProperties": False,
 }
-DEFAULTS = {"temperature": 0, "max_tokens": 64}  # a server that ignores the schema may not run on at our expense
+DEFAULTS = {
+    "temperature": 0,
+    "max_tokens": 64,
+}  # a server that ignores the schema may not run on at our expense
 LARGEST_REPLY = 1 << 20  # bytes
 LONGEST_WAIT = 60.0  # seconds between two attempts, whatever Retry-After asks for
 FIRST_WAIT = 0.5  # seconds before the second attempt; every further wait is twice as long
@@ -63,14 +66,22 @@ class Endpoint:
         """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--endpoint {url}: an address such as http://localhost:8000/v1 was expected.")
+            raise UserError(
+                f"--endpoint {url}: an address such as http://localhost:8000/v1 was expected."
+            )
         if parts.username or parts.password or parts.query:
-            raise UserError("--endpoint: must not hold a key or password; put the key into the variable of --key-env.")
+            raise UserError(
+                "--endpoint: must not hold a key or password; put the key into the variable of --key-env."
+            )
         if key and not (key.isascii() and key.isprintable() and " " not in key):
-            raise UserError("--key-env: the variable's value is no key (blanks or control characters in it).")
+            raise UserError(
+                "--key-env: the variable's value is no key (blanks or control characters in it)."
+            )
         self.url, self.model, self.extra, self._key = url.rstrip("/"), model, extra, key
         self._parts, self._timeout, self._attempts = parts, timeout, attempts
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None  # certificates are checked
+        self._tls = (
+            ssl.create_default_context() if parts.scheme == "https" else None
+        )  # certificates are checked
         self._own = threading.local()
         self._stop = threading.Event()
         self.choice = False  # vLLM's structured_outputs instead of a json schema
@@ -116,7 +127,11 @@ class Endpoint:
             raise UserError(f"--endpoint {self.url}: {e}.") from None
 
     def ask_all(
-        self, questions: Iterator[Question], record: Callable[[Question, Answer | None], None], threads: int, bar: tqdm
+        self,
+        questions: Iterator[Question],
+        record: Callable[[Question, Answer | None], None],
+        threads: int,
+        bar: tqdm,
     ) -> None:
         """Every question by one of `threads` threads; record is called by one thread at a time, before it goes on.
 
@@ -141,8 +156,12 @@ class Endpoint:
                         bar.update()
                         in_a_row = 0 if answer else in_a_row + 1
                     if in_a_row >= GIVE_UP:
-                        reasons = ", ".join(f"{reason} {n}" for reason, n in self.counts.most_common(3))
-                        raise UserError(f"--endpoint {self.url}: {GIVE_UP} questions in a row unanswered ({reasons}).")
+                        reasons = ", ".join(
+                            f"{reason} {n}" for reason, n in self.counts.most_common(3)
+                        )
+                        raise UserError(
+                            f"--endpoint {self.url}: {GIVE_UP} questions in a row unanswered ({reasons})."
+                        )
             except BaseException as e:
                 errors.append(e)
                 self._stop.set()
@@ -170,7 +189,9 @@ class Endpoint:
                     return read(json.loads(data))
                 reason = f"HTTP {status}"
                 if status in (401, 403):  # the server's text may quote the key: not shown
-                    raise UserError(f"--endpoint {self.url}: HTTP {status}, the key (--key-env) was not accepted.")
+                    raise UserError(
+                        f"--endpoint {self.url}: HTTP {status}, the key (--key-env) was not accepted."
+                    )
                 if status == 400 and b"content_filter" in data:
                     return Answer("refused", None, None, 0, 0)
                 if status not in (408, 409, 429) and status < 500:
@@ -178,9 +199,15 @@ class Endpoint:
                 asked_for = headers.get("Retry-After", "")
                 wait = float(asked_for) if asked_for.isdigit() else 0.0
             except ssl.SSLCertVerificationError as e:
-                raise UserError(f"--endpoint {self.url}: its certificate is not valid ({e.verify_message}).") from None
+                raise UserError(
+                    f"--endpoint {self.url}: its certificate is not valid ({e.verify_message})."
+                ) from None
             except (OSError, http.client.HTTPException) as e:
-                reason = "timeout" if isinstance(e, TimeoutError) else f"connection lost ({type(e).__name__})"
+                reason = (
+                    "timeout"
+                    if isinstance(e, TimeoutError)
+                    else f"connection lost ({type(e).__name__})"
+                )
             except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
                 reason = "malformed reply"
             self._hang_up()
@@ -316,7 +343,9 @@ class Journal:
         self._file.close()
 
     def write(self, question: Question, judge: str, answer: Answer) -> None:
-        head = dict(key=question.key, feature=question.feature, category=question.category, judge=judge)
+        head = dict(
+            key=question.key, feature=question.feature, category=question.category, judge=judge
+        )
         self._file.write(json.dumps(head | answer._asdict()).encode() + b"\n")
         self._file.flush()
         self.answers[question.key] = answer

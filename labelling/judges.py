@@ -23,7 +23,9 @@ BUCKETS, DIMENSIONS = 1 << 17, 128  # of the TF-IDF embedding: terms, and what t
 SAMPLE = 30_000  # explanations that its directions are found in
 CHUNK = 16_384  # explanations at a time
 FOLDS = 5
-WORD = re.compile(r"\w+|[^\w\s]")  # a mark of punctuation is a word: features of form are described by them
+WORD = re.compile(
+    r"\w+|[^\w\s]"
+)  # a mark of punctuation is a word: features of form are described by them
 
 
 # --- embeddings -----------------------------------------------------------------------------------------------
@@ -39,12 +41,22 @@ def embed(texts: list[str], embedder: str, seed: int = 0) -> np.ndarray:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as e:
-        raise UserError(f"--embedder {embedder}: needs `pip install sentence-transformers`, tfidf nothing.") from e
+        raise UserError(
+            f"--embedder {embedder}: needs `pip install sentence-transformers`, tfidf nothing."
+        ) from e
     try:  # safetensors only: nothing is unpickled, no code of a repository is run
-        model = SentenceTransformer(embedder, trust_remote_code=False, model_kwargs={"use_safetensors": True})
+        model = SentenceTransformer(
+            embedder, trust_remote_code=False, model_kwargs={"use_safetensors": True}
+        )
     except (OSError, ValueError) as e:
         raise UserError(f"--embedder {embedder}: cannot be loaded ({e}).") from e
-    x = model.encode(texts, batch_size=256, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=True)
+    x = model.encode(
+        texts,
+        batch_size=256,
+        normalize_embeddings=True,
+        convert_to_numpy=True,
+        show_progress_bar=True,
+    )
     return np.asarray(x, dtype=np.float32)
 
 
@@ -55,7 +67,13 @@ def tfidf(texts: list[str], seed: int = 0) -> np.ndarray:
     used alike come to lie close. There is no vocabulary; of size N are the result and the terms alone.
     """
     chunks, frequency = [], np.zeros(BUCKETS, dtype=np.int64)
-    bar = tqdm(total=2 * len(texts), desc="embedding", unit="explanation", mininterval=1, disable=len(texts) < CHUNK)
+    bar = tqdm(
+        total=2 * len(texts),
+        desc="embedding",
+        unit="explanation",
+        mininterval=1,
+        disable=len(texts) < CHUNK,
+    )
     for start in range(0, len(texts), CHUNK):
         chunks.append(_terms(texts[start : start + CHUNK]))
         frequency += np.bincount(chunks[-1].bucket, minlength=BUCKETS)
@@ -104,7 +122,9 @@ def _weights(terms: Terms, idf: Tensor) -> tuple[Tensor, Tensor]:
     """Of the matrix A of TF-IDF weights, rows of length 1: column and value of every entry [terms]."""
     column = torch.from_numpy(terms.bucket).long()
     value = torch.from_numpy(terms.count).float().sqrt() * idf[column]
-    row = torch.from_numpy(np.repeat(np.arange(len(terms.start)), np.diff(terms.start, append=len(column))))
+    row = torch.from_numpy(
+        np.repeat(np.arange(len(terms.start)), np.diff(terms.start, append=len(column)))
+    )
     square = torch.zeros(len(terms.start)).index_add(0, row, value.square())
     return column, value / square.sqrt().clamp(min=1e-12)[row]
 
@@ -120,7 +140,9 @@ def _directions(terms: Terms, idf: Tensor, seed: int) -> Tensor:
     """The leading right singular vectors of A, up to rotation: [BUCKETS, D], by randomised subspace iteration (Halko,
     Martinsson and Tropp 2011)."""
     column, value = _weights(terms, idf)
-    row = torch.from_numpy(np.repeat(np.arange(len(terms.start)), np.diff(terms.start, append=len(column))))
+    row = torch.from_numpy(
+        np.repeat(np.arange(len(terms.start)), np.diff(terms.start, append=len(column)))
+    )
     entries, shape = torch.stack([column, row]), (BUCKETS, len(terms.start))
     transposed = torch.sparse_coo_tensor(entries, value, shape, check_invariants=False)
     width = min(DIMENSIONS, len(terms.start))
@@ -143,7 +165,13 @@ def cover(x: np.ndarray, n: int, seed: int) -> np.ndarray:
         total = float(distance.sum())
         if total <= 0:  # nothing left but copies of those chosen
             break
-        chosen.append(int(torch.searchsorted(distance.cumsum(0), rng.random() * total).clamp(max=len(pool) - 1)))
+        chosen.append(
+            int(
+                torch.searchsorted(distance.cumsum(0), rng.random() * total).clamp(
+                    max=len(pool) - 1
+                )
+            )
+        )
         distance = torch.minimum(distance, (2 - 2 * rows @ rows[chosen[-1]]).clamp(min=0).double())
         distance[chosen[-1]] = 0
     return pool[chosen]
@@ -156,7 +184,9 @@ def neighbours(x: Tensor, y: Tensor, new: Tensor, k: int) -> Tensor:
     """Log-odds of a yes among the k nearest labelled rows, weighted by cosine similarity: new [N, D] -> [N]."""
     similarity, index = (new @ x.T).topk(min(k, len(x)), dim=1)  # [N, n] -> [N, k]
     weight = similarity.clamp(min=1e-3)
-    prior = y.mean().clamp(0.01, 0.99)  # where the neighbours are far and few, the share of yes among all
+    prior = y.mean().clamp(
+        0.01, 0.99
+    )  # where the neighbours are far and few, the share of yes among all
     share = ((weight * y[index]).sum(1) + 0.5 * prior) / (weight.sum(1) + 0.5)
     return torch.logit(share, eps=1e-4)
 
@@ -264,7 +294,9 @@ class Agreement(NamedTuple):
     tn: int
 
 
-def agreement(tp: int, fp: int, fn: int, tn: int, resamples: int = 10_000, seed: int = 0) -> Agreement:
+def agreement(
+    tp: int, fp: int, fn: int, tn: int, resamples: int = 10_000, seed: int = 0
+) -> Agreement:
     """Accuracy, Matthews correlation and Cohen's kappa of a confusion table.
 
     Resampling the n rows with replacement is drawing the four counts from a multinomial, which is what is done. MCC

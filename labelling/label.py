@@ -66,30 +66,48 @@ Does the feature belong to the category? Answer yes or no, as the "label" where 
 
 @dataclass(frozen=True)
 class Settings:
-    explanations: str | None = flag(None, "tiny, a file, a folder (jsonl, json, csv, .gz), web address, Hub id")
+    explanations: str | None = flag(
+        None, "tiny, a file, a folder (jsonl, json, csv, .gz), web address, Hub id"
+    )
     kind: str = flag("fires", "what the explanations go by", choices=("fires", "promotes"))
-    source: str | None = flag(None, "MODEL/LAYER of Neuronpedia, where the explanations are of several")
+    source: str | None = flag(
+        None, "MODEL/LAYER of Neuronpedia, where the explanations are of several"
+    )
     sae: str | None = flag(None, "the SAE that the features are of; unset: as the explanations say")
     sae_id: str | None = flag(None, "folder within --sae")
-    categories: str = flag(str(HERE / "categories.json"), "definitions: a list of name, definition, yes, no")
+    categories: str = flag(
+        str(HERE / "categories.json"), "definitions: a list of name, definition, yes, no"
+    )
     judge: str = flag("endpoint", "who labels", choices=("endpoint", "retrieval", "local"))
     endpoint: str | None = flag(None, "OpenAI-compatible address, up to and including /v1")
     judge_model: str | None = flag(None, "model to ask there")
     key_env: str = flag("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
-    extra: str = flag("{}", 'JSON merged into every request, null removes: {"logprobs": true, "top_logprobs": 5}')
+    extra: str = flag(
+        "{}", 'JSON merged into every request, null removes: {"logprobs": true, "top_logprobs": 5}'
+    )
     concurrency: int = flag(64, "requests in flight")
-    timeout: float = flag(60.0, "seconds without a byte from the endpoint before a request counts as lost")
+    timeout: float = flag(
+        60.0, "seconds without a byte from the endpoint before a request counts as lost"
+    )
     attempts: int = flag(6, "tries of one question, with back-off")
     price_in: float = flag(0.0, "price of a million prompt tokens")
     price_out: float = flag(0.0, "price of a million answered tokens")
     dry_run: bool = flag(False, "print what asking would take, and end")
-    journal: str | None = flag(None, "answers so far, never asked for again; unset: --out with .journal.jsonl")
+    journal: str | None = flag(
+        None, "answers so far, never asked for again; unset: --out with .journal.jsonl"
+    )
     ask: int = flag(400, "features that retrieval asks about")
     embedder: str = flag("tfidf", "tfidf, or a model of sentence-transformers (path or name)")
-    train: str | None = flag(None, "labelled features that local learns from: a sheet or a label file")
-    human: str | None = flag(None, "a person's labels to compare with: a filled-in sheet or a label file")
+    train: str | None = flag(
+        None, "labelled features that local learns from: a sheet or a label file"
+    )
+    human: str | None = flag(
+        None, "a person's labels to compare with: a filled-in sheet or a label file"
+    )
     labels: str | None = flag(None, "with --human: compare this label file, and label nothing")
-    sample: int | None = flag(None, "write a blind sheet (csv) of so many features to --out, and end")
+    sample: int | None = flag(
+        None, "write a blind sheet (csv) of so many features to --out, and end"
+    )
     seed: int = flag(0, "seed of --sample, of retrieval's choice and of cross-validation")
     out: str = flag("runs/labels.jsonl", "file to write")
 
@@ -100,19 +118,27 @@ class Settings:
                 raise UserError(f"--{name} {value}: more than 0 was expected.")
         for name in ("price_in", "price_out", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be finite and not negative.")
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be finite and not negative."
+                )
         if self.explanations and re.match(r"\w+://[^/]*@|\w+://.*\?", self.explanations):
-            raise UserError("--explanations: an address with a password or query in it is not read, lest it be shown.")
+            raise UserError(
+                "--explanations: an address with a password or query in it is not read, lest it be shown."
+            )
         if self.human and self.human == self.train:
             raise UserError(f"--human {self.human}: is what --train learns from.")
         if self.labels and not self.human:
             raise UserError(f"--labels {self.labels}: is compared with a person's, give --human.")
         if self.labels is None and self.explanations is None:
-            raise UserError("--explanations: give a file, a folder, tiny, a web address or a Hub id.")
+            raise UserError(
+                "--explanations: give a file, a folder, tiny, a web address or a Hub id."
+            )
         if self.labels is None and self.sample is None:
             asks = self.judge in ("endpoint", "retrieval")
             if asks and not (self.judge_model and (self.endpoint or self.dry_run)):
-                raise UserError(f"--judge {self.judge}: needs --endpoint URL and --judge-model NAME.")
+                raise UserError(
+                    f"--judge {self.judge}: needs --endpoint URL and --judge-model NAME."
+                )
             if self.judge == "local" and not self.train:
                 raise UserError("--judge local: needs --train, a file of labelled features.")
 
@@ -146,13 +172,17 @@ def read_explanations(s: Settings) -> Explanations:
         if header or rows:
             of = labels.stated_sae(path, header, rows)
             if stated is not None and of != stated:
-                raise UserError(f"{path}: is of the SAE {_sae_name(of)}, {first} is of {_sae_name(stated)}.")
+                raise UserError(
+                    f"{path}: is of the SAE {_sae_name(of)}, {first} is of {_sae_name(stated)}."
+                )
             stated, first = of, first or path
         for number, row in enumerate(rows, start=1):
             k = labels.feature_index(path, number, row)
             text = row.get("description") or row.get("explanation") or ""
             if not isinstance(text, str):
-                raise UserError(f"{path}: row {number}: the description must be text, found {type(text).__name__}.")
+                raise UserError(
+                    f"{path}: row {number}: the description must be text, found {type(text).__name__}."
+                )
             bare = " ".join(text.split())
             counts["rows"] += 1
             counts["empty"] += not bare
@@ -172,7 +202,9 @@ def read_explanations(s: Settings) -> Explanations:
     counts["several"] = len(several)
     features = np.array(sorted(texts), dtype=np.int64)
     sae = _identity(s, stated or {}, int(features[-1]))
-    return Explanations(features, [texts[k] for k in features.tolist()], sae, s.explanations, counts)
+    return Explanations(
+        features, [texts[k] for k in features.tolist()], sae, s.explanations, counts
+    )
 
 
 def _files(s: Settings) -> Iterator[Path]:
@@ -189,7 +221,11 @@ def _files(s: Settings) -> Iterator[Path]:
     else:
         root = fetch(name, "explanations", [f"*.{kind}" for kind in KINDS_OF_FILE]).path
         found = [root] if root.is_file() else [p for p in root.rglob("*") if p.is_file()]
-        found = [p for p in found if p == root or p.name.endswith(tuple("." + kind for kind in KINDS_OF_FILE))]
+        found = [
+            p
+            for p in found
+            if p == root or p.name.endswith(tuple("." + kind for kind in KINDS_OF_FILE))
+        ]
         if not found:
             raise UserError(f"--explanations {name}: holds no {', '.join(KINDS_OF_FILE)} file.")
         yield from sorted(found, key=_natural)
@@ -210,7 +246,9 @@ def _addresses(url: str) -> list[str]:
     keys: list[str] = []
     page = "<IsTruncated>true"
     while "<IsTruncated>true" in page:
-        query = urllib.parse.urlencode({"list-type": 2, "prefix": prefix, "start-after": keys[-1] if keys else ""})
+        query = urllib.parse.urlencode(
+            {"list-type": 2, "prefix": prefix, "start-after": keys[-1] if keys else ""}
+        )
         page = _download(f"{host}/?{query}").decode(errors="replace")
         found = [html.unescape(key) for key in re.findall(r"<Key>([^<]*)</Key>", page)]
         if not found:
@@ -218,7 +256,9 @@ def _addresses(url: str) -> list[str]:
         keys += found
     keys = [key for key in keys if key.endswith(KINDS_OF_FILE)]
     if not keys:
-        raise UserError(f"--explanations {url}: the server lists no file there; give the address of one.")
+        raise UserError(
+            f"--explanations {url}: the server lists no file there; give the address of one."
+        )
     return [f"{host}/{urllib.parse.quote(key)}" for key in sorted(keys, key=_natural)]
 
 
@@ -227,7 +267,9 @@ def _download(url: str) -> bytes:
         with urllib.request.urlopen(url, timeout=60) as response:
             data = response.read(LARGEST_DOWNLOAD + 1)
     except (OSError, ValueError, http.client.HTTPException) as e:
-        raise UserError(f"--explanations {url}: cannot be fetched ({getattr(e, 'reason', None) or e}).") from e
+        raise UserError(
+            f"--explanations {url}: cannot be fetched ({getattr(e, 'reason', None) or e})."
+        ) from e
     if len(data) > LARGEST_DOWNLOAD:
         raise UserError(f"--explanations {url}: is larger than {LARGEST_DOWNLOAD >> 20} MB.")
     return data
@@ -237,9 +279,13 @@ def _of_source(path: Path, rows: list[dict], source: str | None) -> list[dict]:
     """The rows of one Neuronpedia source."""
     if source is not None:
         return [row for row in rows if f"{row.get('modelId')}/{row.get('layer')}" == source]
-    found = sorted({f"{row['modelId']}/{row['layer']}" for row in rows if "modelId" in row and "layer" in row})
+    found = sorted(
+        {f"{row['modelId']}/{row['layer']}" for row in rows if "modelId" in row and "layer" in row}
+    )
     if len(found) > 1:
-        raise UserError(f"{path}: explains features of {', '.join(found[:4])}; name one of them with --source.")
+        raise UserError(
+            f"{path}: explains features of {', '.join(found[:4])}; name one of them with --source."
+        )
     return rows
 
 
@@ -250,26 +296,38 @@ def _identity(s: Settings, stated: dict, largest: int) -> dict[str, str | None]:
         sae = JumpReLUSAE.from_pretrained(s.sae, s.sae_id)  # a file at hand is told by its hash
         given |= dict(sae_id=sae.sae_id, sae_sha256=sae.sha256)
         if largest >= sae.d_sae:
-            raise UserError(f"--explanations {s.explanations}: feature {largest}; --sae {s.sae} has {sae.d_sae}.")
+            raise UserError(
+                f"--explanations {s.explanations}: feature {largest}; --sae {s.sae} has {sae.d_sae}."
+            )
     if s.sae and str(stated.get("sae")).startswith(labels.UNKNOWN_SOURCE):
         stated = {}  # a source of Neuronpedia's that we cannot translate: the user's word is all there is
     both = {key for key in given if given[key] and stated.get(key)}
     if "sae_sha256" in both:
         same = given["sae_sha256"] == stated["sae_sha256"]
     else:  # a local copy of a repository goes by the repository's name
-        same = all(given[k] == stated[k] or (k == "sae" and Path(given[k]).name == Path(stated[k]).name) for k in both)
+        same = all(
+            given[k] == stated[k] or (k == "sae" and Path(given[k]).name == Path(stated[k]).name)
+            for k in both
+        )
     if not same:
         theirs, ours = _sae_name(stated), _sae_name(given)
-        raise UserError(f"--explanations {s.explanations}: are of the SAE {theirs}, --sae and --sae-id say {ours}.")
+        raise UserError(
+            f"--explanations {s.explanations}: are of the SAE {theirs}, --sae and --sae-id say {ours}."
+        )
     sae = {key: given[key] or stated.get(key) for key in given}
     if sae["sae"] is None:
-        raise UserError(f"--explanations {s.explanations}: do not say of which SAE they are; give --sae and --sae-id.")
+        raise UserError(
+            f"--explanations {s.explanations}: do not say of which SAE they are; give --sae and --sae-id."
+        )
     return sae
 
 
 def _sae_name(sae: dict) -> str:
     digest = (sae.get("sae_sha256") or "")[:12]
-    return " ".join(filter(None, (sae.get("sae"), sae.get("sae_id"), digest and f"({digest})"))) or "unnamed"
+    return (
+        " ".join(filter(None, (sae.get("sae"), sae.get("sae_id"), digest and f"({digest})")))
+        or "unnamed"
+    )
 
 
 # --- categories -----------------------------------------------------------------------------------------------
@@ -284,12 +342,16 @@ def read_categories(path: str | Path) -> list[dict[str, str]]:
     keys = {"name", "definition", "yes", "no"}
     for number, category in enumerate(found if isinstance(found, list) else [None], start=1):
         if not isinstance(category, dict) or category.keys() != keys:
-            raise UserError(f"--categories {path}: entry {number} must have exactly {', '.join(sorted(keys))}.")
+            raise UserError(
+                f"--categories {path}: entry {number} must have exactly {', '.join(sorted(keys))}."
+            )
         if not all(isinstance(value, str) and value.strip() for value in category.values()):
             raise UserError(f"--categories {path}: entry {number}: all of its values must be text.")
     names = [category["name"] for category in found]
     if not names or len(set(names)) < len(names):
-        raise UserError(f"--categories {path}: one category at least, and no name twice, were expected.")
+        raise UserError(
+            f"--categories {path}: one category at least, and no name twice, were expected."
+        )
     return found
 
 
@@ -314,12 +376,18 @@ class Verdict(NamedTuple):
     """One category's labels for all N features."""
 
     label: np.ndarray  # int8 [N]: 1 yes, 0 no, -1 unlabelled
-    confidence: np.ndarray  # float32 [N]: probability that the label is right; nan where nobody says
+    confidence: (
+        np.ndarray
+    )  # float32 [N]: probability that the label is right; nan where nobody says
     asked: np.ndarray  # bool [N]: labelled by the endpoint
-    expected: judges.Agreement | None  # with the labels learned from, for features that are not among them
+    expected: (
+        judges.Agreement | None
+    )  # with the labels learned from, for features that are not among them
 
 
-def ask(s: Settings, e: Explanations, categories: list[dict], chosen: np.ndarray) -> list[Verdict] | None:
+def ask(
+    s: Settings, e: Explanations, categories: list[dict], chosen: np.ndarray
+) -> list[Verdict] | None:
     """Ask the endpoint about the chosen features (indices into e); None after a dry run.
 
     Every answer is in the journal before the next question of its thread is asked, so that a run that is killed and
@@ -356,7 +424,9 @@ def _ask(
         return None
 
     if lengths:
-        server = Endpoint(s.endpoint, judge, os.environ.get(s.key_env, "").strip(), extra, s.timeout, s.attempts)
+        server = Endpoint(
+            s.endpoint, judge, os.environ.get(s.key_env, "").strip(), extra, s.timeout, s.attempts
+        )
         server.connect()
         spent = [0, 0]
 
@@ -365,12 +435,18 @@ def _ask(
                 journal.write(question, judge, answer)
                 spent[0] += answer.tokens_in
                 spent[1] += answer.tokens_out
-                bar.set_postfix(refresh=False, tokens=sum(spent), tried_again=sum(server.counts.values()))
+                bar.set_postfix(
+                    refresh=False, tokens=sum(spent), tried_again=sum(server.counts.values())
+                )
 
-        with tqdm(total=len(lengths), desc=judge, unit="answer", mininterval=0.5, smoothing=0.05) as bar:
+        with tqdm(
+            total=len(lengths), desc=judge, unit="answer", mininterval=0.5, smoothing=0.05
+        ) as bar:
             waiting = (q for _, _, q in questions() if q.key not in journal.answers)
             server.ask_all(waiting, record, min(s.concurrency, len(lengths)), bar)
-        again = "".join(f", {n:,} tried again after {reason}" for reason, n in server.counts.most_common())
+        again = "".join(
+            f", {n:,} tried again after {reason}" for reason, n in server.counts.most_common()
+        )
         print(f"asked: {spent[0]:,} prompt tokens, {spent[1]:,} answered{money(*spent)}{again}")
 
     verdicts, outcomes = [_nothing(len(e.texts)) for _ in categories], Counter()
@@ -383,7 +459,9 @@ def _ask(
             verdicts[c].asked[i] = True
     told = ", ".join(f"{n:,} {outcome}" for outcome, n in sorted(outcomes.items()))
     if not outcomes["answered"]:
-        raise UserError(f"--endpoint {s.endpoint}: not one of {total:,} questions got a label ({told}).")
+        raise UserError(
+            f"--endpoint {s.endpoint}: not one of {total:,} questions got a label ({told})."
+        )
     print(f"answers: {told}")
     return verdicts
 
@@ -411,7 +489,9 @@ def retrieve(s: Settings, e: Explanations, categories: list[dict]) -> list[Verdi
     """
     N = len(e.texts)
     if s.ask >= N:
-        raise UserError(f"--ask {s.ask}: there are {N} features; use --judge endpoint to ask about all.")
+        raise UserError(
+            f"--ask {s.ask}: there are {N} features; use --judge endpoint to ask about all."
+        )
     x = judges.embed(e.texts, s.embedder, s.seed)
     covering = judges.cover(x, s.ask // 2, s.seed)
     others = np.setdiff1d(np.arange(N), covering)
@@ -425,7 +505,9 @@ def retrieve(s: Settings, e: Explanations, categories: list[dict]) -> list[Verdi
         known = np.flatnonzero(v.asked)
         held = np.flatnonzero(np.isin(known, at_random))
         y = v.label[known] == 1
-        p, expected = _predict(category["name"], judges.NEIGHBOURS, x[known], y, held, x[rest], s.seed)
+        p, expected = _predict(
+            category["name"], judges.NEIGHBOURS, x[known], y, held, x[rest], s.seed
+        )
         v.label[rest], v.confidence[rest] = p >= 0.5, np.maximum(p, 1 - p)
         verdicts.append(v._replace(expected=expected))
     return verdicts
@@ -435,7 +517,9 @@ def learn(s: Settings, e: Explanations, categories: list[dict]) -> list[Verdict]
     """Train a linear model on --train, a small file of labelled features with their explanations, and label all."""
     rows = read_labelled(s.train, [category["name"] for category in categories])
     if missing := [row.feature for row in rows if not row.text]:
-        raise UserError(f"--train {s.train}: feature {missing[0]} has no explanation beside its label.")
+        raise UserError(
+            f"--train {s.train}: feature {missing[0]} has no explanation beside its label."
+        )
     both = judges.embed([*e.texts, *(row.text for row in rows)], s.embedder, s.seed)
     new, x = both[: len(e.texts)], both[len(e.texts) :]
     verdicts = []
@@ -449,11 +533,19 @@ def learn(s: Settings, e: Explanations, categories: list[dict]) -> list[Verdict]
 
 
 def _predict(
-    name: str, scorers: list, x: np.ndarray, y: np.ndarray, held: np.ndarray, new: np.ndarray, seed: int
+    name: str,
+    scorers: list,
+    x: np.ndarray,
+    y: np.ndarray,
+    held: np.ndarray,
+    new: np.ndarray,
+    seed: int,
 ) -> tuple[np.ndarray, judges.Agreement]:
     """P(yes) of the new rows, from labelled ones (x, y), and the agreement to expect; held as in judges.fit."""
     if len(held) < 4 * judges.FOLDS:
-        raise UserError(f"{name}: {len(held)} labelled features to check against, {4 * judges.FOLDS} are needed.")
+        raise UserError(
+            f"{name}: {len(held)} labelled features to check against, {4 * judges.FOLDS} are needed."
+        )
     judge = judges.fit(scorers, x, y, held, seed)
     expected = judges.compare(judge.held_out >= 0.5, y[held])
     print(f"{name}: {judge.chosen}; to expect of it elsewhere: {describe(expected)}")
@@ -480,15 +572,21 @@ def write(s: Settings, e: Explanations, categories: list[dict], verdicts: list[V
         "date": datetime.now(UTC).date().isoformat(),
         "explanations": e.name,
         "features": len(e.texts),
-        "unlabelled": {name: int((v.label < 0).sum()) for name, v in zip(names, verdicts, strict=True)},
-        "expected": {n: v.expected and v.expected._asdict() for n, v in zip(names, verdicts, strict=True)},
+        "unlabelled": {
+            name: int((v.label < 0).sum()) for name, v in zip(names, verdicts, strict=True)
+        },
+        "expected": {
+            n: v.expected and v.expected._asdict() for n, v in zip(names, verdicts, strict=True)
+        },
     }
 
     def rows() -> Iterator[dict]:
         for i, text in enumerate(e.texts):
             for name, v in zip(names, verdicts, strict=True):
                 if v.label[i] >= 0:
-                    confidence = None if np.isnan(v.confidence[i]) else round(float(v.confidence[i]), 4)
+                    confidence = (
+                        None if np.isnan(v.confidence[i]) else round(float(v.confidence[i]), 4)
+                    )
                     yield dict(
                         feature=int(e.features[i]),
                         category=name,
@@ -503,7 +601,9 @@ def write(s: Settings, e: Explanations, categories: list[dict], verdicts: list[V
     for name, v in zip(names, verdicts, strict=True):
         yes, no = int((v.label == 1).sum()), int((v.label == 0).sum())
         share = yes / max(1, yes + no)
-        print(f"{name}: {yes:,} yes ({share:.1%}), {no:,} no, {header['unlabelled'][name]:,} unlabelled")
+        print(
+            f"{name}: {yes:,} yes ({share:.1%}), {no:,} no, {header['unlabelled'][name]:,} unlabelled"
+        )
     print(f"written to {s.out}, labels of {_sae_name(e.sae)}")
 
 
@@ -527,10 +627,14 @@ def write_sheet(s: Settings, e: Explanations, categories: list[dict]) -> None:
             text = "'" + text
         table.writerow([int(e.features[i]), _sae_name(e.sae), text, *[""] * len(names)])
     if Path(s.out).exists():
-        raise UserError(f"--out {s.out}: exists already, and may hold a person's answers; choose another name.")
+        raise UserError(
+            f"--out {s.out}: exists already, and may hold a person's answers; choose another name."
+        )
     Path(s.out).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(s.out), sheet.getvalue())
-    print(f"{s.sample} features written to {s.out}: fill in {', '.join(names)} with yes or no; give it as --human.")
+    print(
+        f"{s.sample} features written to {s.out}: fill in {', '.join(names)} with yes or no; give it as --human."
+    )
 
 
 class Labelled(NamedTuple):
@@ -574,7 +678,9 @@ def report(s: Settings, path: str, categories: list[dict]) -> None:
     for entry in person:
         other = machine.get(entry.feature)
         if other and entry.sae and other.sae and entry.sae != other.sae:
-            raise UserError(f"--human {s.human}: is of the SAE {entry.sae}, {path} is of {other.sae}.")
+            raise UserError(
+                f"--human {s.human}: is of the SAE {entry.sae}, {path} is of {other.sae}."
+            )
     found = {}
     for name in names:
         given = [entry for entry in person if name in entry.labels]
@@ -585,10 +691,18 @@ def report(s: Settings, path: str, categories: list[dict]) -> None:
         ]
         pairs = np.array(both, dtype=bool).reshape(-1, 2)
         found[name] = judges.compare(pairs[:, 0], pairs[:, 1])
-        unmatched = f"; {len(given) - len(both)} more without a machine's label" if len(both) < len(given) else ""
+        unmatched = (
+            f"; {len(given) - len(both)} more without a machine's label"
+            if len(both) < len(given)
+            else ""
+        )
         print(f"{name}: {describe(found[name])}{unmatched}")
     out = Path(path).with_suffix(".agreement.json")
-    write_whole(out, json.dumps({name: a._asdict() if a.n else None for name, a in found.items()}, indent=2) + "\n")
+    write_whole(
+        out,
+        json.dumps({name: a._asdict() if a.n else None for name, a in found.items()}, indent=2)
+        + "\n",
+    )
     print(f"written to {out}")
 
 
@@ -609,8 +723,10 @@ def main(argv: Iterable[str] | None = None) -> None:
     writable(Path(s.out).parent)
     e = read_explanations(s)
     c = e.counts
-    print(f"{len(e.texts):,} features with an explanation, of {_sae_name(e.sae)} ({c['rows']:,} rows; {c['several']:,} "
-          f"features with several, rows: {c['repeated']:,} repeated, {c['empty']:,} empty, {c['padded']:,} padded)")
+    print(
+        f"{len(e.texts):,} features with an explanation, of {_sae_name(e.sae)} ({c['rows']:,} rows; {c['several']:,} "
+        f"features with several, rows: {c['repeated']:,} repeated, {c['empty']:,} empty, {c['padded']:,} padded)"
+    )
     if s.sample:
         return write_sheet(s, e, categories)
     if s.judge == "local":

@@ -36,8 +36,12 @@ from simpo import CHUNK_ELEMENTS
 class Settings:
     model: str = flag(train.Settings.model, "tiny, a Hugging Face model folder, or a Hub id")
     sae: str = flag(train.Settings.sae, "tiny, a params.npz, a folder, or a Hub id")
-    sae_id: str | None = flag(None, "folder within --sae; unset: the layer's 65k SAE of lowest average L0")
-    layer: int = flag(train.Settings.layer, "the block whose SAE is meant, where --sae-id does not say")
+    sae_id: str | None = flag(
+        None, "folder within --sae; unset: the layer's 65k SAE of lowest average L0"
+    )
+    layer: int = flag(
+        train.Settings.layer, "the block whose SAE is meant, where --sae-id does not say"
+    )
     tokens: int = flag(10, "tokens named for each feature")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
     out: str | None = flag(None, "the jsonl file to write")
@@ -62,21 +66,34 @@ def main() -> None:
     s = cli.parse(Settings, presets={"tiny": dict(sae="tiny")}, doc=__doc__)
     device = train.resolve_device(train.Settings(device=s.device)).device
     model = Gemma2.from_pretrained(s.model, device=device)
-    sae = saes.JumpReLUSAE.from_pretrained(s.sae, s.sae_id or saes.default_id(s.sae, s.layer), device=device)
+    sae = saes.JumpReLUSAE.from_pretrained(
+        s.sae, s.sae_id or saes.default_id(s.sae, s.layer), device=device
+    )
     if sae.d_model != model.config.hidden_size:
-        raise UserError(f"--sae {s.sae}: made for d_model {sae.d_model}, the model's is {model.config.hidden_size}.")
+        raise UserError(
+            f"--sae {s.sae}: made for d_model {sae.d_model}, the model's is {model.config.hidden_size}."
+        )
     tokenizer = data.load_tokenizer(model.folder)
     rows = []
     for k, ids in enumerate(promoted(model, sae.W_dec, s.tokens).tolist()):
         words = (tokenizer.decode([i], skip_special_tokens=False) for i in ids)
         rows.append(dict(feature=k, description="promotes " + ", ".join(map(repr, words))))
-    header = dict(kind="promotes", sae=s.sae, sae_id=sae.sae_id, sae_sha256=sae.sha256, judge=None, model=s.model)
+    header = dict(
+        kind="promotes",
+        sae=s.sae,
+        sae_id=sae.sae_id,
+        sae_sha256=sae.sha256,
+        judge=None,
+        model=s.model,
+    )
     header |= dict(method="W_dec · diag(1 + w_norm) · Eᵀ", date=time.strftime("%Y-%m-%d"))
     try:
         write_labels(Path(s.out), header, rows)
     except OSError as e:
         raise UserError(f"--out {s.out}: cannot be written ({e}).") from e
-    print(f"{len(rows):,} features written to {s.out}; classify_features.py puts them into categories.")
+    print(
+        f"{len(rows):,} features written to {s.out}; classify_features.py puts them into categories."
+    )
 
 
 if __name__ == "__main__":

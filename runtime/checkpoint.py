@@ -29,14 +29,18 @@ from runtime.ranks import Ranks, on_first, together
 from runtime.sources import UserError, sha256
 
 # What it says to a run of one process is what is meant.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
+)
 
 FORMAT = "fsrl-checkpoint-1"
 KEPT = 2
 NAME = re.compile(r"step-(\d{8})")
 
 
-def state(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:
+def state(
+    trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int
+) -> dict[str, Tensor]:
     """What a checkpoint holds, by name, as views: loading writes into them. Makes the moments where Adam has not yet.
 
     Under ZeroRedundancyOptimizer each process has the moments of its own part of the weights only.
@@ -47,7 +51,9 @@ def state(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, st
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         if not optimizer.state[p]:
             moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            optimizer.state[p] = dict(step=torch.zeros((), dtype=torch.float32, device=p.device), **moments)
+            optimizer.state[p] = dict(
+                step=torch.zeros((), dtype=torch.float32, device=p.device), **moments
+            )
         optimizer.state[p]["step"].fill_(step)
         for moment in ("exp_avg", "exp_avg_sq"):
             held[f"optimizer.{names[id(p)]}.{moment}"] = optimizer.state[p][moment]
@@ -78,7 +84,9 @@ def _make(folder: Path, part: Path) -> None:
 
 def _see(part: Path, ranks: Ranks) -> None:
     if not part.is_dir():
-        raise UserError(f"--out: rank {ranks.rank} does not see {part}; all hosts must share the folder.")
+        raise UserError(
+            f"--out: rank {ranks.rank} does not see {part}; all hosts must share the folder."
+        )
 
 
 def _write(part: Path, held: dict[str, Tensor], ranks: Ranks) -> None:
@@ -105,7 +113,9 @@ def _publish(folder: Path, part: Path, final: Path, step: int, ranks: Ranks) -> 
         os.replace(part, final)
         _sync(folder)
         for old in saved(folder)[KEPT:]:
-            dead = old.with_name(old.name + ".part")  # half a deletion must not look like a checkpoint
+            dead = old.with_name(
+                old.name + ".part"
+            )  # half a deletion must not look like a checkpoint
             os.replace(old, dead)
             shutil.rmtree(dead)
     except OSError as e:
@@ -146,7 +156,9 @@ def newest(folder: Path, ranks: Ranks) -> Path | None:
             damaged.append(path)
             print(f"{path}: {problem}; the one before it is taken.", file=sys.stderr)
         if damaged:
-            raise UserError(f"--resume: no checkpoint in {folder} is whole; remove them to start again.")
+            raise UserError(
+                f"--resume: no checkpoint in {folder} is whole; remove them to start again."
+            )
         return None
 
     return on_first(ranks, find)
@@ -161,7 +173,9 @@ def _damage(path: Path) -> str | None:
         here = {file.name for file in path.iterdir()} - {"progress.json"}
         if here != set(progress["files"]):
             return "it misses files, or has others"
-        damaged = [name for name, digest in progress["files"].items() if sha256(path / name) != digest]
+        damaged = [
+            name for name, digest in progress["files"].items() if sha256(path / name) != digest
+        ]
         return f"{damaged[0]} is damaged" if damaged else None
     except (OSError, ValueError, KeyError, TypeError) as e:
         return f"progress.json is unreadable ({e!r})"
@@ -172,7 +186,11 @@ def load(path: Path, held: dict[str, Tensor], ranks: Ranks) -> int:
 
     def read() -> int:
         try:
-            dcp.load(held, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=ranks.world == 1)
+            dcp.load(
+                held,
+                storage_reader=dcp.HuggingFaceStorageReader(str(path)),
+                no_dist=ranks.world == 1,
+            )
         except (OSError, CheckpointException, ValueError, RuntimeError, AssertionError) as e:
             raise UserError(f"{path}: does not fit this run ({_cause(e)}).") from e
         return int(NAME.fullmatch(path.name)[1])
@@ -182,5 +200,7 @@ def load(path: Path, held: dict[str, Tensor], ranks: Ranks) -> int:
 
 def _cause(error: BaseException) -> str:
     """The first line of what went wrong on the first process, out of torch's wrapping."""
-    inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    inner = (
+        next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    )
     return (str(inner).strip().splitlines() or [type(inner).__name__])[0]

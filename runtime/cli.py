@@ -1,8 +1,8 @@
 """Command lines: a frozen dataclass of settings becomes flags; a person's mistake becomes one sentence.
 
-    @dataclass(frozen=True)
-    class Settings:
-        seed: int = flag(0, "seed of the data order and the initial weights")
+@dataclass(frozen=True)
+class Settings:
+    seed: int = flag(0, "seed of the data order and the initial weights")
 """
 
 import argparse
@@ -24,7 +24,9 @@ def at_least_one(settings, *names: str) -> None:
     """Raises UserError for a setting of these that is a number below 1."""
     for name in names:
         if getattr(settings, name) is not None and getattr(settings, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: at least 1 was expected.")
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(settings, name)}: at least 1 was expected."
+            )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,21 +34,34 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}.")
 
 
-def parse(settings: type, argv: list[str] | None = None, presets: dict[str, dict] | None = None, doc: str = ""):
+def parse(
+    settings: type,
+    argv: list[str] | None = None,
+    presets: dict[str, dict] | None = None,
+    doc: str = "",
+):
     """Build `settings` from the command line. Abbreviated and unknown flags are errors.
 
     presets: value of --model -> defaults that fit it; flags given by the user win over them.
     """
-    parser = _Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     hints = typing.get_type_hints(settings)
     for field in dataclasses.fields(settings):
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):  # `int | None`: the flag itself takes an int
             kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
-        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        default = (
+            " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        )
         shown = "" if default in (None, "") else f" (default: {default})"
-        options = dict(default=field.default, help=f"{field.metadata['help']}{shown}".replace("%", "%%"))
-        if typing.get_origin(kind) is tuple:  # `tuple[str, ...]`: any number of values after one flag
+        options = dict(
+            default=field.default, help=f"{field.metadata['help']}{shown}".replace("%", "%%")
+        )
+        if (
+            typing.get_origin(kind) is tuple
+        ):  # `tuple[str, ...]`: any number of values after one flag
             kind, options["nargs"] = typing.get_args(kind)[0], "*"
             if not field.default:  # and the flag may be repeated
                 options |= dict(action="extend", default=[])

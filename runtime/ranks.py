@@ -48,9 +48,16 @@ def ranks_here() -> Ranks:
     """What torchrun says in the environment; ALONE without it."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
     try:
-        return Ranks(*(int(os.environ.get(name, default)) for name, default in zip(names, ALONE, strict=True)))
+        return Ranks(
+            *(
+                int(os.environ.get(name, default))
+                for name, default in zip(names, ALONE, strict=True)
+            )
+        )
     except ValueError as e:
-        raise UserError(f"The environment's {', '.join(names)}: torchrun's whole numbers were expected ({e}).") from e
+        raise UserError(
+            f"The environment's {', '.join(names)}: torchrun's whole numbers were expected ({e})."
+        ) from e
 
 
 @contextmanager
@@ -74,7 +81,9 @@ def joined(device: str, minutes: float) -> Iterator[Ranks]:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store, generation = meet(ranks, wait)
             ranks = ranks._replace(restarts=generation - 1)
-            dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=wait)
+            dist.init_process_group(
+                backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=wait
+            )
         else:
             dist.init_process_group(backend, timeout=wait)
         yield ranks
@@ -87,7 +96,10 @@ def joined(device: str, minutes: float) -> Iterator[Ranks]:
         if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
         why = str(e).strip().splitlines()[0]
-        print(f"Rank {ranks.rank} ends: it lost the others or waited {minutes:g} minutes ({why}).", file=sys.stderr)
+        print(
+            f"Rank {ranks.rank} ends: it lost the others or waited {minutes:g} minutes ({why}).",
+            file=sys.stderr,
+        )
         # Not through the interpreter's usual end, where threads of the backend may still wait for the others.
         sys.stderr.flush()
         os._exit(1)
@@ -100,11 +112,15 @@ def meet(ranks: Ranks, wait: timedelta) -> tuple[dist.Store, int]:
     because another's worker died does not count it. Going by that count, processes of one start could wait in two
     places, for ever. So rank 0 counts the starts, and greets each other rank by a word of its own.
     """
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=wait)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=wait
+    )
     if ranks.first:
         generation = store.add("starts", 1)
         missing, until = set(range(1, ranks.world)), time.monotonic() + wait.total_seconds()
-        while missing:  # a word may be that of an earlier start, whose process will not answer: read again
+        while (
+            missing
+        ):  # a word may be that of an earlier start, whose process will not answer: read again
             for rank in [r for r in missing if store.check([f"hello {r}"])]:
                 store.set(store.get(f"hello {rank}").decode(), str(generation))
                 if store.check([f"here {generation} {rank}"]):
@@ -187,10 +203,14 @@ def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
     """
     if ranks.world == 1:
         return model
-    return DistributedDataParallel(model, forward_sync_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        model, forward_sync_buffers=False, init_sync=False, gradient_as_bucket_view=True
+    )
 
 
-def shard(model: nn.Module, blocks: nn.ModuleList, own: nn.Module | None, device: str, dtype: torch.dtype) -> None:
+def shard(
+    model: nn.Module, blocks: nn.ModuleList, own: nn.Module | None, device: str, dtype: torch.dtype
+) -> None:
     """FSDP2, in place: each process keeps a slice of every weight, and a block is whole only while it runs.
 
     What stands outside the blocks (the embedding, which is the head too) stays whole from forward to backward, since
@@ -200,7 +220,9 @@ def shard(model: nn.Module, blocks: nn.ModuleList, own: nn.Module | None, device
     kind = device.split(":")[0]
     mesh = init_device_mesh(kind, (dist.get_world_size(),))
     # Weights alone change their dtype: the residual stream between blocks stays float32.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     if own is not None:

@@ -52,7 +52,9 @@ def fetch(name: str | Path, kind: str, patterns: list[str], revision: str | None
     if path.exists():
         return Source(path, None)
     if not HUB_ID.fullmatch(str(name)) or ".." in str(name):
-        raise UserError(f"--{kind} {name}: no such file or folder, and not a Hub id of the form owner/name.")
+        raise UserError(
+            f"--{kind} {name}: no such file or folder, and not a Hub id of the form owner/name."
+        )
     return _download(str(name), kind, patterns, revision)
 
 
@@ -61,7 +63,9 @@ def _download(repo: str, kind: str, patterns: list[str], revision: str | None) -
 
     with _hub_errors(repo, kind, revision):
         # A dead network falls back on the cached snapshot inside snapshot_download itself.
-        folder = snapshot_download(repo, repo_type=REPO_TYPE[kind], revision=revision, allow_patterns=patterns)
+        folder = snapshot_download(
+            repo, repo_type=REPO_TYPE[kind], revision=revision, allow_patterns=patterns
+        )
     return Source(Path(folder), Path(folder).name)  # snapshots are stored under their commit hash
 
 
@@ -75,7 +79,10 @@ def list_files(repo: str, kind: str, revision: str | None = None) -> list[str]:
     with _hub_errors(repo, kind, revision):
         commit = resolve_revision(repo, repo_type=REPO_TYPE[kind], revision=revision)
         try:
-            return [f.path for f in get_cached_repo_tree(repo, repo_type=REPO_TYPE[kind], revision=commit)]
+            return [
+                f.path
+                for f in get_cached_repo_tree(repo, repo_type=REPO_TYPE[kind], revision=commit)
+            ]
         except errors.CachedRepoTreeNotFoundError:
             return list_repo_files(repo, repo_type=REPO_TYPE[kind], revision=commit)
 
@@ -88,15 +95,25 @@ def _hub_errors(repo: str, kind: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError as e:
-        raise UserError(f"--{kind} {repo}: gated on the Hub; accept its licence there and run `hf auth login`.") from e
+        raise UserError(
+            f"--{kind} {repo}: gated on the Hub; accept its licence there and run `hf auth login`."
+        ) from e
     except errors.RevisionNotFoundError as e:
         raise UserError(f"--{kind} {repo}: the Hub has no revision {revision!r} of it.") from e
     except errors.RepositoryNotFoundError as e:
-        raise UserError(f"--{kind} {repo}: no such {REPO_TYPE[kind]} on the Hub, nor a local path.") from e
+        raise UserError(
+            f"--{kind} {repo}: no such {REPO_TYPE[kind]} on the Hub, nor a local path."
+        ) from e
     except (errors.LocalEntryNotFoundError, errors.RevisionResolutionError) as e:
         why = _first_line(e)
-        raise UserError(f"--{kind} {repo}: the Hub did not answer and no whole copy is cached ({why}).") from e
-    except (errors.HTTPError, OSError, ValueError) as e:  # a connection lost on the way, no Hub id, not a Hub's answer
+        raise UserError(
+            f"--{kind} {repo}: the Hub did not answer and no whole copy is cached ({why})."
+        ) from e
+    except (
+        errors.HTTPError,
+        OSError,
+        ValueError,
+    ) as e:  # a connection lost on the way, no Hub id, not a Hub's answer
         raise UserError(f"--{kind} {repo}: the Hub could not serve it ({_first_line(e)}).") from e
 
 
@@ -133,7 +150,9 @@ def writable(folder: Path, flag: str = "out") -> Path:
     """The folder, which need not exist yet. Raises UserError, before any work, where it could not be written."""
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--{flag} {folder}: cannot be written ({there} is no folder, or not yours to write).")
+        raise UserError(
+            f"--{flag} {folder}: cannot be written ({there} is no folder, or not yours to write)."
+        )
     return folder
 
 

@@ -38,7 +38,9 @@ def report() -> dict:
 def tiny_run(tmp_path_factory) -> Path:
     """What a short training on the small world leaves: enough steps for a sparse policy that lowers the loss."""
     out = tmp_path_factory.mktemp("tiny") / "run"
-    result = script("train.py", "--model", "tiny", "--max-steps", 24, "--eval-every", 0, "--out", out)
+    result = script(
+        "train.py", "--model", "tiny", "--max-steps", 24, "--eval-every", 0, "--out", out
+    )
     assert result.returncode == 0, result.stderr
     (out.parent / "stdout").write_text(result.stdout)
     return out
@@ -53,7 +55,9 @@ def load(dtype: torch.dtype = torch.float32, adapter: str = "mid") -> SimpleName
     model = Gemma2.from_pretrained(GOLDEN / "model", dtype)
     sae = JumpReLUSAE.from_pretrained(GOLDEN / "sae", SAE_ID, dtype)
     adapter = Adapter.from_pretrained(GOLDEN / f"adapter_{adapter}").to(dtype)
-    return SimpleNamespace(model=model, sae=sae, adapter=adapter, steered=SteeredModel(model, sae, adapter, 1))
+    return SimpleNamespace(
+        model=model, sae=sae, adapter=adapter, steered=SteeredModel(model, sae, adapter, 1)
+    )
 
 
 def ragged(seed: int, trees: int = 4, longest: int = 40, vocabulary: int = 512) -> list:
@@ -67,22 +71,41 @@ def ragged(seed: int, trees: int = 4, longest: int = 40, vocabulary: int = 512) 
         return torch.randint(0, vocabulary, (n,), generator=g).tolist()
 
     return [
-        (tokens(draw(1, longest)), [tokens(draw(0, longest)) for _ in range(draw(0, 3))]) for _ in range(draw(1, trees))
+        (tokens(draw(1, longest)), [tokens(draw(0, longest)) for _ in range(draw(0, 3))])
+        for _ in range(draw(1, trees))
     ]
 
 
-def script(*arguments, env: dict | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
+def script(
+    *arguments, env: dict | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess:
     """Run one of the scripts as a user would."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout
+        command,
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
 def golden_run(out: Path, *arguments, **options) -> subprocess.CompletedProcess:
     """train.py on the golden model, with further flags."""
     g = GOLDEN
-    where = ("--model", g / "model", "--sae", g / "sae", "--sae-id", SAE_ID, "--data", g / "dataset", "--layer", 1)
+    where = (
+        "--model",
+        g / "model",
+        "--sae",
+        g / "sae",
+        "--sae-id",
+        SAE_ID,
+        "--data",
+        g / "dataset",
+        "--layer",
+        1,
+    )
     return script("train.py", *where, "--batch-size", 4, "--out", out, *arguments, **options)
 
 

@@ -15,7 +15,16 @@ from typing import NamedTuple
 import pytest
 from conftest import GOLDEN, ROOT, SAE_ID
 
-GOLDEN_FLAGS = ("--model", GOLDEN / "model", "--sae", GOLDEN / "sae", "--sae-id", SAE_ID, "--layer", 1)
+GOLDEN_FLAGS = (
+    "--model",
+    GOLDEN / "model",
+    "--sae",
+    GOLDEN / "sae",
+    "--sae-id",
+    SAE_ID,
+    "--layer",
+    1,
+)
 GOLDEN_FLAGS += ("--data", GOLDEN / "dataset", "--batch-size", 4, "--eval-every", 0)
 
 
@@ -33,7 +42,9 @@ class Run:
         self.folder, self.processes = Path(tempfile.mkdtemp()), []
         env = dict(env or {}, FSRL_CACHE=os.environ["FSRL_CACHE"])
         if processes > 1:
-            env |= dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+            env |= dict(
+                WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+            )
         for rank in range(processes):
             own = env | (dict(RANK=str(rank), LOCAL_RANK=str(rank)) if processes > 1 else {})
             arguments = ([*map(str, argv)], own, str(self.folder / str(rank)), call)
@@ -83,7 +94,9 @@ def good(ended: list[Ended]) -> Ended:
 def _server():
     """The process that all are forked from, started with one thread each in mind; nothing of it stays in ours."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch.distributed.checkpoint", "matplotlib.pyplot", "forked"])
+    context.set_forkserver_preload(
+        ["train", "torch.distributed.checkpoint", "matplotlib.pyplot", "forked"]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -102,13 +115,18 @@ def _main(argv: list[str], env: dict, files: str, call) -> None:
     for number, kind in ((1, "out"), (2, "err")):
         opened = os.open(f"{files}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, number)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.stdout, sys.stderr = (
+        open(1, "w", buffering=1, closefd=False),
+        open(2, "w", buffering=1, closefd=False),
+    )
     sys.argv = ["train.py", *argv]
     import train
     from runtime import cli
 
     train.decoding.greedy = lambda *_: "(not sampled)"  # most of a short run's time
-    train.BFLOAT16_PRODUCTS = ("architecture",)  # every processor has one: bfloat16 is tested where it is emulated, too
+    train.BFLOAT16_PRODUCTS = (
+        "architecture",
+    )  # every processor has one: bfloat16 is tested where it is emulated, too
     if call is not None:  # to change something in this process first
         call()
     cli.run(train.main)

@@ -43,7 +43,9 @@ def some_pairs(n: int = 6, seed: int = 0) -> list[Pair]:
 
 @pytest.fixture(scope="module")
 def golden():
-    return load(torch.float64)  # so that no feature sits on the edge of its threshold by rounding alone
+    return load(
+        torch.float64
+    )  # so that no feature sits on the edge of its threshold by rounding alone
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +89,15 @@ def test_counts_equal_separate_dense_runs(golden, counted, context):
         place_l0 = torch.zeros_like(counts.place[context]).index_add_(0, places, l0)
         assert (counts.place_l0[side, context] == place_l0).all()
         for c, mask in enumerate([*masks, torch.ones(masks.shape[1], dtype=torch.bool)]):
-            by_pair = torch.bincount(owners, weights=active[:, mask].sum(1).double(), minlength=len(pairs))
+            by_pair = torch.bincount(
+                owners, weights=active[:, mask].sum(1).double(), minlength=len(pairs)
+            )
             assert (counts.pair_events[:, side, context, c] == by_pair).all()
         for mask in masks:
             share = active[:, mask].sum() / active.sum()
-            torch.testing.assert_close(ef.composition(counts, mask)[side, context].item(), share.item())
+            torch.testing.assert_close(
+                ef.composition(counts, mask)[side, context].item(), share.item()
+            )
 
 
 @pytest.mark.parametrize("tokens", [1, 1000])
@@ -99,7 +105,9 @@ def test_packing_and_pieces_do_not_matter(golden, counted, tokens, monkeypatch):
     pairs, masks, counts = counted
     monkeypatch.setattr(ef, "STEER_ROWS", 3)
     monkeypatch.setitem(ef.STEER_ELEMENTS, "cpu", 7 * golden.sae.d_sae)
-    other = ef.usage(golden.steered, pairs, train.replace(S, tokens_per_microbatch=tokens), masks, progress=False)
+    other = ef.usage(
+        golden.steered, pairs, train.replace(S, tokens_per_microbatch=tokens), masks, progress=False
+    )
     for name, a, b in zip(counts._fields, counts, other, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=name)
 
@@ -118,8 +126,12 @@ def test_bootstrap_is_over_pairs_and_seeded(counted):
     rng = np.random.default_rng(3)
     for b in range(20):
         chosen = events[rng.integers(len(events), size=len(events))].sum(0)  # [2, 3, C + 1]
-        torch.testing.assert_close(drawn[b], (chosen[..., :-1] / chosen[..., -1:]).permute(2, 0, 1).double())
-    assert torch.equal(drawn, ef.bootstrap(events, 20, seed=3)) and not torch.equal(drawn, ef.bootstrap(events, 20, 4))
+        torch.testing.assert_close(
+            drawn[b], (chosen[..., :-1] / chosen[..., -1:]).permute(2, 0, 1).double()
+        )
+    assert torch.equal(drawn, ef.bootstrap(events, 20, seed=3)) and not torch.equal(
+        drawn, ef.bootstrap(events, 20, 4)
+    )
 
 
 def test_like_pairs_leave_no_doubt(counted):
@@ -130,7 +142,9 @@ def test_like_pairs_leave_no_doubt(counted):
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():
     rng, covered = np.random.default_rng(0), 0
-    for trial in range(60):  # the true share is 0.3 for the adapter, 0.2 for the SAE; pairs differ in size
+    for trial in range(
+        60
+    ):  # the true share is 0.3 for the adapter, 0.2 for the SAE; pairs differ in size
         total = rng.integers(50, 500, size=(40, 2, 3))
         mine = rng.binomial(total, np.array([0.3, 0.2])[:, None])
         drawn = ef.bootstrap(torch.from_numpy(np.stack([mine, total], -1)), 200, seed=trial)
@@ -146,29 +160,46 @@ def test_label_noise_follows_the_confusion(counted):
     point = ef.relative_change(ef.composition(counts, torch.from_numpy(machine)))
     everyone = Agreement(np.array([[10**7, 0], [0, 10**7]]), {})
     sure = ef.noisy_changes(counts, machine, everyone, 5, seed=0)
-    torch.testing.assert_close(sure, point.expand(5, 3), rtol=1e-2, atol=1e-2)  # a person who always agrees
+    torch.testing.assert_close(
+        sure, point.expand(5, 3), rtol=1e-2, atol=1e-2
+    )  # a person who always agrees
     nobody = Agreement(np.array([[1, 1], [1, 1]]), {k: bool(m) for k, m in enumerate(machine)})
     known = ef.noisy_changes(counts, machine, nobody, 5, seed=0)
-    torch.testing.assert_close(known, point.expand(5, 3))  # every feature judged: nothing is left to guess
+    torch.testing.assert_close(
+        known, point.expand(5, 3)
+    )  # every feature judged: nothing is left to guess
     coin = Agreement(np.array([[10**7, 10**7], [10**7, 10**7]]), {})
     drawn = ef.noisy_changes(counts, machine, coin, 400, seed=0)
-    assert (drawn.mean(0).abs() < 0.1).all() and (drawn.std(0) > 0.02).all()  # labels without information: no change
+    assert (drawn.mean(0).abs() < 0.1).all() and (
+        drawn.std(0) > 0.02
+    ).all()  # labels without information: no change
 
 
 def table(kind="fires", name="some", mask=None, explanations=None) -> labels.Labels:
     mask = np.arange(10) < 4 if mask is None else mask
-    return labels.Labels(name, kind, explanations or {}, {"style": mask}, True, {}, ROOT / "x.jsonl", "0", "a judge")
+    return labels.Labels(
+        name, kind, explanations or {}, {"style": mask}, True, {}, ROOT / "x.jsonl", "0", "a judge"
+    )
 
 
 def test_human_labels_and_counts_of_them_say_the_same(tmp_path):
     rows, counts = tmp_path / "a.csv", tmp_path / "b.jsonl"
-    rows.write_text("feature,category,label\n0,style,yes\n1,style,true\n2,style,0\n7,style,false\n8,style,1\n")
+    rows.write_text(
+        "feature,category,label\n0,style,yes\n1,style,true\n2,style,0\n7,style,false\n8,style,1\n"
+    )
     cells = [(True, True, 2), (True, False, 1), (False, False, 1), (False, True, 1)]
     counts.write_text(
-        "".join(json.dumps(dict(category="style", machine=m, human=h, count=n)) + "\n" for m, h, n in cells)
+        "".join(
+            json.dumps(dict(category="style", machine=m, human=h, count=n)) + "\n"
+            for m, h, n in cells
+        )
     )
-    found = [ef.read_human(str(path), [table(), table("promotes", "other")]) for path in (rows, counts)]
-    assert [list(f) for f in found] == [[("some", "style")]] * 2  # a person does not judge what a feature promotes
+    found = [
+        ef.read_human(str(path), [table(), table("promotes", "other")]) for path in (rows, counts)
+    ]
+    assert [list(f) for f in found] == [
+        [("some", "style")]
+    ] * 2  # a person does not judge what a feature promotes
     first, second = (f["some", "style"] for f in found)
     assert first.confusion.tolist() == second.confusion.tolist() == [[1, 1], [1, 2]]
     assert first.known == {0: True, 1: True, 2: False, 7: False, 8: True} and second.known == {}
@@ -180,7 +211,10 @@ def test_human_labels_and_counts_of_them_say_the_same(tmp_path):
     [
         ("feature,category,label\n0,honesty,yes\n", "row 1: category 'honesty'"),
         ("feature,category,label\n0,style,maybe\n", "row 1: label is 'maybe'"),
-        ("feature,category,label\n0,style,yes\n0,style,no\n", "row 2: feature 0 is labelled both ways"),
+        (
+            "feature,category,label\n0,style,yes\n0,style,no\n",
+            "row 2: feature 0 is labelled both ways",
+        ),
         ("feature,category,label\n99,style,yes\n", "feature 99"),
         ("category,machine,human,count\nstyle,1,1,many\n", "count is 'many'"),
     ],
@@ -199,10 +233,15 @@ def test_log_linear_fit():
     ranks = np.arange(1, 50)
     slope, intercept, r2 = ef.log_linear_fit(10 ** (-0.5 - 0.03 * ranks))
     assert (slope, intercept, r2) == (pytest.approx(-0.03), pytest.approx(-0.5), pytest.approx(1))
-    noisy = np.sort(10 ** (-0.03 * ranks) * np.random.default_rng(0).lognormal(0, 1, len(ranks)))[::-1]
+    noisy = np.sort(10 ** (-0.03 * ranks) * np.random.default_rng(0).lognormal(0, 1, len(ranks)))[
+        ::-1
+    ]
     expected = np.corrcoef(ranks, np.log10(noisy))[0, 1] ** 2
     assert ef.log_linear_fit(noisy)[2] == pytest.approx(expected) and expected < 0.99
-    assert np.isnan(ef.log_linear_fit(np.ones(5))).all() and np.isnan(ef.log_linear_fit(np.array([]))).all()
+    assert (
+        np.isnan(ef.log_linear_fit(np.ones(5))).all()
+        and np.isnan(ef.log_linear_fit(np.array([]))).all()
+    )
 
 
 def test_bins_lose_nothing(counted):
@@ -211,14 +250,27 @@ def test_bins_lose_nothing(counted):
     for i, context in enumerate(CONTEXTS):
         rows = [row for row in ef.difference_rows(difference) if row["context"] == context]
         assert sum(row["features"] for row in rows) == difference.shape[1]
-        assert rows[0]["promoted"] == (difference[i] > 0).sum() and rows[0]["suppressed"] == (difference[i] < 0).sum()
+        assert (
+            rows[0]["promoted"] == (difference[i] > 0).sum()
+            and rows[0]["suppressed"] == (difference[i] < 0).sum()
+        )
         for side, of in enumerate(SIDES):
-            mine = [row for row in ef.l0_rows(counts, bins=7) if (row["of"], row["context"]) == (of, context)]
+            mine = [
+                row
+                for row in ef.l0_rows(counts, bins=7)
+                if (row["of"], row["context"]) == (of, context)
+            ]
             assert sum(row["positions"] for row in mine) == counts.positions[i]
-            assert mine[0]["mean"] == pytest.approx(counts.events[side, i].sum().item() / counts.positions[i].item())
+            assert mine[0]["mean"] == pytest.approx(
+                counts.events[side, i].sum().item() / counts.positions[i].item()
+            )
             each = np.repeat(np.arange(counts.l0.shape[-1]), counts.l0[side, i])
             assert mine[0]["p50"] == np.percentile(each, 50, method="inverted_cdf")
-            mine = [row for row in ef.place_rows(counts, bins=5) if (row["of"], row["context"]) == (of, context)]
+            mine = [
+                row
+                for row in ef.place_rows(counts, bins=5)
+                if (row["of"], row["context"]) == (of, context)
+            ]
             assert sum(row["positions"] for row in mine) == counts.positions[i]
             total = sum(row["positions"] * row["mean_l0"] for row in mine)
             assert total == pytest.approx(counts.events[side, i].sum().item())
@@ -239,7 +291,10 @@ def audited(tiny_run, tmp_path_factory):
         row["description"] = HOSTILE
     header = dict(kind="fires", sae="tiny", sae_id=tiny.SAE_ID, judge="<b>nobody</b>")
     labels.write_labels(folder / "hostile.jsonl", header, rows)
-    human = ["feature,category,label", *(f"{k},style,{int(rows[k]['category'] == 'style')}" for k in range(60))]
+    human = [
+        "feature,category,label",
+        *(f"{k},style,{int(rows[k]['category'] == 'style')}" for k in range(60)),
+    ]
     (folder / "human.csv").write_text("\n".join(human))
     files = (folder / "hostile.jsonl", tiny.LABELS_DIR / "promotes.jsonl")
     flags = ("--labels", *files, "--human", folder / "human.csv", "--pairs", 12, "--bootstrap", 40)
@@ -248,7 +303,15 @@ def audited(tiny_run, tmp_path_factory):
     return out, result
 
 
-TABLES = ("composition", "top_usage", "top_value", "value_difference", "usage_rank", "l0", "l0_by_position")
+TABLES = (
+    "composition",
+    "top_usage",
+    "top_value",
+    "value_difference",
+    "usage_rank",
+    "l0",
+    "l0_by_position",
+)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -265,12 +328,19 @@ def test_csv_json_and_png_hold_the_same_numbers(audited, name):
     with Image.open(folder / f"{name}.png") as image:
         assert image.text["Source"] == f"{name}.csv sha256 {digest}" and image.size[0] > 600
     kinds = [(t["name"], t["kind"], t["judge"], t["matched"]) for t in stored["about"]["labels"]]
-    assert kinds == [("hostile", "fires", "<b>nobody</b>", True), ("promotes", "promotes", "the grammar", True)]
+    assert kinds == [
+        ("hostile", "fires", "<b>nobody</b>", True),
+        ("promotes", "promotes", "the grammar", True),
+    ]
 
 
 def drawn(name: str, rows: list[dict], about: dict) -> set[float]:
     """Every number that the picture of a table shows as a height, a length or a place."""
-    draw = figures.top(name.removeprefix("top_"), "") if name.startswith("top_") else getattr(figures, name)
+    draw = (
+        figures.top(name.removeprefix("top_"), "")
+        if name.startswith("top_")
+        else getattr(figures, name)
+    )
     figure, found = draw(rows, about), set()
     for axes in figure.axes:
         for line in axes.lines:
@@ -310,7 +380,8 @@ def test_features_parquet(audited):
     for suffix in ("prompt", "prompt_chosen", "prompt_rejected"):
         difference = stored[f"difference_{suffix}"].to_numpy()
         np.testing.assert_array_equal(
-            difference, stored[f"adapter_mean_{suffix}"].to_numpy() - stored[f"sae_mean_{suffix}"].to_numpy()
+            difference,
+            stored[f"adapter_mean_{suffix}"].to_numpy() - stored[f"sae_mean_{suffix}"].to_numpy(),
         )
         for name, sign in (("promoted", -1), ("suppressed", 1)):
             rank = stored[f"{name}_rank_{suffix}"].to_numpy()
@@ -324,7 +395,10 @@ def test_composition_agrees_with_the_features(audited):
     rows = json.loads((out / "eval" / "composition.json").read_text())["rows"]
     assert len(rows) == 2 * 4 * 3
     for row in rows:
-        suffix, mask = row["context"].replace("+", "_"), stored[f"{row['labels']}:{row['category']}"].to_numpy()
+        suffix, mask = (
+            row["context"].replace("+", "_"),
+            stored[f"{row['labels']}:{row['category']}"].to_numpy(),
+        )
         for of in SIDES:
             usage = stored[f"{of}_usage_{suffix}"].to_numpy()
             assert row[of] == pytest.approx(usage[mask].sum() / usage.sum())
@@ -333,7 +407,9 @@ def test_composition_agrees_with_the_features(audited):
         judged = (row["labels"], row["category"]) == ("hostile", "style")
         assert ("noisy_low" in row) is judged
         if judged:
-            assert row["noisy_high"] - row["noisy_low"] > 0 and row["judged"] == 60 and row["mcc"] == 1
+            assert (
+                row["noisy_high"] - row["noisy_low"] > 0 and row["judged"] == 60 and row["mcc"] == 1
+            )
 
 
 def test_the_l0_of_the_audit_is_that_of_the_evaluation(tiny_run):
@@ -372,9 +448,13 @@ def test_examples_are_the_first_pairs(audited):
 def test_mistakes_end_in_a_sentence_and_leave_nothing(tiny_run, tmp_path, monkeypatch):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     other = tmp_path / "other.jsonl"
-    labels.write_labels(other, dict(kind="fires", sae="tiny", sae_id=tiny.SAE_ID, sae_sha256="0" * 64), [])
+    labels.write_labels(
+        other, dict(kind="fires", sae="tiny", sae_id=tiny.SAE_ID, sae_sha256="0" * 64), []
+    )
     result = script("-m", "audit", "--run", run, "--labels", other)
-    assert result.returncode == 2 and "other.jsonl: belongs to the SAE" in result.stderr, result.stderr
+    assert result.returncode == 2 and "other.jsonl: belongs to the SAE" in result.stderr, (
+        result.stderr
+    )
     assert len(result.stderr.strip().splitlines()) == 1
     for flags, named in (
         (("--run", tmp_path / "nothing"), "nothing"),
@@ -395,9 +475,13 @@ def test_killed_half_way_leaves_no_partial_table(tiny_run, tmp_path):
     """SIGKILL as soon as the first file is being written, under whatever name."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
     command = [sys.executable, "-m", "audit", "--run", str(run), "--pairs", "4", "--bootstrap", "5"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None and not any((run / "eval").rglob("*.csv")):
+    while (
+        time.time() < deadline and process.poll() is None and not any((run / "eval").rglob("*.csv"))
+    ):
         time.sleep(0.01)
     assert process.poll() is None, "ended before it could be killed"
     os.kill(process.pid, signal.SIGKILL)
@@ -414,21 +498,37 @@ def test_publish_changes_all_or_nothing(tmp_path):
     with publish(tmp_path) as folder:
         (folder / "a.csv").write_text("new")
         (folder / "b.csv").write_text("new")
-    assert sorted((p.name, p.read_text()) for p in tmp_path.iterdir()) == [("a.csv", "new"), ("b.csv", "new")]
+    assert sorted((p.name, p.read_text()) for p in tmp_path.iterdir()) == [
+        ("a.csv", "new"),
+        ("b.csv", "new"),
+    ]
 
 
 def test_an_adapter_folder_without_labels(tmp_path, monkeypatch):
     """The authors' format, no run around it: usage without composition, into --out."""
     from matplotlib.figure import Figure
 
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.write_bytes(b""))  # drawing is tested above
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path, **_: path.write_bytes(b"")
+    )  # drawing is tested above
     g = GOLDEN
-    flags = ("--run", g / "adapter_mid", "--model", g / "model", "--sae", g / "sae", "--sae-id", SAE_ID)
+    flags = (
+        "--run",
+        g / "adapter_mid",
+        "--model",
+        g / "model",
+        "--sae",
+        g / "sae",
+        "--sae-id",
+        SAE_ID,
+    )
     flags += ("--data", g / "dataset", "--pairs", 3, "--device", "cpu", "--out", tmp_path / "out")
     monkeypatch.setattr(sys, "argv", ["eval_features.py", *map(str, flags)])
     ef.main()
     files = {path.stem for path in (tmp_path / "out" / "eval").iterdir()}
     assert files == {*TABLES, "features", "examples"} - {"composition"}
     rows = json.loads((tmp_path / "out" / "eval" / "top_usage.json").read_text())["rows"]
-    assert [row["rank"] for row in rows] == [*range(1, ef.TOP + 1)] * 6 and rows[0]["explanation"] == ""
+    assert [row["rank"] for row in rows] == [*range(1, ef.TOP + 1)] * 6 and rows[0][
+        "explanation"
+    ] == ""
     assert "Table 2" not in (tmp_path / "out" / "report.html").read_text()

@@ -14,7 +14,9 @@ from huggingface_hub import ModelCard
 from audit import card, report
 from runtime.sources import UserError
 
-HOSTILE = "<script>alert('x')</script><img src=http://example.org onerror=alert(1)> \"quoted\" & | `x`"
+HOSTILE = (
+    "<script>alert('x')</script><img src=http://example.org onerror=alert(1)> \"quoted\" & | `x`"
+)
 VOID = {"meta", "img", "br", "line", "circle", "hr"}
 
 
@@ -52,27 +54,57 @@ L0_21 = "layer_12/width_65k/average_l0_21"
 def run(tmp_path):
     """What a run leaves, by hand: F features, explanations that mean harm, two pairs of three tokens."""
 
-    def write(F=200, sae="google/gemma-scope-2b-pt-res", sae_id=L0_21, revision="c0ffee", matched=True):
+    def write(
+        F=200, sae="google/gemma-scope-2b-pt-res", sae_id=L0_21, revision="c0ffee", matched=True
+    ):
         out = tmp_path / "run"
         (out / "eval").mkdir(parents=True)
         (out / "adapter").mkdir()
-        identity = dict(base_model="google/gemma-2-2b-it", base_model_revision=revision, layer=12, sae=sae)
-        identity |= dict(sae_id=sae_id, sae_revision=revision, sae_sha256="5ae" * 21, activation="relu")
-        (out / "adapter" / "adapter_config.json").write_text(json.dumps(identity | dict(d_model=8, d_sae=F)))
-        settings = dict(data="someone/preferences" if revision else "/disk/secret/pairs.jsonl", l1=0.02, lr=5e-7)
-        (out / "config.json").write_text(json.dumps(dict(settings=settings, data_revision=revision)))
-        rows = [dict(split="eval", step=s, loss=6.9 - s, accuracy=0.5, l0=930.25, l1=1.5) for s in (0, 4)]
+        identity = dict(
+            base_model="google/gemma-2-2b-it", base_model_revision=revision, layer=12, sae=sae
+        )
+        identity |= dict(
+            sae_id=sae_id, sae_revision=revision, sae_sha256="5ae" * 21, activation="relu"
+        )
+        (out / "adapter" / "adapter_config.json").write_text(
+            json.dumps(identity | dict(d_model=8, d_sae=F))
+        )
+        settings = dict(
+            data="someone/preferences" if revision else "/disk/secret/pairs.jsonl", l1=0.02, lr=5e-7
+        )
+        (out / "config.json").write_text(
+            json.dumps(dict(settings=settings, data_revision=revision))
+        )
+        rows = [
+            dict(split="eval", step=s, loss=6.9 - s, accuracy=0.5, l0=930.25, l1=1.5)
+            for s in (0, 4)
+        ]
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         text = f"{HOSTILE}: by what a feature fires on; judge: {HOSTILE}"
         about = dict(data="tiny", pairs=2, labels=[dict(name=HOSTILE, text=text, matched=matched)])
-        row = dict(labels=HOSTILE, category=HOSTILE, features=3, sae=0.2, adapter=0.25, change=0.25, low=0.1, high=0.4)
+        row = dict(
+            labels=HOSTILE,
+            category=HOSTILE,
+            features=3,
+            sae=0.2,
+            adapter=0.25,
+            change=0.25,
+            low=0.1,
+            high=0.4,
+        )
         row |= dict(noisy_low=-0.1, noisy_high=0.6, mcc=0.448)
         missing = dict.fromkeys(("change", "low", "high", "noisy_low", "noisy_high", "mcc"))
         rows = [row | dict(context="prompt"), row | missing | dict(context="prompt+chosen")]
         (out / "eval" / "composition.json").write_text(json.dumps(dict(about=about, rows=rows)))
-        further = dict(about=about, rows=[dict(what=HOSTILE, loss=2.5), dict(what="all", loss=None)])
+        further = dict(
+            about=about, rows=[dict(what=HOSTILE, loss=2.5), dict(what="all", loss=None)]
+        )
         (out / "eval" / "ablation.json").write_text(json.dumps(further))
-        part = dict(tokens=["<b>", HOSTILE, "\n"], l1=[0.0, 4.5, 1.0], top=[[], [[7, 4.0], [9, 0.5]], [[7, 1.0]]])
+        part = dict(
+            tokens=["<b>", HOSTILE, "\n"],
+            l1=[0.0, 4.5, 1.0],
+            top=[[], [[7, 4.0], [9, 0.5]], [[7, 1.0]]],
+        )
         pairs = [dict(prompt=part, chosen=part, rejected=part)] * 2
         shown = dict(about=about, pairs=pairs, explanations={"7": HOSTILE, "9": ""})
         (out / "eval" / "examples.json").write_text(json.dumps(shown))
@@ -93,10 +125,19 @@ def test_page_is_self_contained_and_inert(run):
     out = run()
     text = report.write_report(out).read_text()
     page = Page(text)
-    assert "script" not in page.tags and not any(name.startswith("on") for _, name, _ in page.attributes)
+    assert "script" not in page.tags and not any(
+        name.startswith("on") for _, name, _ in page.attributes
+    )
     for tag, name, value in page.attributes:
-        if name in ("src", "href"):  # pictures travel with the page; only what a reader clicks leads elsewhere
-            assert value.startswith("data:image/png") or tag == "a" and value.startswith("https://www.neuronpedia.org/")
+        if name in (
+            "src",
+            "href",
+        ):  # pictures travel with the page; only what a reader clicks leads elsewhere
+            assert (
+                value.startswith("data:image/png")
+                or tag == "a"
+                and value.startswith("https://www.neuronpedia.org/")
+            )
     assert "default-src 'none'" in text and "url(" not in text and "@import" not in text
     assert page.text.count("alert('x')") > 20  # shown as what it is, in tables and tokens ...
     tips = [value for tag, name, value in page.attributes if name == "data-t"]
@@ -106,10 +147,20 @@ def test_page_is_self_contained_and_inert(run):
 
 def test_page_says_what_was_measured(run):
     text = report.write_report(run()).read_text()
-    for figure in ("6.900", "2.900", "930.250", "+25.00 %", "+10.00 % to +40.00 %", "-10.00 % to +60.00 %", "MCC 0.45"):
+    for figure in (
+        "6.900",
+        "2.900",
+        "930.250",
+        "+25.00 %",
+        "+10.00 % to +40.00 %",
+        "-10.00 % to +60.00 %",
+        "MCC 0.45",
+    ):
         assert figure in text
     assert 'class="noisy"' in text and "Categories taken away" in text
-    feature, explanation = re.search(r"Promoted most.*?<td>(.*?)</td><td>(.*?)</td>", text, re.S).groups()
+    feature, explanation = re.search(
+        r"Promoted most.*?<td>(.*?)</td><td>(.*?)</td>", text, re.S
+    ).groups()
     first = int(np.random.default_rng(0).permutation(200).argmin())
     link = f"https://www.neuronpedia.org/gemma-2-2b/12-gemmascope-res-65k__l0-21/{first}"
     assert feature == f'<a href="{link}" rel="noreferrer">{first}</a>'
@@ -119,14 +170,22 @@ def test_page_says_what_was_measured(run):
 @pytest.mark.parametrize(
     "sae, sae_id, place",
     [
-        ("google/gemma-scope-2b-pt-res", "layer_12/width_65k/average_l0_72", "gemma-2-2b/12-gemmascope-res-65k/"),
+        (
+            "google/gemma-scope-2b-pt-res",
+            "layer_12/width_65k/average_l0_72",
+            "gemma-2-2b/12-gemmascope-res-65k/",
+        ),
         ("tiny", "layer_2/width_1k/average_l0_8", None),
         ("someone/else", L0_21, None),
     ],
 )
 def test_links_lead_to_the_saes_own_pages_or_nowhere(run, sae, sae_id, place):
     text = report.write_report(run(sae=sae, sae_id=sae_id)).read_text()
-    assert (f"https://www.neuronpedia.org/{place}" in text) if place else ("neuronpedia.org" not in text)
+    assert (
+        (f"https://www.neuronpedia.org/{place}" in text)
+        if place
+        else ("neuronpedia.org" not in text)
+    )
 
 
 def test_assumed_labels_are_loud(run):
@@ -156,7 +215,9 @@ def test_damaged_files_are_named(run):
         file.write('{"split": "eval", "st')  # killed while writing: the rows before it count
     assert "2.900" in report.write_report(out).read_text()
     (out / "report.html").unlink()
-    (out / "eval" / "composition.json").write_text('{"about": {"pairs": 1}, "rows": [{"labels": "x"}]}')
+    (out / "eval" / "composition.json").write_text(
+        '{"about": {"pairs": 1}, "rows": [{"labels": "x"}]}'
+    )
     with pytest.raises(UserError, match="was not written by"):
         report.write_report(out)
     (out / "eval" / "composition.json").write_text("{")
@@ -170,13 +231,31 @@ def test_card_is_what_the_hub_reads(run):
     path = card.write_card(out)
     assert path == out / "adapter" / "README.md"
     found = ModelCard(path.read_text())
-    assert found.data.base_model == "google/gemma-2-2b-it" and found.data.datasets == ["someone/preferences"]
-    assert found.data.library_name == "fsrl" and "fsrl" in found.data.tags and found.data.license is None
-    for figure in ("6.900", "2.900", "930.250", "+25.00 %", L0_21, "5ae" * 21, "open_policy", "c0ffee", "0.02"):
+    assert found.data.base_model == "google/gemma-2-2b-it" and found.data.datasets == [
+        "someone/preferences"
+    ]
+    assert (
+        found.data.library_name == "fsrl"
+        and "fsrl" in found.data.tags
+        and found.data.license is None
+    )
+    for figure in (
+        "6.900",
+        "2.900",
+        "930.250",
+        "+25.00 %",
+        L0_21,
+        "5ae" * 21,
+        "open_policy",
+        "c0ffee",
+        "0.02",
+    ):
         assert figure in found.text
     assert "<script" not in found.text and "<img" not in found.text
     rows = [line for line in found.text.splitlines() if line.startswith("|") and "alert" in line]
-    assert len(rows) == 2 and all(line.count("|") == 7 for line in rows)  # a pipe in a name makes no column
+    assert len(rows) == 2 and all(
+        line.count("|") == 7 for line in rows
+    )  # a pipe in a name makes no column
 
 
 def test_card_keeps_local_paths_to_itself(run):

@@ -19,7 +19,10 @@ def test_counted_operations_are_those_the_step_executes():
     config, d_sae, layer = throughput.SHAPES["tiny"]
     steered = throughput.build("tiny", torch.float32, "cpu", 0)
     s = train.Settings(device="cpu", dtype="float32")
-    for pairs, slack in ((throughput.random_pairs(6, 1024, 0), 1.1), ([throughput.Pair([5], [6], [7])] * 4, 1.0005)):
+    for pairs, slack in (
+        (throughput.random_pairs(6, 1024, 0), 1.1),
+        ([throughput.Pair([5], [6], [7])] * 4, 1.0005),
+    ):
         counted = throughput.step_flops(config, d_sae, layer, pairs)
         with FlopCounterMode(display=False) as counter:
             train.backward(steered, train.Batch(pairs, range(len(pairs))), 0.02, s)
@@ -31,7 +34,12 @@ def test_counted_operations_are_those_the_step_executes():
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 def test_visible_pairs(before, window):
     n = 9
-    pairs = [(q, k) for q in range(before, before + n) for k in range(q + 1) if window is None or q - k < window]
+    pairs = [
+        (q, k)
+        for q in range(before, before + n)
+        for k in range(q + 1)
+        if window is None or q - k < window
+    ]
     assert throughput.visible(n, before, window) == len(pairs)
 
 
@@ -53,7 +61,9 @@ def test_throughput_prints_one_line_of_json():
     assert all(json.loads(line)[key] > 0 for key in keys.split())
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="compares with transformers, a dev library")
+@pytest.mark.skipif(
+    not importlib.util.find_spec("transformers"), reason="compares with transformers, a dev library"
+)
 def test_compare_finds_the_same_losses():
     result = script("-m", "benchmarks.compare", "--shape", "tiny", "--pairs", 4, "--steps", 1)
     assert result.returncode == 0, result.stderr

@@ -41,7 +41,9 @@ def rows(out: Path, split: str) -> list[dict]:
 
 
 def same(out: Path, other: Path) -> bool:
-    return adapter(out) == adapter(other) and all(rows(out, s) == rows(other, s) for s in ("train", "eval"))
+    return adapter(out) == adapter(other) and all(
+        rows(out, s) == rows(other, s) for s in ("train", "eval")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,11 @@ def whole(tmp_path_factory):
 def stopped(tmp_path, whole):
     """A run of 12 steps as it stands after a kill during step 9 or so: checkpoints of steps 6 and 8."""
     out = shutil.copytree(whole, tmp_path / "stopped")
-    kept = [line for line in (out / "metrics.jsonl").read_text().splitlines(True) if json.loads(line)["step"] <= 9]
+    kept = [
+        line
+        for line in (out / "metrics.jsonl").read_text().splitlines(True)
+        if json.loads(line)["step"] <= 9
+    ]
     (out / "metrics.jsonl").write_text("".join(kept))
     shutil.rmtree(out / "adapter")
     newest = {"8": "00000010", "6": "00000012"}  # made again by a run that ends there
@@ -97,7 +103,10 @@ def stop_after_eight():
 def test_a_resumed_run_ends_with_the_same_bytes(whole, stopped):
     said = good(golden(stopped, *RESUME))
     assert same(stopped, whole) and "Written to" in said.stdout
-    assert [p.name for p in checkpoint.saved(stopped / "checkpoints")] == ["step-00000012", "step-00000010"]
+    assert [p.name for p in checkpoint.saved(stopped / "checkpoints")] == [
+        "step-00000012",
+        "step-00000010",
+    ]
     good(golden(stopped, *RESUME))  # a finished run may be resumed too: nothing is left to do
     assert same(stopped, whole)
 
@@ -107,11 +116,15 @@ def test_asked_to_end_it_saves_and_says_how_to_go_on(tmp_path, whole):
     out, folder = tmp_path / "run", tmp_path / "run/checkpoints"
     for number, after in ((signal.SIGTERM, 3), (signal.SIGINT, 6)):
         run = Run([*GOLDEN_FLAGS, "--out", out, *RESUME, "--checkpoint-every", 0])
-        wait_for(lambda after=after: (out / "metrics.jsonl").exists() and len(metrics(out)) >= after)
+        wait_for(
+            lambda after=after: (out / "metrics.jsonl").exists() and len(metrics(out)) >= after
+        )
         os.kill(run.processes[0].pid, number)
         (ended,) = run.wait()
         assert ended.returncode == 0 and ended.stdout.count("\n") == 1, ended
-        step = int(re.fullmatch(r"Saved after step (\d+) of 12; .* --resume --out .*\n", ended.stdout)[1])
+        step = int(
+            re.fullmatch(r"Saved after step (\d+) of 12; .* --resume --out .*\n", ended.stdout)[1]
+        )
         assert step >= after and checkpoint.saved(folder)[0].name == f"step-{step:08d}"
     good(golden(out, *RESUME))
     assert same(out, whole)
@@ -136,7 +149,9 @@ def test_killed_at_random_moments_nothing_is_lost_beyond_the_last_checkpoint(tmp
         assert "damaged" not in ended.stderr and (ended.returncode in (0, -signal.SIGKILL)), ended
         now = checkpoint.newest(folder, ALONE)
         step = int(now.name.removeprefix("step-")) if now else 0
-        assert step >= reached and all(checkpoint._damage(p) is None for p in checkpoint.saved(folder))
+        assert step >= reached and all(
+            checkpoint._damage(p) is None for p in checkpoint.saved(folder)
+        )
         reached = step
         kills += alive
         if not alive or reached == 12:  # it came to its end: from the start again
@@ -159,9 +174,13 @@ def test_what_two_processes_saved_others_resume(tmp_path, whole, before, after):
     out = tmp_path / "run"
     run = Run([*GOLDEN_FLAGS, "--out", out, *FLAGS, *before], processes=2, call=stop_after_eight)
     ended = run.wait()
-    assert [end.returncode for end in ended] == [0, 0] and "Saved after step 8" in ended[0].stdout, ended
+    assert [end.returncode for end in ended] == [0, 0] and "Saved after step 8" in ended[
+        0
+    ].stdout, ended
     good(golden(out, *RESUME, *(before if after > 1 else ()), processes=after))
-    one, other = (load_file(path / "adapter/adapter.safetensors")["weight"] for path in (whole, out))
+    one, other = (
+        load_file(path / "adapter/adapter.safetensors")["weight"] for path in (whole, out)
+    )
     moved = one - Adapter.from_pretrained(GOLDEN / "adapter_mid").weight
     assert (one - other).norm() <= 2e-3 * moved.norm()
     assert [row["step"] for row in metrics(out)] == [*range(1, 13)]
@@ -169,7 +188,11 @@ def test_what_two_processes_saved_others_resume(tmp_path, whole, before, after):
 
 def test_a_full_run_saved_in_slices_is_resumed_by_one(tmp_path):
     flags = ("--full", "--max-steps", 10, "--lr", 1e-3, "--schedule", "constant")
-    run = Run([*GOLDEN_FLAGS, "--out", tmp_path / "a", *flags, "--shard"], processes=2, call=stop_after_eight)
+    run = Run(
+        [*GOLDEN_FLAGS, "--out", tmp_path / "a", *flags, "--shard"],
+        processes=2,
+        call=stop_after_eight,
+    )
     assert [end.returncode for end in run.wait()] == [0, 0]
     good(golden(tmp_path / "a", *flags, "--resume"))
     good(golden(tmp_path / "b", *flags))
@@ -189,14 +212,19 @@ def test_a_truncated_checkpoint_is_passed_over(whole, stopped):
     shorten(next((stopped / "checkpoints/step-00000008").glob("*.safetensors")))
     said = good(golden(stopped, *RESUME))
     assert re.search("step-00000008: .* is damaged", said.stderr) and same(stopped, whole)
-    assert sorted(p.name for p in (stopped / "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
+    assert sorted(p.name for p in (stopped / "checkpoints").iterdir()) == [
+        "step-00000010",
+        "step-00000012",
+    ]
 
 
 def test_nothing_but_damaged_checkpoints_is_a_sentence(stopped):
     shorten(next((stopped / "checkpoints/step-00000008").glob("*.safetensors")))
     (stopped / "checkpoints/step-00000006/progress.json").write_text("{")
     (ended,) = golden(stopped, *RESUME)
-    assert ended.returncode == 2 and ended.stderr.splitlines()[-1].startswith("--resume: no checkpoint in")
+    assert ended.returncode == 2 and ended.stderr.splitlines()[-1].startswith(
+        "--resume: no checkpoint in"
+    )
 
 
 def test_a_torn_last_line_of_the_metrics_is_cut_off(whole, stopped):
@@ -246,9 +274,15 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model_loads(tmp_pat
     (tmp_path / "file").write_text("")
     for out in refused:
         (ended,) = golden(out, "--model", tmp_path / "no model")
-        assert ended.returncode == 2 and "--out" in ended.stderr and "no model" not in ended.stderr, ended
+        assert (
+            ended.returncode == 2 and "--out" in ended.stderr and "no model" not in ended.stderr
+        ), ended
     (ended,) = golden(Path("/proc/run"))  # where even root cannot
-    assert ended.returncode == 2 and "--out /proc/run" in ended.stderr and "Traceback" not in ended.stderr
+    assert (
+        ended.returncode == 2
+        and "--out /proc/run" in ended.stderr
+        and "Traceback" not in ended.stderr
+    )
 
 
 def test_resuming_with_other_settings_or_data_is_refused(tmp_path, stopped):
@@ -285,7 +319,9 @@ def explode():
 def test_what_is_not_finite_stops_and_leaves_the_last_checkpoint(tmp_path, whole):
     out = tmp_path / "run"
     (ended,) = golden(out, *FLAGS, call=explode)
-    assert ended.returncode == 1 and re.search(r"Step 4: .* norm (inf|nan), in pairs \[", ended.stderr), ended
+    assert ended.returncode == 1 and re.search(
+        r"Step 4: .* norm (inf|nan), in pairs \[", ended.stderr
+    ), ended
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000002"]
     good(golden(out, *RESUME))
     assert same(out, whole)

@@ -27,7 +27,10 @@ def on(device: str, dtype: torch.dtype = torch.float32):
 def pairs(seed: int, n: int = 6) -> list[data.Pair]:
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 90, (n, 3), generator=g).tolist()
-    return [data.Pair(*(torch.randint(4, 512, (k,), generator=g).tolist() for k in row)) for row in lengths]
+    return [
+        data.Pair(*(torch.randint(4, 512, (k,), generator=g).tolist() for k in row))
+        for row in lengths
+    ]
 
 
 def settings(device: str, dtype: str = "float32") -> train.Settings:
@@ -43,12 +46,16 @@ def step(steered, batch: list[data.Pair], s: train.Settings) -> torch.Tensor:
 @pytest.mark.parametrize("window", [None, 100])
 def test_flex_attention_equals_plain_attention_with_gradients(window, head_dim, dtype, close):
     """Compiled, at Gemma-2's head size too, where a consumer GPU needs smaller tiles than FlexAttention's own."""
-    config = gemma.Gemma2Config(512, 64, 64, 1, 4, 2, head_dim, head_dim, sliding_window=window or 1 << 20)
+    config = gemma.Gemma2Config(
+        512, 64, 64, 1, 4, 2, head_dim, head_dim, sliding_window=window or 1 << 20
+    )
     base = gemma.Gemma2(config).to(DEVICE)
     for seed in range(3):
         packed, g = pack(ragged(seed, longest=300)), torch.Generator().manual_seed(seed)
         T, scale = len(packed.tokens), head_dim**-0.5
-        exact = [torch.randn(T, heads, head_dim, generator=g).to(dtype).float() for heads in (4, 2, 2)]
+        exact = [
+            torch.randn(T, heads, head_dim, generator=g).to(dtype).float() for heads in (4, 2, 2)
+        ]
         probe, results = torch.randn(T, 4, head_dim, generator=g), []
         mask = base.plan(packed.to(DEVICE)).masks[gemma.SLIDING]
         for device, kind in (("cpu", torch.float32), (DEVICE, dtype)):
@@ -60,7 +67,9 @@ def test_flex_attention_equals_plain_attention_with_gradients(window, head_dim, 
             gradients = torch.autograd.grad((out * probe.to(device)).sum(), (q, k, v))
             results.append([x.detach().float().cpu() for x in (out, *gradients)])
         for expected, ours in zip(*results, strict=True):
-            torch.testing.assert_close(ours, expected, atol=close * expected.abs().max().item(), rtol=0)
+            torch.testing.assert_close(
+                ours, expected, atol=close * expected.abs().max().item(), rtol=0
+            )
 
 
 def test_a_step_is_that_of_the_cpu():
@@ -72,7 +81,10 @@ def test_a_step_is_that_of_the_cpu():
     (sums, grad), (exact, exact_grad), (low, low_grad) = found
     torch.testing.assert_close(exact, sums, rtol=1e-4, atol=1e-4)
     assert (exact_grad - grad).norm() < 1e-3 * grad.norm()
-    assert low[0].item() == pytest.approx(sums[0].item(), rel=0.1) and (low_grad - grad).norm() < 0.2 * grad.norm()
+    assert (
+        low[0].item() == pytest.approx(sums[0].item(), rel=0.1)
+        and (low_grad - grad).norm() < 0.2 * grad.norm()
+    )
 
 
 def test_a_step_neither_waits_nor_compiles_again():
@@ -104,7 +116,9 @@ def test_a_step_neither_waits_nor_compiles_again():
 def test_greedy_tokens_are_those_of_the_cpu(lengths):
     g = torch.Generator().manual_seed(0)
     prompts = [torch.randint(4, 512, (n,), generator=g).tolist() for n in lengths]
-    ours, theirs = (decoding.generate(on(device), prompts, 12, lambda new: False) for device in (DEVICE, "cpu"))
+    ours, theirs = (
+        decoding.generate(on(device), prompts, 12, lambda new: False) for device in (DEVICE, "cpu")
+    )
     assert ours == theirs
 
 
@@ -113,5 +127,7 @@ def test_a_run_of_train_py(tmp_path):
     flags = ("--max-steps", 3, "--lr", 1e-3, "--init-adapter", GOLDEN / "adapter_mid")
     for name, device in (("gpu", DEVICE), ("cpu", "cpu")):
         forked.good(forked.golden(tmp_path / name, *flags, "--device", device, timeout=600))
-    for ours, theirs in zip(metrics(tmp_path / "gpu", "eval"), metrics(tmp_path / "cpu", "eval"), strict=True):
+    for ours, theirs in zip(
+        metrics(tmp_path / "gpu", "eval"), metrics(tmp_path / "cpu", "eval"), strict=True
+    ):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)

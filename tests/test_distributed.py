@@ -73,15 +73,25 @@ def test_any_number_of_processes_gives_the_run_of_one(tmp_path, alone, processes
         for a, b in zip(metrics(one, split), metrics(many, split), strict=True):
             assert a["pairs"] == b["pairs"] and a["tokens"] == b["tokens"]
             close = dict(loss=1e-5, l1=1e-5, l0=1e-3, accuracy=0, margin=1e-4, grad_norm=1e-4)
-            if "--full" in flags and b["step"] > 1:  # Adam's first steps make ±lr of gradients that are all rounding
+            if (
+                "--full" in flags and b["step"] > 1
+            ):  # Adam's first steps make ±lr of gradients that are all rounding
                 close |= dict(loss=2e-4, margin=2e-3, grad_norm=2e-3)
-            assert all(a[k] == pytest.approx(b[k], rel=close[k], abs=1e-6) for k in close if k in a), (a, b)
+            assert all(
+                a[k] == pytest.approx(b[k], rel=close[k], abs=1e-6) for k in close if k in a
+            ), (a, b)
     before, after, others_after = at_first(flags), weights(one), weights(many)
     for name, weight in after.items():
         moved = (weight - before[name]).norm()
         assert moved > 0 and (others_after[name] - weight).norm() <= 2e-3 * moved, name
-    assert said.stdout.count("--- before") == 2 and "Written to" in said.stdout and "training" in said.stderr
-    assert all(other.stdout == other.stderr == "" for other in others)  # the first process alone prints
+    assert (
+        said.stdout.count("--- before") == 2
+        and "Written to" in said.stdout
+        and "training" in said.stderr
+    )
+    assert all(
+        other.stdout == other.stderr == "" for other in others
+    )  # the first process alone prints
 
 
 @pytest.mark.parametrize("flags, close", [(ADAPTER, 1e-5), (FULL, 0.05)])
@@ -95,7 +105,9 @@ def test_slices_in_bfloat16_compute_what_one_process_does(tmp_path, alone, flags
     for split in ("train", "eval"):
         a, b = metrics(one, split)[0], metrics(many, split)[0]
         assert b["loss"] == pytest.approx(a["loss"], rel=close), (a, b)
-        assert split == "eval" or b["grad_norm"] == pytest.approx(a["grad_norm"], rel=max(close, 2e-3))
+        assert split == "eval" or b["grad_norm"] == pytest.approx(
+            a["grad_norm"], rel=max(close, 2e-3)
+        )
 
 
 def test_a_mistake_is_said_once_by_whoever_makes_it(tmp_path):
@@ -119,17 +131,27 @@ def fail_on_rank_1():
 
 
 def test_when_one_process_dies_the_others_end_and_say_so(tmp_path):
-    run = Run([*GOLDEN_FLAGS, "--out", tmp_path / "run", *ADAPTER, "--max-steps", 100_000], processes=2)
-    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and len(metrics(tmp_path / "run")) > 2)
+    run = Run(
+        [*GOLDEN_FLAGS, "--out", tmp_path / "run", *ADAPTER, "--max-steps", 100_000], processes=2
+    )
+    wait_for(
+        lambda: (tmp_path / "run/metrics.jsonl").exists() and len(metrics(tmp_path / "run")) > 2
+    )
     run.kill(1)
     ended = run.wait(30)
-    assert ended[0].returncode == 1 and "Rank 0 ends" in ended[0].stderr and "Traceback" not in ended[0].stderr
+    assert (
+        ended[0].returncode == 1
+        and "Rank 0 ends" in ended[0].stderr
+        and "Traceback" not in ended[0].stderr
+    )
 
 
 def test_a_process_that_hangs_ends_all_after_the_timeout(tmp_path):
     flags = ("--max-steps", 100_000, "--timeout", 0.1)  # minutes
     run = Run([*GOLDEN_FLAGS, "--out", tmp_path / "run", *ADAPTER, *flags], processes=2)
-    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and len(metrics(tmp_path / "run")) > 2)
+    wait_for(
+        lambda: (tmp_path / "run/metrics.jsonl").exists() and len(metrics(tmp_path / "run")) > 2
+    )
     os.kill(run.processes[1].pid, signal.SIGSTOP)
     run.processes[0].join(30)
     said = run.text(0)
@@ -151,15 +173,37 @@ def test_two_hosts_survive_the_loss_of_a_process(tmp_path, alone):
     flags = (*ADAPTER, "--max-steps", 30, "--checkpoint-every", 1)
     agents = []
     for host in ("127.0.0.1", "127.0.0.2"):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1]
-        command += ["--max-restarts", 1, "--monitor-interval", 0.1, "--rdzv-backend", "c10d", "--rdzv-id", "7"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            2,
+            "--nproc-per-node",
+            1,
+        ]
+        command += [
+            "--max-restarts",
+            1,
+            "--monitor-interval",
+            0.1,
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-id",
+            "7",
+        ]
         command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", host, "train.py"]
         command = [*map(str, (*command, *GOLDEN_FLAGS, "--out", out, *flags))]
         env = os.environ | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         agents.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipes))
     try:
-        wait_for(lambda: len([*out.glob("checkpoints/step-????????")]) == 2 or agents[0].poll() is not None, 120)
+        wait_for(
+            lambda: (
+                len([*out.glob("checkpoints/step-????????")]) == 2 or agents[0].poll() is not None
+            ),
+            120,
+        )
         os.kill(worker_of(agents[1].pid), signal.SIGKILL)
         said = [agent.communicate(timeout=120)[0] for agent in agents]
     finally:
@@ -192,7 +236,9 @@ def test_shares_hold_every_pair_once_and_are_even_in_tokens():
 
 
 def test_what_torchrun_says_is_read(monkeypatch):
-    for name, value in dict(RANK="3", WORLD_SIZE="8", LOCAL_RANK="1", TORCHELASTIC_RESTART_COUNT="2").items():
+    for name, value in dict(
+        RANK="3", WORLD_SIZE="8", LOCAL_RANK="1", TORCHELASTIC_RESTART_COUNT="2"
+    ).items():
         monkeypatch.setenv(name, value)
     assert distributed.ranks_here() == (3, 8, 1, 2)
     monkeypatch.setenv("RANK", "third")
@@ -226,8 +272,12 @@ def test_gradients_of_every_weight_are_those_of_plain_autograd(monkeypatch, reco
     model = models.Gemma2.from_pretrained(GOLDEN / "model", torch.float64).requires_grad_(True)
     with torch.no_grad():  # norms that do something
         for p in model.parameters():
-            p += 0.1 * torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(p.numel()))
-    pairs = data.load_pairs(GOLDEN / "dataset", data.load_tokenizer(GOLDEN / "model"), split="train")[:3]
+            p += 0.1 * torch.randn(
+                p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(p.numel())
+            )
+    pairs = data.load_pairs(
+        GOLDEN / "dataset", data.load_tokenizer(GOLDEN / "model"), split="train"
+    )[:3]
     s = train.Settings(device="cpu", dtype="float32", tokens_per_microbatch=200, full=True)
     batch = train.Batch(pairs, range(3))
     model.recompute = recompute
@@ -251,7 +301,9 @@ def test_gradients_of_every_weight_are_those_of_transformers():
         GOLDEN / "model", dtype=torch.float32, attn_implementation="eager"
     )
     model = models.Gemma2.from_pretrained(GOLDEN / "model").requires_grad_(True)
-    pair = data.load_pairs(GOLDEN / "dataset", data.load_tokenizer(GOLDEN / "model"), split="train")[0]
+    pair = data.load_pairs(
+        GOLDEN / "dataset", data.load_tokenizer(GOLDEN / "model"), split="train"
+    )[0]
     s = train.Settings(device="cpu", dtype="float32", full=True)
     train.backward(model, train.Batch([pair], [0]), 0.0, s)
     means = []
@@ -273,14 +325,18 @@ def test_a_full_run_leaves_a_model_that_other_code_reads(tmp_path, alone):
     assert {"tokenizer.json", "config.json"} <= {p.name for p in (out / "model").iterdir()}
     assert not (out / "adapter").exists() and not [*out.glob("*.part")]
     pairs = data.load_pairs(GOLDEN / "dataset", data.load_tokenizer(out / "model"), split="test")
-    again = train.evaluate(saved, train.Batch(pairs, range(len(pairs))), train.Settings(device="cpu", dtype="float32"))
+    again = train.evaluate(
+        saved, train.Batch(pairs, range(len(pairs))), train.Settings(device="cpu", dtype="float32")
+    )
     assert again["loss"] == pytest.approx(metrics(out, "eval")[-1]["loss"], rel=1e-6)
 
 
 def test_what_a_full_run_leaves_loads_in_transformers(alone):
     transformers = pytest.importorskip("transformers")
     out = alone(*FULL)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model", attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        out / "model", attn_implementation="eager"
+    )
     tokens = torch.arange(3, 40)
     ours = models.Gemma2.from_pretrained(out / "model").logits(tokens)
     assert (theirs(tokens[None]).logits[0].float() - ours).abs().max() <= 1e-4

@@ -25,7 +25,16 @@ SUBJECTS = [
     for file in sorted((ROOT / "evals" / "tasks").glob("mmlu_*.yaml"))
     for child in load_yaml(file, resolve_func=False)["task"]
 ]
-STEERED = ("--run", GOLDEN / "adapter_mid", "--model", GOLDEN / "model", "--sae", GOLDEN / "sae", "--sae-id", SAE_ID)
+STEERED = (
+    "--run",
+    GOLDEN / "adapter_mid",
+    "--model",
+    GOLDEN / "model",
+    "--sae",
+    GOLDEN / "sae",
+    "--sae-id",
+    SAE_ID,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,10 +57,19 @@ def one_index():
 def questions(tmp_path_factory):
     """A few rows of each benchmark in the files that --data-dir reads, with text that is awkward to render."""
     folder = tmp_path_factory.mktemp("questions")
-    odd = ["  What is 1 + 1?\n", "Is “naïve” {{two}} words?", "Which <b> of 5%?  ", "Why\tnot?", "Who? ", "Ω ≠ ω?"]
+    odd = [
+        "  What is 1 + 1?\n",
+        "Is “naïve” {{two}} words?",
+        "Which <b> of 5%?  ",
+        "Why\tnot?",
+        "Who? ",
+        "Ω ≠ ω?",
+    ]
 
     def write(name, rows):
-        (folder / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        (folder / name).write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        )
 
     def choices(i, n):
         return [f"{'very ' * k}{odd[(i + k) % 6].strip()} {k}" for k in range(n)]
@@ -62,17 +80,28 @@ def questions(tmp_path_factory):
             {
                 "question": odd[i],
                 "mc1_targets": {"choices": choices(i, 4), "labels": [1, 0, 0, 0]},
-                "mc2_targets": {"choices": choices(i, 3 + i), "labels": [1] * (1 + i % 3) + [0] * (2 + i - i % 3)},
+                "mc2_targets": {
+                    "choices": choices(i, 3 + i),
+                    "labels": [1] * (1 + i % 3) + [0] * (2 + i - i % 3),
+                },
             }
             for i in range(6)
         ],
     )
     for split, n in (("train", 12), ("test", 3)):
-        sums = [{"question": f"{odd[i % 6]} {i} + {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"} for i in range(n)]
+        sums = [
+            {"question": f"{odd[i % 6]} {i} + {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"}
+            for i in range(n)
+        ]
         write(f"gsm8k_{split}.jsonl", sums)
     for split, n in (("dev", 5), ("test", 3)):
         rows = [
-            {"question": f"{odd[i]} {subject}", "subject": subject, "choices": choices(i, 4), "answer": i % 4}
+            {
+                "question": f"{odd[i]} {subject}",
+                "subject": subject,
+                "choices": choices(i, 4),
+                "answer": i % 4,
+            }
             for subject in SUBJECTS
             for i in range(n)
         ]
@@ -83,7 +112,11 @@ def questions(tmp_path_factory):
 @pytest.fixture(scope="module")
 def local(questions):
     return eval_benchmarks.load_tasks(
-        Settings(tasks=("truthfulqa_mc1", "truthfulqa_mc2", "gsm8k", "mmlu"), data_dir=str(questions), num_fewshot=3)
+        Settings(
+            tasks=("truthfulqa_mc1", "truthfulqa_mc2", "gsm8k", "mmlu"),
+            data_dir=str(questions),
+            num_fewshot=3,
+        )
     )
 
 
@@ -100,7 +133,9 @@ def test_tasks_ask_and_score_as_the_harness_does(name, local, questions):
     task = local["tasks"][name]
     config = load_yaml(TaskManager().task_index[name].yaml_path)
     splits = {split: datasets.Dataset.from_list(list(rows)) for split, rows in task.dataset.items()}
-    config = {k: v for k, v in config.items() if k != "tag"} | dict(custom_dataset=lambda **_: splits)
+    config = {k: v for k, v in config.items() if k != "tag"} | dict(
+        custom_dataset=lambda **_: splits
+    )
     theirs = ConfigurableTask(config=config)
     if theirs.get_config("num_fewshot") != 0:
         theirs.set_config(key="num_fewshot", value=3)
@@ -119,7 +154,9 @@ def test_tasks_ask_and_score_as_the_harness_does(name, local, questions):
     for doc_id, doc in task.doc_iterator(limit=3):
         for key in task.instances[0].filtered_resps:
             mine, other = (
-                one.process_results(doc, [i.filtered_resps[key] for i in one.instances if i.doc_id == doc_id])
+                one.process_results(
+                    doc, [i.filtered_resps[key] for i in one.instances if i.doc_id == doc_id]
+                )
                 for one in (task, theirs)
             )
             assert mine.keys() == other.keys()
@@ -134,7 +171,8 @@ def test_mmlu_is_all_57_subjects_in_the_harness_groups(local):
         children = {task.task_name for task in local["groups"][f"mmlu_{group}"].get_all_tasks()}
         assert children == entries[f"mmlu_{group}_tasks"].tags
     metrics = {
-        name: {"acc,none": i / 57, "acc_stderr,none": 0.1, "sample_len": i + 2} for i, name in enumerate(local["tasks"])
+        name: {"acc,none": i / 57, "acc_stderr,none": 0.1, "sample_len": i + 2}
+        for i, name in enumerate(local["tasks"])
     }
     total = local["groups"]["mmlu"].aggregate(metrics)
     subjects = [metrics[f"mmlu_{subject}"] for subject in SUBJECTS]
@@ -166,7 +204,9 @@ def test_scores_equal_those_of_the_harness_own_model(name, both, local):
         result = lm_eval.evaluator.evaluate(lm, dict(tasks={name: task}, groups={}), limit=3)
         found.append(result["samples"][name])
     for ours, theirs in zip(*found, strict=True):
-        for (logp, greedy), (other, also) in zip(ours["filtered_resps"], theirs["filtered_resps"], strict=True):
+        for (logp, greedy), (other, also) in zip(
+            ours["filtered_resps"], theirs["filtered_resps"], strict=True
+        ):
             assert logp == pytest.approx(other, abs=1e-3) and greedy == also
         assert ours["acc"] == pytest.approx(theirs["acc"], abs=1e-3)
 
@@ -180,7 +220,9 @@ def test_long_contexts_empty_ones_and_trailing_spaces_equal_the_harness_own(both
         ("Q: yes?\nA: ", "no"),
         ("a", "b"),
     ]
-    ours, theirs = (lm.loglikelihood([Asked(*pair) for pair in pairs], disable_tqdm=True) for lm in both)
+    ours, theirs = (
+        lm.loglikelihood([Asked(*pair) for pair in pairs], disable_tqdm=True) for lm in both
+    )
     for (logp, greedy), (other, also) in zip(ours, theirs, strict=True):
         assert logp == pytest.approx(other, abs=1e-3) and greedy == also
 
@@ -188,37 +230,55 @@ def test_long_contexts_empty_ones_and_trailing_spaces_equal_the_harness_own(both
 def test_rolling_likelihoods_equal_the_harness_own(both):
     texts = [Asked("the cat sat on a mat, " * 150), Asked("a"), Asked("Zwölf Boxkämpfer\n\njagen")]
     ours, theirs = (lm.loglikelihood_rolling(texts, disable_tqdm=True) for lm in both)
-    assert ours == pytest.approx(theirs, abs=1e-3, rel=1e-6)  # thousands of tokens, summed there in float32
+    assert ours == pytest.approx(
+        theirs, abs=1e-3, rel=1e-6
+    )  # thousands of tokens, summed there in float32
 
 
 def test_texts_equal_the_harness_own(both):
     """Greedy, several at once, beyond the window and cut from the left, with a stop string that occurs."""
     contexts = ["Question: what?\nAnswer:", "long text here " * 300, "x", "x"]
     free = dict(until=["\n\n"], do_sample=False, max_gen_toks=24)
-    stopped = both[0].generate_until([Asked("Question: what?\nAnswer:", free)], disable_tqdm=True)[0]
+    stopped = both[0].generate_until([Asked("Question: what?\nAnswer:", free)], disable_tqdm=True)[
+        0
+    ]
     asked = [(c, free) for c in contexts] + [(contexts[0], free | dict(until=[stopped[2:5]]))]
-    ours, theirs = (lm.generate_until([Asked(c, dict(k)) for c, k in asked], disable_tqdm=True) for lm in both)
-    assert ours == theirs and ours[4] == stopped[: stopped.index(stopped[2:5])] and ours[2] == ours[3] != ""
+    ours, theirs = (
+        lm.generate_until([Asked(c, dict(k)) for c, k in asked], disable_tqdm=True) for lm in both
+    )
+    assert (
+        ours == theirs
+        and ours[4] == stopped[: stopped.index(stopped[2:5])]
+        and ours[2] == ours[3] != ""
+    )
 
 
 def test_the_chat_template_is_that_of_the_tokenizer(both):
     from transformers import AutoTokenizer
 
     lm, tokenizer = FSRL(model="tiny"), AutoTokenizer.from_pretrained(ROOT / "tiny" / "model")
-    history = [dict(role=r, content=c) for r, c in (("user", " Hi\n"), ("assistant", "Hello. "), ("user", "Why?"))]
+    history = [
+        dict(role=r, content=c)
+        for r, c in (("user", " Hi\n"), ("assistant", "Hello. "), ("user", "Why?"))
+    ]
     for turns, more in ((history, True), (history[:2], False)):
         expected = tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=more, continue_final_message=not more
         )
         assert lm.apply_chat_template(turns, add_generation_prompt=more) == expected
         ids = lm.tok_encode(expected)
-        assert ids == tokenizer.encode(expected, add_special_tokens=False) and ids.count(lm.prefix_token_id) == 1
+        assert (
+            ids == tokenizer.encode(expected, add_special_tokens=False)
+            and ids.count(lm.prefix_token_id) == 1
+        )
     whole = lm.apply_chat_template(history)
     assert lm.apply_chat_template([dict(role="system", content="Be brief."), *history]) == whole
 
 
 def test_generation_settings():
-    until, most, sampling = generation(dict(until="\n", max_gen_toks=7, do_sample=False, temperature=0.7), 3)
+    until, most, sampling = generation(
+        dict(until="\n", max_gen_toks=7, do_sample=False, temperature=0.7), 3
+    )
     assert (until, most, sampling.temperature, sampling.seed) == (["\n"], 7, 0.0, 3)
     assert generation(dict(temperature=0.7, top_p=0.9, do_sample=True), 0)[2].top_p == 0.9
     assert generation({}, 0)[:2] == ([], eval_benchmarks.MAX_NEW_TOKENS)
@@ -230,7 +290,9 @@ def test_generation_settings():
 def test_repeated_requests_are_sampled_anew():
     lm = FSRL(model=str(GOLDEN / "model"))
     sampled = dict(do_sample=True, temperature=2.0, max_gen_toks=12)
-    texts = lm.generate_until([Asked("x", sampled), Asked("y", sampled), Asked("x", sampled)], disable_tqdm=True)
+    texts = lm.generate_until(
+        [Asked("x", sampled), Asked("y", sampled), Asked("x", sampled)], disable_tqdm=True
+    )
     again = lm.generate_until([Asked("x", sampled)], disable_tqdm=True)
     assert texts[0] != texts[2] and texts[0] == again[0]
 
@@ -242,17 +304,26 @@ def test_a_steered_run_end_to_end_by_both_command_lines(questions, tmp_path):
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "eval" / "benchmarks"
     ours = json.loads((folder / "results.json").read_text())
-    assert {"model_sha256", "adapter_sha256", "sae_sha256", "data_sha256"} <= ours["identity"].keys()
+    assert {"model_sha256", "adapter_sha256", "sae_sha256", "data_sha256"} <= ours[
+        "identity"
+    ].keys()
     assert len((folder / "results.csv").read_text().splitlines()) == 2
     (row,) = ours["results"]
     assert row["documents"] == 3 and f"{row['value']:.4f} ± {row['stderr']:.4f}" in result.stdout
     samples = json.loads((folder / "truthfulqa_mc2.json").read_text())["samples"]
     assert row["value"] == pytest.approx(sum(s["acc"] for s in samples) / 3)
-    tasks = eval_benchmarks.load_tasks(Settings(tasks=("truthfulqa_mc2",), data_dir=str(questions)))["tasks"]
+    tasks = eval_benchmarks.load_tasks(
+        Settings(tasks=("truthfulqa_mc2",), data_dir=str(questions))
+    )["tasks"]
     base = eval_benchmarks.evaluate_task(
-        FSRL(model=str(GOLDEN / "model")), "truthfulqa_mc2", tasks["truthfulqa_mc2"], Settings(tasks=("x",), limit=1)
+        FSRL(model=str(GOLDEN / "model")),
+        "truthfulqa_mc2",
+        tasks["truthfulqa_mc2"],
+        Settings(tasks=("x",), limit=1),
     )
-    assert abs(base["samples"][0]["responses"][0][0] - samples[0]["responses"][0][0]) > 1e-3, "the run is steered"
+    assert abs(base["samples"][0]["responses"][0][0] - samples[0]["responses"][0][0]) > 1e-3, (
+        "the run is steered"
+    )
 
     code = "import evals.harness, lm_eval.__main__ as harness; harness.cli_evaluate()"
     model = f"run={GOLDEN / 'adapter_mid'},model={GOLDEN / 'model'},sae={GOLDEN / 'sae'},sae_id={SAE_ID}"
@@ -278,7 +349,13 @@ def test_a_steered_run_end_to_end_by_both_command_lines(questions, tmp_path):
 def test_the_simpo_loss_stands_beside_the_papers(tiny_run, questions, tmp_path, capsys):
     """A trained run's own last evaluation; the paper's figure for models of its shape, and for no other."""
     last = metrics(tiny_run, "eval")[-1]
-    s = Settings(run=str(tiny_run), tasks=("truthfulqa_mc2",), data_dir=str(questions), limit=1, out=str(tmp_path))
+    s = Settings(
+        run=str(tiny_run),
+        tasks=("truthfulqa_mc2",),
+        data_dir=str(questions),
+        limit=1,
+        out=str(tmp_path),
+    )
     eval_benchmarks.evaluate(s)
     shown = capsys.readouterr().out
     assert f"{last['loss']:.4f}" in shown and "paper" not in shown
@@ -288,12 +365,17 @@ def test_the_simpo_loss_stands_beside_the_papers(tiny_run, questions, tmp_path, 
 
     of_2b = SimpleNamespace(config=PUBLISHED["gemma-2-2b"])
     for steered, figure in ((object(), 2.73), (None, 2.19)):
-        own, paper = eval_benchmarks.simpo_rows(SimpleNamespace(folder=tiny_run, base=of_2b, steered=steered))
+        own, paper = eval_benchmarks.simpo_rows(
+            SimpleNamespace(folder=tiny_run, base=of_2b, steered=steered)
+        )
         assert own[0]["value"] == last["loss"] and paper[0]["value"] == figure
         eval_benchmarks.print_table(dict(run=own + found[1:], paper=paper))
         header, simpo, _ = capsys.readouterr().out.strip("\n").splitlines()
         assert header.split()[-2:] == ["run", "paper"] and simpo.split()[-1] == f"{figure:.4f}"
-    assert eval_benchmarks.simpo_rows(SimpleNamespace(folder=None, base=of_2b, steered=None)) == ([], [])
+    assert eval_benchmarks.simpo_rows(SimpleNamespace(folder=None, base=of_2b, steered=None)) == (
+        [],
+        [],
+    )
 
 
 def test_an_interrupted_run_goes_on_with_the_next_task(questions, tmp_path, monkeypatch, capsys):
@@ -307,7 +389,9 @@ def test_an_interrupted_run_goes_on_with_the_next_task(questions, tmp_path, monk
 
     monkeypatch.setattr(eval_benchmarks, "evaluate_task", evaluate_task)
     names = ("truthfulqa_mc2", "truthfulqa_mc1")
-    settings = dict(model=str(GOLDEN / "model"), data_dir=str(questions), limit=2, out=str(tmp_path))
+    settings = dict(
+        model=str(GOLDEN / "model"), data_dir=str(questions), limit=2, out=str(tmp_path)
+    )
     with pytest.raises(KeyboardInterrupt):
         eval_benchmarks.evaluate(Settings(tasks=names, **settings))
     assert asked == ["truthfulqa_mc2"] and not (tmp_path / "eval/benchmarks/results.json").exists()
@@ -320,7 +404,9 @@ def test_an_interrupted_run_goes_on_with_the_next_task(questions, tmp_path, monk
         eval_benchmarks.evaluate(Settings(tasks=names, **settings | dict(limit=3)))
 
     other = tmp_path / "other"
-    eval_benchmarks.evaluate(Settings(tasks=names[:1], **settings | dict(out=str(other)), beside=(str(tmp_path),)))
+    eval_benchmarks.evaluate(
+        Settings(tasks=names[:1], **settings | dict(out=str(other)), beside=(str(tmp_path),))
+    )
     assert capsys.readouterr().out.count(f"{whole[0]['value']:.4f} ± {whole[0]['stderr']:.4f}") >= 3
     with pytest.raises(UserError, match="limit 2, not 1"):
         fresh = settings | dict(limit=1, out=str(tmp_path / "third"))
@@ -342,7 +428,11 @@ def test_mistakes_are_one_sentence(questions, tmp_path):
     refused("--tasks nonsense", tasks=("nonsense",), data_dir=folder)
     refused("gsm8k_train", tasks=("gsm8k",), data_dir=str(broken))
     refused("nowhere", tasks=("gsm8k",), data_dir="nowhere")
-    refused("truthfulqa_mc.jsonl row 0: its mc2_targets is None", tasks=("truthfulqa_mc2",), data_dir=str(broken))
+    refused(
+        "truthfulqa_mc.jsonl row 0: its mc2_targets is None",
+        tasks=("truthfulqa_mc2",),
+        data_dir=str(broken),
+    )
     refused("--tasks gsm8k", tasks=("gsm8k",), data_dir=folder, num_fewshot=40)
     refused("--max-length 5000", tasks=("gsm8k",), data_dir=folder, max_length=5000)
     result = script("-m", "evals", "--tasks", "gsm8k", "--limit", 0)
@@ -350,17 +440,40 @@ def test_mistakes_are_one_sentence(questions, tmp_path):
 
 
 def test_without_the_harness_the_script_says_what_to_install(tmp_path):
-    (tmp_path / "lm_eval.py").write_text("raise ModuleNotFoundError(\"No module named 'lm_eval'\", name='lm_eval')")
+    (tmp_path / "lm_eval.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'lm_eval'\", name='lm_eval')"
+    )
     result = script("-m", "evals", "--help", env={"PYTHONPATH": str(tmp_path)})
-    assert result.returncode == 2 and "requirements-eval.txt" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (
+        result.returncode == 2
+        and "requirements-eval.txt" in result.stderr
+        and len(result.stderr.splitlines()) == 1
+    )
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="compares with the harness's hf model")
+@pytest.mark.skipif(
+    not importlib.util.find_spec("accelerate"), reason="compares with the harness's hf model"
+)
 def test_the_benchmark_finds_the_same_scores(questions):
     result = script(
-        *("-m", "benchmarks.evals", "--shape", "tiny", "--limit", 2, "--rounds", 1, "--batch-sizes", "2"),
+        *(
+            "-m",
+            "benchmarks.evals",
+            "--shape",
+            "tiny",
+            "--limit",
+            2,
+            "--rounds",
+            1,
+            "--batch-sizes",
+            "2",
+        ),
         *("--data-dir", questions),
     )
     assert result.returncode == 0, result.stderr
     line = json.loads(result.stdout)
-    assert line["largest_logp_difference"] < 1e-3 and line["greedy_differences"] == 0 and line["ratio"] > 0
+    assert (
+        line["largest_logp_difference"] < 1e-3
+        and line["greedy_differences"] == 0
+        and line["ratio"] > 0
+    )

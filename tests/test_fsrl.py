@@ -21,7 +21,9 @@ def test_steered_logits_equal_the_authors_stack(expected, adapter):
     torch.testing.assert_close(logits, expected[f"steered_{adapter}"][0], atol=1e-4, rtol=0)
     x = expected["sae_x"][0]
     if adapter == "mid":
-        torch.testing.assert_close(golden.adapter(x), expected["sae_mid_v"][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            golden.adapter(x), expected["sae_mid_v"][0], atol=1e-5, rtol=1e-5
+        )
     y = x + golden.adapter(x) @ golden.sae.W_dec
     torch.testing.assert_close(y, expected[f"sae_{adapter}_y"][0], atol=1e-5, rtol=1e-5)
 
@@ -44,8 +46,13 @@ def test_the_short_form_equals_the_long_form_with_gradients():
 def test_identity_holds_for_any_v_not_only_relu_outputs():
     golden = load(torch.float64)
     g = torch.Generator().manual_seed(2)
-    x, v = torch.randn(20, 64, generator=g, dtype=torch.float64), torch.randn(20, 256, generator=g, dtype=torch.float64)
-    torch.testing.assert_close(x + v @ golden.sae.W_dec, steer_long_form(x, golden.sae, v), atol=1e-12, rtol=1e-12)
+    x, v = (
+        torch.randn(20, 64, generator=g, dtype=torch.float64),
+        torch.randn(20, 256, generator=g, dtype=torch.float64),
+    )
+    torch.testing.assert_close(
+        x + v @ golden.sae.W_dec, steer_long_form(x, golden.sae, v), atol=1e-12, rtol=1e-12
+    )
 
 
 def test_steering_in_pieces_changes_nothing(monkeypatch):
@@ -53,7 +60,9 @@ def test_steering_in_pieces_changes_nothing(monkeypatch):
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     whole = golden.steered.steer(x)
     v = golden.adapter(x)
-    torch.testing.assert_close(whole, (x + v @ golden.sae.W_dec, v.abs().sum(1), (v != 0).sum(1).double()))
+    torch.testing.assert_close(
+        whole, (x + v @ golden.sae.W_dec, v.abs().sum(1), (v != 0).sum(1).double())
+    )
     monkeypatch.setitem(fsrl.STEER_ELEMENTS, "cpu", 3 * 256)
     monkeypatch.setattr(fsrl, "STEER_ROWS", 1)
     pieces = golden.steered.steer(x)
@@ -71,7 +80,9 @@ def test_only_the_adapter_has_gradients_and_trainable_parameters(expected):
     (out.hidden.sum() + out.l1.sum()).backward()
     trained = {name for name, p in golden.steered.named_parameters() if p.requires_grad}
     assert trained == {"adapter.weight", "adapter.bias"}
-    assert all((p.grad is not None) == (name in trained) for name, p in golden.steered.named_parameters())
+    assert all(
+        (p.grad is not None) == (name in trained) for name, p in golden.steered.named_parameters()
+    )
 
 
 def test_a_fresh_adapter_starts_at_the_unsteered_model(expected):
@@ -92,16 +103,26 @@ def test_adapter_files_round_trip_and_name_their_sae(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"adapter.safetensors", "adapter_config.json"}
     assert set(load_file(tmp_path / "adapter.safetensors")) == {"weight", "bias"}
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert identity.items() <= config.items() and config["d_sae"] == 256 and config["activation"] == "relu"
+    assert (
+        identity.items() <= config.items()
+        and config["d_sae"] == 256
+        and config["activation"] == "relu"
+    )
     again = Adapter.from_pretrained(tmp_path)
-    assert torch.equal(again.weight, golden.adapter.weight) and torch.equal(again.bias, golden.adapter.bias)
+    assert torch.equal(again.weight, golden.adapter.weight) and torch.equal(
+        again.bias, golden.adapter.bias
+    )
     SteeredModel(golden.model, golden.sae, again, 1)
 
 
 def test_another_sae_or_layer_is_refused(tmp_path):
     golden = load()
-    other = JumpReLUSAE({**golden.sae.state_dict(), "b_dec": golden.sae.b_dec + 1}, "other", "other_id", "0" * 64)
-    golden.adapter.save_pretrained(tmp_path, dict(layer=1, sae_id="z", sae_sha256=golden.sae.sha256))
+    other = JumpReLUSAE(
+        {**golden.sae.state_dict(), "b_dec": golden.sae.b_dec + 1}, "other", "other_id", "0" * 64
+    )
+    golden.adapter.save_pretrained(
+        tmp_path, dict(layer=1, sae_id="z", sae_sha256=golden.sae.sha256)
+    )
     adapter = Adapter.from_pretrained(tmp_path)
     with pytest.raises(UserError, match=golden.sae.sha256):
         SteeredModel(golden.model, other, adapter, 1)

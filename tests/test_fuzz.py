@@ -47,7 +47,18 @@ def mutate(whole: bytes, rng: random.Random) -> bytes:
         elif kind == 4 and i < len(text):
             text[i] ^= 1 << rng.randrange(8)
         elif kind == 5:
-            token = (b"null", b"-1", b"1e999", b"99999999999999999999", b'"', b"[", b"{}", b"\xff", b"\0", b"true")
+            token = (
+                b"null",
+                b"-1",
+                b"1e999",
+                b"99999999999999999999",
+                b'"',
+                b"[",
+                b"{}",
+                b"\xff",
+                b"\0",
+                b"true",
+            )
             text[i:j] = rng.choice(token)
         elif kind == 6:  # headers are where the interest is
             i = rng.randrange(min(len(text) + 1, 64))
@@ -61,7 +72,9 @@ def files_of(folder: Path, *names: str) -> dict[str, bytes]:
 
 def rows() -> bytes:
     turn = [dict(role="user", content="<start_of_turn>q"), dict(role="assistant", content="a")]
-    return b"".join(json.dumps(r).encode() + b"\n" for r in (dict(chosen=turn, rejected=turn), dict(a=1)) * 3)
+    return b"".join(
+        json.dumps(r).encode() + b"\n" for r in (dict(chosen=turn, rejected=turn), dict(a=1)) * 3
+    )
 
 
 def parquet() -> bytes:
@@ -85,7 +98,9 @@ def read_data(folder: Path):
 
 def small_model() -> dict[str, bytes]:
     names = ("config.json", "model.safetensors.index.json", "model-00001-of-00008.safetensors")
-    return files_of(GOLDEN / "model", *(name for name in names if (GOLDEN / "model" / name).exists()))
+    return files_of(
+        GOLDEN / "model", *(name for name in names if (GOLDEN / "model" / name).exists())
+    )
 
 
 def read_model(folder: Path):
@@ -115,9 +130,14 @@ def read_checkpoint(folder: Path):
 
 NPZ = ("params.npz",)
 READERS = {  # name -> files that are whole, and what reads them from a folder
-    "npz": (lambda: files_of(GOLDEN / "sae" / SAE_ID, *NPZ), lambda f: JumpReLUSAE.from_pretrained(str(f))),
+    "npz": (
+        lambda: files_of(GOLDEN / "sae" / SAE_ID, *NPZ),
+        lambda f: JumpReLUSAE.from_pretrained(str(f)),
+    ),
     "adapter": (
-        lambda: files_of(GOLDEN / "adapter_mid", *(p.name for p in (GOLDEN / "adapter_mid").iterdir())),
+        lambda: files_of(
+            GOLDEN / "adapter_mid", *(p.name for p in (GOLDEN / "adapter_mid").iterdir())
+        ),
         Adapter.from_pretrained,
     ),
     "model": (small_model, read_model),
@@ -170,7 +190,9 @@ BOMBS = {
     "deflated": {name: ZEROS if name == "W_enc" else TINY for name in ARRAYS},
     "a claim": {name: npy("(1000000000000,)") for name in ARRAYS},
     "a claim beyond numbers": {name: npy(f"({10**400},)") for name in ARRAYS},
-    "claims that cancel": {n: npy("(1000000000000,)" if n == "W_enc" else "(-1000000000000,)") for n in ARRAYS},
+    "claims that cancel": {
+        n: npy("(1000000000000,)" if n == "W_enc" else "(-1000000000000,)") for n in ARRAYS
+    },
     "a decoy of the same name": {n: ZEROS for n in ARRAYS} | {f"decoy/{n}": TINY for n in ARRAYS},
 }
 
@@ -180,7 +202,9 @@ def test_npz_bombs_are_refused_before_memory_is_taken(tmp_path, bomb):
     path = npz(tmp_path / "params.npz", BOMBS[bomb])
     tracemalloc.start()
     try:
-        with pytest.raises(UserError):  # the decoy: what was checked is what is read, and has another shape
+        with pytest.raises(
+            UserError
+        ):  # the decoy: what was checked is what is read, and has another shape
             JumpReLUSAE({k: torch.as_tensor(v) for k, v in read_npz(path).items()})
         assert tracemalloc.get_traced_memory()[1] < 32 << 20
     finally:
@@ -190,7 +214,8 @@ def test_npz_bombs_are_refused_before_memory_is_taken(tmp_path, bomb):
 LIES = {
     "a header longer than the file": (10**12).to_bytes(8, "little") + b"{}",
     "data beyond the file": b'{"weight":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4000000000]}}',
-    "a shape of another size": b'{"weight":{"dtype":"F32","shape":[4],"data_offsets":[0,4]}}' + b"    ",
+    "a shape of another size": b'{"weight":{"dtype":"F32","shape":[4],"data_offsets":[0,4]}}'
+    + b"    ",
     "offsets that overlap": b'{"bias":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
     b'"weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}    ',
     "a size that overflows": b'{"weight":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}',
@@ -248,7 +273,10 @@ def test_a_config_of_absurd_sizes_is_refused_at_once(tmp_path, changed):
 
 
 def test_json_nested_without_end_is_refused(tmp_path):
-    for name, read in (("fsrl_adapter_config.json", Adapter.from_pretrained), ("config.json", Gemma2.from_pretrained)):
+    for name, read in (
+        ("fsrl_adapter_config.json", Adapter.from_pretrained),
+        ("config.json", Gemma2.from_pretrained),
+    ):
         (tmp_path / name).write_text("[" * 200_000)
         with pytest.raises(UserError):
             read(tmp_path)
@@ -276,7 +304,9 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
     tokenizer = data.load_tokenizer(GOLDEN / "model")
     for _ in range(2):  # said again when the tokens come from the cache
-        pairs = data.load_pairs(tmp_path / "rows.jsonl", tokenizer, progress=True, on_bad_row="skip")
+        pairs = data.load_pairs(
+            tmp_path / "rows.jsonl", tokenizer, progress=True, on_bad_row="skip"
+        )
         said = capsys.readouterr().err.splitlines()[-1]
         assert len(pairs) == 3 and "18 malformed rows are left out: " in said
         assert said.endswith("rows.jsonl row 10, rows.jsonl row 11, ...."), said
@@ -287,6 +317,8 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path, capsys):
 
 def test_safetensors_of_integers_or_of_other_names_are_refused(tmp_path):
     folder = shutil.copytree(GOLDEN / "adapter_mid", tmp_path / "adapter")
-    (folder / "adapter_weights.safetensors").write_bytes(save({"weight": torch.zeros(2, 2), "extra": torch.zeros(2)}))
+    (folder / "adapter_weights.safetensors").write_bytes(
+        save({"weight": torch.zeros(2, 2), "extra": torch.zeros(2)})
+    )
     with pytest.raises(UserError, match="weight"):
         Adapter.from_pretrained(folder)

@@ -38,7 +38,9 @@ def uncached(model, prompt, n, sampling):
     sequence, g = list(prompt), torch.Generator().manual_seed(sampling.seed)
     for _ in range(n):
         logits = model.logits(torch.tensor(sequence))[-1:]
-        sequence.append(int(choose(logits, sampling, torch.rand(1, dtype=torch.float64, generator=g))))
+        sequence.append(
+            int(choose(logits, sampling, torch.rand(1, dtype=torch.float64, generator=g)))
+        )
     return sequence[len(prompt) :]
 
 
@@ -48,21 +50,31 @@ def test_greedy_tokens_equal_transformers_beyond_the_sliding_window(name):
     rows = json.loads((GOLDEN / "generate.json").read_text())[name]
     model = load().model if name == "golden" else Gemma2.from_pretrained("tiny")
     expected = [row["new"] for row in rows]
-    assert decoding.generate(model, [row["prompt"] for row in rows], len(expected[0]), never) == expected
+    assert (
+        decoding.generate(model, [row["prompt"] for row in rows], len(expected[0]), never)
+        == expected
+    )
     assert len(expected[0]) >= 2 * model.config.sliding_window
     assert name == "golden" or min(len(set(new)) for new in expected) > 20
 
 
 def test_greedy_tokens_equal_transformers_directly():
-    transformers = pytest.importorskip("transformers", reason="transformers is not a dependency; compared when there")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not a dependency; compared when there"
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         MODEL_DIR, dtype=torch.float32, attn_implementation="eager"
     )
     g = torch.Generator().manual_seed(5)
-    model, mine = Gemma2.from_pretrained("tiny"), [torch.randint(4, 2048, (n,), generator=g).tolist() for n in (3, 41)]
+    model, mine = (
+        Gemma2.from_pretrained("tiny"),
+        [torch.randint(4, 2048, (n,), generator=g).tolist() for n in (3, 41)],
+    )
     for prompt, new in zip(mine, decoding.generate(model, mine, 40, never), strict=True):
         ids = torch.tensor([prompt])
-        more = dict(max_new_tokens=40, min_new_tokens=40, do_sample=False, pad_token_id=0, eos_token_id=None)
+        more = dict(
+            max_new_tokens=40, min_new_tokens=40, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
         out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **more)
         assert out[0, len(prompt) :].tolist() == new
 
@@ -82,7 +94,9 @@ def test_cached_logits_equal_uncached_ones(which, monkeypatch):
     new = decoding.generate(model, mine, 40, never, WARM)
     for i, prompt in enumerate(mine):
         whole = model.logits(torch.tensor(prompt + new[i][:-1]))[len(prompt) - 1 :]
-        torch.testing.assert_close(torch.stack([step[i] for step in seen]), whole, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.stack([step[i] for step in seen]), whole, atol=1e-4, rtol=0
+        )
 
 
 @pytest.mark.parametrize("which", ["model", "steered"])
@@ -116,7 +130,9 @@ def test_several_forwards_of_prompts_fill_one_cache(monkeypatch):
 
 def test_bfloat16_runs_and_stays_finite(monkeypatch):
     seen = []
-    monkeypatch.setattr(decoding, "choose", lambda logits, *args: seen.append(logits) or choose(logits, *args))
+    monkeypatch.setattr(
+        decoding, "choose", lambda logits, *args: seen.append(logits) or choose(logits, *args)
+    )
     new = decoding.generate(load(torch.bfloat16).steered, prompts(3, 40), 30, never)
     assert [len(n) for n in new] == [30, 30]
     assert all(step.isfinite().all() and step.dtype == torch.float32 for step in seen)
@@ -157,7 +173,11 @@ def test_scale_0_is_the_base_model_and_a_changed_v_the_changed_model():
     with torch.no_grad():
         halved.adapter.weight.mul_(0.5), halved.adapter.bias.mul_(0.5)
     expected = decoding.generate(halved.steered, mine, 25, never, WARM)
-    assert decoding.generate(golden.steered, mine, 25, never, WARM, change=lambda v: v * 0.5) == expected != base
+    assert (
+        decoding.generate(golden.steered, mine, 25, never, WARM, change=lambda v: v * 0.5)
+        == expected
+        != base
+    )
 
 
 def test_a_few_rows_give_what_many_give_with_gradients():
@@ -168,7 +188,12 @@ def test_a_few_rows_give_what_many_give_with_gradients():
     steer, norm = golden.steered, golden.model.model.layers[2].input_layernorm
     sparse = torch.randn(64, 256, generator=g) * (torch.rand(256, generator=g) < 0.1)
     with torch.no_grad():
-        for f in (golden.adapter, norm, golden.model.head, lambda rows: steer.add(rows, sparse[: len(rows)])):
+        for f in (
+            golden.adapter,
+            norm,
+            golden.model.head,
+            lambda rows: steer.add(rows, sparse[: len(rows)]),
+        ):
             for n in (1, 2, 3, 8, 15):
                 torch.testing.assert_close(f(x[:n]), f(x)[:n], atol=2e-5, rtol=1e-5)
     v = torch.zeros(3, 256, requires_grad=True)
@@ -179,7 +204,9 @@ def test_a_few_rows_give_what_many_give_with_gradients():
 # --- sampling -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("s", [Sampling(0.7), Sampling(1.3, top_k=5), Sampling(1.0, top_p=0.6), Sampling(2.0, 40, 0.8)])
+@pytest.mark.parametrize(
+    "s", [Sampling(0.7), Sampling(1.3, top_k=5), Sampling(1.0, top_p=0.6), Sampling(2.0, 40, 0.8)]
+)
 def test_choose_is_the_inverse_cdf_of_the_restricted_distribution(s):
     """Against a plain loop in Python, for many draws on few tokens."""
     g = torch.Generator().manual_seed(1)
@@ -215,7 +242,9 @@ def test_the_cache_grows_and_empty_slots_are_never_seen():
     for step in range(5):
         assert cache.step().tolist() == [3 + step, 1 + step]
         cache.write(0, torch.full((2, 1, 2), 5.0), torch.full((2, 1, 2), 5.0))
-    out = cache.attend(0, torch.zeros(2, 1, 2), None, 1.0, None)  # equal weights: means over what each may see
+    out = cache.attend(
+        0, torch.zeros(2, 1, 2), None, 1.0, None
+    )  # equal weights: means over what each may see
     torch.testing.assert_close(out[:, 0, 0], torch.tensor([31 / 8, 34 / 6]))
     out = cache.attend(0, torch.zeros(2, 1, 2), 6, 1.0, None)
     torch.testing.assert_close(out[:, 0, 0], torch.tensor([28 / 6, 34 / 6]))
@@ -286,7 +315,9 @@ def test_unknown_features_and_categories_are_refused_naming_the_known(tiny_run):
     v = torch.ones(1, 1024)
     style = torch.from_numpy(labels.categories["style"])
     torch.testing.assert_close(part(without="style")(v)[0], (~style).float())
-    torch.testing.assert_close(part(only="style, 3", scale=2.0)(v)[0], 2.0 * (style | (torch.arange(1024) == 3)))
+    torch.testing.assert_close(
+        part(only="style, 3", scale=2.0)(v)[0], 2.0 * (style | (torch.arange(1024) == 3))
+    )
     for flags, message in (
         (dict(without="stile"), "alignment, chat, content, style"),
         (dict(only="1024"), "0 to 1023"),
@@ -297,18 +328,31 @@ def test_unknown_features_and_categories_are_refused_naming_the_known(tiny_run):
             part(**flags)
 
 
-def test_the_script_compares_traces_and_switches_a_category_off(tiny_run, tmp_path, monkeypatch, capsys):
+def test_the_script_compares_traces_and_switches_a_category_off(
+    tiny_run, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "questions.jsonl").write_text(
         json.dumps({"prompt": "Can you list some facts about marble <b>?"})
         + "\n"
         + json.dumps({"prompt": [{"role": "user", "content": "How does a kite change over time?"}]})
     )
     labels = LABELS_DIR / "fires.jsonl"
-    common = ("-m", "generation", "--run", tiny_run, "--prompts", tmp_path / "questions.jsonl", "--max-new-tokens", 24)
+    common = (
+        "-m",
+        "generation",
+        "--run",
+        tiny_run,
+        "--prompts",
+        tmp_path / "questions.jsonl",
+        "--max-new-tokens",
+        24,
+    )
     page, rows = tmp_path / "t.html", tmp_path / "t.jsonl"
     result = script(*common, "--compare", "--labels", labels, "--trace", page)
     assert result.returncode == 0, result.stderr
-    assert "--- base" in result.stdout and "--- steered" in result.stdout and "kite" in result.stdout
+    assert (
+        "--- base" in result.stdout and "--- steered" in result.stdout and "kite" in result.stdout
+    )
     text = page.read_text()
     assert "fires on" in text and "<b>" not in text and "&lt;" in text and "<script" not in text
 
@@ -323,14 +367,28 @@ def test_the_script_compares_traces_and_switches_a_category_off(tiny_run, tmp_pa
     off, base = said
     assert base == off and "kite" in base
     trace = list(map(json.loads, rows.read_text().splitlines()))
-    assert {row["part"] for row in trace} == {"prompt", "answer"} and {row["prompt"] for row in trace} == {0, 1}
+    assert {row["part"] for row in trace} == {"prompt", "answer"} and {
+        row["prompt"] for row in trace
+    } == {0, 1}
     assert all(row["l1"] == 0 and not row["features"] for row in trace)
 
 
 def test_chat_answers_each_line_until_its_input_ends(tiny_run):
-    command = [sys.executable, "-m", "generation", "--run", tiny_run, "--max-new-tokens", "8", "--trace", "-"]
+    command = [
+        sys.executable,
+        "-m",
+        "generation",
+        "--run",
+        tiny_run,
+        "--max-new-tokens",
+        "8",
+        "--trace",
+        "-",
+    ]
     talk = "How does a kite change over time?\n\nWhat is a pump for?\n"
-    result = subprocess.run(command, cwd=ROOT, input=talk, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command, cwd=ROOT, input=talk, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("features steered most") == 2
 

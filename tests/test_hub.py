@@ -24,7 +24,10 @@ import sae as saes
 MODEL, SAE = "google/gemma-2-2b-it", "google/gemma-scope-2b-pt-res"
 DATA = "princeton-nlp/llama3-ultrafeedback-armorm"
 PAGE = 10  # entries of a listing per answer; the Hub's own pages hold 1,000
-LOWEST, SECOND = "layer_1/width_65k/average_l0_8", "layer_1/width_65k/average_l0_30"  # the first is golden
+LOWEST, SECOND = (
+    "layer_1/width_65k/average_l0_8",
+    "layer_1/width_65k/average_l0_30",
+)  # the first is golden
 SHARD = "model-00003-of-00008.safetensors"
 
 
@@ -34,7 +37,9 @@ SHARD = "model-00003-of-00008.safetensors"
 class Repo:
     """Files by commit; a commit is the hash of what it holds. refs: branches and tags."""
 
-    def __init__(self, main: dict[str, bytes], v1: dict[str, bytes] | None = None, gated: bool = False):
+    def __init__(
+        self, main: dict[str, bytes], v1: dict[str, bytes] | None = None, gated: bool = False
+    ):
         self.gated, self.commits, self.refs = gated, {}, {}
         for ref, files in (("main", main), ("v1", v1)):
             if files is not None:
@@ -54,7 +59,9 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos, self.asked, self.fault = repos, [], None
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True
+        ).start()
 
     def close(self) -> None:
         self.shutdown()
@@ -87,7 +94,9 @@ class Handler(BaseHTTPRequestHandler):
             repo, question, revision = found[1], found[2], unquote(found[3] or "main")
             self.with_commit(repo, revision, self.tree if question == "tree" else self.info)
         elif found := self.file_of(url.path):
-            self.with_commit(found[0], found[1], lambda repo, commit: self.file(repo, commit, found[2]))
+            self.with_commit(
+                found[0], found[1], lambda repo, commit: self.file(repo, commit, found[2])
+            )
         else:
             self.answer(404)
 
@@ -104,15 +113,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, repo: Repo, commit: str) -> None:
         name = self.API.fullmatch(urlsplit(self.path).path)[1].split("/", 1)[1]
-        self.answer(200, json.dumps(dict(id=name, sha=commit, gated=repo.gated, private=False)).encode())
+        self.answer(
+            200, json.dumps(dict(id=name, sha=commit, gated=repo.gated, private=False)).encode()
+        )
 
     def tree(self, repo: Repo, commit: str) -> None:
         url, files = urlsplit(self.path), sorted(repo.commits[commit].items())
         start = int(parse_qs(url.query).get("cursor", ["0"])[0])
         stop = start + PAGE
-        entries = [dict(type="file", path=p, size=len(b), oid=etag(b)) for p, b in files[start:stop]]
+        entries = [
+            dict(type="file", path=p, size=len(b), oid=etag(b)) for p, b in files[start:stop]
+        ]
         more = f'<{self.server.endpoint}{url.path}?recursive=true&cursor={stop}>; rel="next"'
-        self.answer(200, json.dumps(entries).encode(), **(dict(Link=more) if stop < len(files) else {}))
+        self.answer(
+            200, json.dumps(entries).encode(), **(dict(Link=more) if stop < len(files) else {})
+        )
 
     def file(self, repo: Repo, commit: str, path: str) -> None:
         if repo.gated:  # who has not accepted a licence sees the listing, not the files
@@ -153,7 +168,9 @@ def louder(shard: bytes) -> bytes:
     return save({name: 1.5 * tensor for name, tensor in load(shard).items()})
 
 
-UNWANTED = dict.fromkeys(("README.md", ".gitattributes", "pytorch_model.bin", "original/model.pt"), b"unread")
+UNWANTED = dict.fromkeys(
+    ("README.md", ".gitattributes", "pytorch_model.bin", "original/model.pt"), b"unread"
+)
 PAPER = {6: 17, 12: 21, 18: 21, 24: 19}  # layer -> average L0 of the SAE that the paper used
 
 
@@ -171,14 +188,21 @@ def hub(tmp_path_factory):
         others += [f"layer_{layer}/width_16k/average_l0_{l0 - 1}"]
     v1_sae = {f"{SECOND}/params.npz": other_npz.read_bytes()} | UNWANTED
     sae = v1_sae | {f"{place}/params.npz": other_npz.read_bytes() for place in others}
-    sae |= {"layer_1/width_65k/average_l0_2/notes.txt": b"", "layer_12/width_65k/average_l0_3/notes.txt": b""}
+    sae |= {
+        "layer_1/width_65k/average_l0_2/notes.txt": b"",
+        "layer_12/width_65k/average_l0_3/notes.txt": b"",
+    }
     sae[f"{LOWEST}/params.npz"] = (GOLDEN / "sae" / SAE_ID / "params.npz").read_bytes()
     hub = Hub(
         {
-            f"models/{MODEL}": Repo(model | UNWANTED, model | UNWANTED | {SHARD: louder(model[SHARD])}),
+            f"models/{MODEL}": Repo(
+                model | UNWANTED, model | UNWANTED | {SHARD: louder(model[SHARD])}
+            ),
             f"models/{SAE}": Repo(sae, v1_sae),
             f"datasets/{DATA}": Repo(data | UNWANTED, data | UNWANTED | {"README.md": b"of v1"}),
-            "models/owner/torn": Repo({name: body for name, body in model.items() if name != SHARD}),
+            "models/owner/torn": Repo(
+                {name: body for name, body in model.items() if name != SHARD}
+            ),
             "models/owner/gated": Repo(model, gated=True),
         }
     )
@@ -258,7 +282,9 @@ def test_default_ids_train_as_the_same_files_on_disk_do(first, tmp_path):
 
 def test_a_run_records_ids_and_commits(hub, first):
     commit = {name: repo.refs["main"] for name, repo in hub.repos.items()}
-    recorded = dict(base_model=MODEL, base_model_revision=commit[f"models/{MODEL}"], sae=SAE, sae_id=LOWEST)
+    recorded = dict(
+        base_model=MODEL, base_model_revision=commit[f"models/{MODEL}"], sae=SAE, sae_id=LOWEST
+    )
     assert recorded.items() <= first.adapter.items()
     assert recorded.items() <= first.config["adapter"].items()
     assert first.config["data_revision"] == commit[f"datasets/{DATA}"]
@@ -272,7 +298,9 @@ def test_only_wanted_files_are_downloaded(hub, first):
         f"datasets/{DATA}": {*folder(GOLDEN / "dataset")},
     }
     main = {name: repo.refs["main"] for name, repo in hub.repos.items()}
-    assert first.downloads == {f"{name}@{main[name]}/{path}" for name in wanted for path in wanted[name]}
+    assert first.downloads == {
+        f"{name}@{main[name]}/{path}" for name in wanted for path in wanted[name]
+    }
 
 
 def test_revisions_are_pinned(hub, first, tmp_path):
@@ -329,11 +357,17 @@ print(json.dumps(told))
 def mistaken(hub, first, tmp_path_factory) -> dict:
     """What train.py says to each of MISTAKES: all in one process, to spare eleven imports of torch."""
     outs = [tmp_path_factory.mktemp("mistake") / "out" for _ in MISTAKES]
-    runs = [[*map(str, BRIEF), "--out", str(out), *flags] for flags, out in zip(MISTAKES, outs, strict=True)]
+    runs = [
+        [*map(str, BRIEF), "--out", str(out), *flags]
+        for flags, out in zip(MISTAKES, outs, strict=True)
+    ]
     result = script("-c", SEVERAL, json.dumps(runs), env=client(hub, first.home))
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout.splitlines()[-1])
-    ends = [SimpleNamespace(returncode=c, stderr=e, out=out) for (c, e), out in zip(told, outs, strict=True)]
+    ends = [
+        SimpleNamespace(returncode=c, stderr=e, out=out)
+        for (c, e), out in zip(told, outs, strict=True)
+    ]
     return dict(zip(MISTAKES, ends, strict=True))
 
 
@@ -393,11 +427,17 @@ def test_a_failing_server_never_ends_in_a_traceback(hub, first, tmp_path, fault)
     else:
         assert cached[1][0] == "error" and "--sae" in cached[1][1]
     for kind, sentence in unknown:
-        assert kind == "error" and sentence.startswith(f"--sae {SAE}: the Hub") and "\n" not in sentence
+        assert (
+            kind == "error"
+            and sentence.startswith(f"--sae {SAE}: the Hub")
+            and "\n" not in sentence
+        )
 
 
 def test_the_papers_sae_of_each_layer_is_the_lowest_l0_of_the_listing(hub, tmp_path, monkeypatch):
-    program = f"import json, sae; print(json.dumps([sae.lowest_l0_id('{SAE}', n) for n in {[*PAPER]}]))"
+    program = (
+        f"import json, sae; print(json.dumps([sae.lowest_l0_id('{SAE}', n) for n in {[*PAPER]}]))"
+    )
     result = script("-c", program, env=client(hub, tmp_path))
     assert result.returncode == 0, result.stderr
     paper = [f"layer_{layer}/width_65k/average_l0_{l0}" for layer, l0 in PAPER.items()]
@@ -408,14 +448,30 @@ def test_the_papers_sae_of_each_layer_is_the_lowest_l0_of_the_listing(hub, tmp_p
 
 def test_a_published_adapter_is_opened_and_trained_on_by_its_id(hub, first, tmp_path):
     """The adapter folder uploaded as it is, card and all, is enough: it names model, SAE and layer."""
-    hub.repos["models/owner/adapter"] = Repo(folder(first.out / "adapter") | {"notes.bin": b"unread"})
+    hub.repos["models/owner/adapter"] = Repo(
+        folder(first.out / "adapter") | {"notes.bin": b"unread"}
+    )
     hub.asked.clear()
     flags = ("--prompt", "A question", "--max-new-tokens", 3, "--trace", "-", "--device", "cpu")
-    result = script("-m", "generation", "--run", "owner/adapter", *flags, env=client(hub, first.home))
+    result = script(
+        "-m", "generation", "--run", "owner/adapter", *flags, env=client(hub, first.home)
+    )
     assert result.returncode == 0, result.stderr
-    assert {name.split("/")[-1] for name in hub.downloads()} == {"adapter.safetensors", "adapter_config.json"}
-    again = succeeded(hub_run(hub, first.home, tmp_path / "on", "--init-adapter", "owner/adapter"), tmp_path / "on")
+    assert {name.split("/")[-1] for name in hub.downloads()} == {
+        "adapter.safetensors",
+        "adapter_config.json",
+    }
+    again = succeeded(
+        hub_run(hub, first.home, tmp_path / "on", "--init-adapter", "owner/adapter"),
+        tmp_path / "on",
+    )
     ended = [row for row in first.rows if "margin" in row][-1]
-    assert again.rows[2]["loss"] == ended["loss"]  # evaluated before its first step: where the other run stopped
-    result = script("-m", "generation", "--run", "owner/nothing", *flags, env=client(hub, first.home))
-    assert result.returncode == 2 and result.stderr.startswith("--run owner/nothing: no such model on the Hub")
+    assert (
+        again.rows[2]["loss"] == ended["loss"]
+    )  # evaluated before its first step: where the other run stopped
+    result = script(
+        "-m", "generation", "--run", "owner/nothing", *flags, env=client(hub, first.home)
+    )
+    assert result.returncode == 2 and result.stderr.startswith(
+        "--run owner/nothing: no such model on the Hub"
+    )

@@ -47,7 +47,13 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, truth=lambda category, text: "code" in text, fault=lambda n: None, vllm="0.12.1", tls=None):
+    def __init__(
+        self,
+        truth=lambda category, text: "code" in text,
+        fault=lambda n: None,
+        vllm="0.12.1",
+        tls=None,
+    ):
         super().__init__(("127.0.0.1", 0), Handler)
         self.truth, self.fault, self.vllm, self.latency = truth, fault, vllm, 0.0
         self.asked, self.headers, self.answered, self.in_flight, self.most = [], [], 0, 0, 0
@@ -55,7 +61,9 @@ class Server(ThreadingHTTPServer):
         if tls:
             self.socket = tls.wrap_socket(self.socket, server_side=True)
         self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.server_port}/v1"
-        threading.Thread(target=self.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True
+        ).start()
 
     def handle_error(self, request, client_address):
         pass  # clients hang up here on purpose
@@ -68,7 +76,13 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         vllm = self.server.vllm
         if self.path == "/v1/models":
-            self.answer(200, {"object": "list", "data": [{"id": "judge", "owned_by": "vllm" if vllm else "system"}]})
+            self.answer(
+                200,
+                {
+                    "object": "list",
+                    "data": [{"id": "judge", "owned_by": "vllm" if vllm else "system"}],
+                },
+            )
         elif self.path == "/version" and vllm:
             self.answer(200, {"version": vllm})
         else:
@@ -120,9 +134,15 @@ class Handler(BaseHTTPRequestHandler):
             case "huge":
                 message["padding"] = "x" * endpoint.LARGEST_REPLY
             case "refusal":
-                message = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}
+                message = {
+                    "role": "assistant",
+                    "content": None,
+                    "refusal": "I cannot help with that.",
+                }
             case "filter":
-                return self.answer(400, {"error": {"message": "filtered", "code": "content_filter"}})
+                return self.answer(
+                    400, {"error": {"message": "filtered", "code": "content_filter"}}
+                )
             case "off-enum":
                 message["content"] = "maybe" if choice else '{"label": "maybe"}'
             case "prose":
@@ -135,13 +155,18 @@ class Handler(BaseHTTPRequestHandler):
                 shown = self.headers["Authorization"][:-4] + "****"  # as some servers do
                 return self.answer(401, {"error": {"message": f"Incorrect API key: {shown}"}})
             case "400":
-                return self.answer(400, {"error": {"message": f"bad {self.headers['Authorization']} request"}})
+                return self.answer(
+                    400, {"error": {"message": f"bad {self.headers['Authorization']} request"}}
+                )
             case str() if fault.startswith("http"):
                 return self.answer(307, {}, {"Location": fault})
         reply = {"choices": [{"index": 0, "message": message, "finish_reason": finish}]}
         if body.get("logprobs"):  # as a model would that is 80 % sure
             other = "no" if yes else "yes"
-            top = [{"token": word, "logprob": np.log(0.8 * 0.9)}, {"token": other, "logprob": np.log(0.2 * 0.9)}]
+            top = [
+                {"token": word, "logprob": np.log(0.8 * 0.9)},
+                {"token": other, "logprob": np.log(0.2 * 0.9)},
+            ]
             reply["choices"][0]["logprobs"] = {"content": [{"token": word, "top_logprobs": top}]}
         reply["usage"] = {"prompt_tokens": 100, "completion_tokens": 2}
         with self.server.lock:
@@ -195,12 +220,18 @@ def some(tmp_path) -> Path:
 def one(tmp_path) -> Path:
     """A categories file of one category that is not among ours."""
     path = tmp_path / "one.json"
-    path.write_text(json.dumps([dict(name="code", definition="about {code}", yes="loops", no="birds")]))
+    path.write_text(
+        json.dumps([dict(name="code", definition="about {code}", yes="loops", no="birds")])
+    )
     return path
 
 
 def run(*arguments, **options):
-    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [
+        part
+        for name, value in options.items()
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
     main([*map(str, arguments), *flags])
 
 
@@ -216,11 +247,22 @@ def truth_of(path: Path) -> dict[int, bool]:
 
 
 @pytest.mark.parametrize("vllm", ["0.12.1", "0.10.0", None])
-def test_every_feature_is_asked_once_in_the_structured_form_the_server_offers(serve, some, one, tmp_path, vllm, capsys):
+def test_every_feature_is_asked_once_in_the_structured_form_the_server_offers(
+    serve, some, one, tmp_path, vllm, capsys
+):
     server, out = serve(vllm=vllm), tmp_path / "labels.jsonl"
-    run(explanations=some, categories=one, endpoint=server.url, judge_model="judge", out=out, concurrency=8)
+    run(
+        explanations=some,
+        categories=one,
+        endpoint=server.url,
+        judge_model="judge",
+        out=out,
+        concurrency=8,
+    )
     truth = truth_of(some)
-    assert {k: row["label"] for (k, _), row in rows_of(out).items()} == truth and 0 < sum(truth.values()) < 40
+    assert {k: row["label"] for (k, _), row in rows_of(out).items()} == truth and 0 < sum(
+        truth.values()
+    ) < 40
     assert len(server.asked) == 40 and server.most <= 8
     for body in server.asked:
         assert ("structured_outputs" in body) == (vllm == "0.12.1") != ("response_format" in body)
@@ -233,17 +275,32 @@ def test_every_feature_is_asked_once_in_the_structured_form_the_server_offers(se
     assert "4,000 prompt tokens, 80 answered" in capsys.readouterr().out
     header, _ = read_rows(out)
     assert header["sae"] == "google/gemma-scope-2b-pt-res" and header["judge"] == "judge"
-    assert header["sae_id"] == "layer_20/width_16k/average_l0_71" and len(header["prompt_sha256"]) == 64
+    assert (
+        header["sae_id"] == "layer_20/width_16k/average_l0_71"
+        and len(header["prompt_sha256"]) == 64
+    )
     assert header["date"] == time.strftime("%Y-%m-%d", time.gmtime())
 
 
-TRANSIENT = ("429", "500", "cut", "cut in the middle", "slow", "malformed", "nested", "no completion", "huge")
+TRANSIENT = (
+    "429",
+    "500",
+    "cut",
+    "cut in the middle",
+    "slow",
+    "malformed",
+    "nested",
+    "no completion",
+    "huge",
+)
 
 
 def test_what_passes_is_asked_again(serve, some, one, tmp_path, capsys):
     faults = dict(zip(range(0, 40, 4), TRANSIENT, strict=False))
     server, out = serve(fault=faults.get), tmp_path / "labels.jsonl"
-    flags = dict(explanations=some, categories=one, endpoint=server.url, judge_model="judge", out=out)
+    flags = dict(
+        explanations=some, categories=one, endpoint=server.url, judge_model="judge", out=out
+    )
     run(**flags, concurrency=4, timeout=0.6)
     assert {k: row["label"] for (k, _), row in rows_of(out).items()} == truth_of(some)
     assert len(server.asked) == 40 + len(TRANSIENT)
@@ -269,19 +326,38 @@ def test_an_answer_without_a_label_is_counted_and_never_guessed_nor_asked_again(
     faults = dict(enumerate(FINAL))
     server, out = serve(fault=faults.get, vllm=vllm), tmp_path / "labels.jsonl"
     for _ in range(2):
-        run(explanations=some, categories=one, endpoint=server.url, judge_model="judge", out=out, concurrency=1)
+        run(
+            explanations=some,
+            categories=one,
+            endpoint=server.url,
+            judge_model="judge",
+            out=out,
+            concurrency=1,
+        )
         assert "34 answered, 1 off-enum, 2 refused, 3 unparsable" in capsys.readouterr().out
     assert len(server.asked) == 40
     assert len(rows_of(out)) == 34 and read_rows(out)[0]["unlabelled"] == {"code": 6}
     without = [body["messages"][0]["content"] for body in server.asked[:6]]
     category = read_categories(one)[0]
-    by_text = {prompt(category, row["description"].strip()): int(row["index"]) for row in read_rows(some)[1]}
+    by_text = {
+        prompt(category, row["description"].strip()): int(row["index"])
+        for row in read_rows(some)[1]
+    }
     assert not {(by_text[text], "code") for text in without} & rows_of(out).keys()
 
 
-def test_a_server_that_stops_answering_ends_the_run_and_keeps_what_was_answered(serve, some, one, tmp_path):
+def test_a_server_that_stops_answering_ends_the_run_and_keeps_what_was_answered(
+    serve, some, one, tmp_path
+):
     server, out = serve(fault=lambda n: "500" if n >= 15 else None), tmp_path / "labels.jsonl"
-    flags = dict(explanations=some, categories=one, endpoint=server.url, judge_model="judge", out=out, concurrency=2)
+    flags = dict(
+        explanations=some,
+        categories=one,
+        endpoint=server.url,
+        judge_model="judge",
+        out=out,
+        concurrency=2,
+    )
     with pytest.raises(UserError, match="10 questions in a row unanswered .HTTP 500"):
         run(**flags, attempts=2)
     assert not out.exists()
@@ -298,9 +374,18 @@ def test_a_run_without_any_label_writes_nothing(serve, some, one, tmp_path):
     assert not out.exists()
 
 
-def test_a_question_that_stays_unanswered_is_asked_by_the_next_run(serve, some, one, tmp_path, capsys):
+def test_a_question_that_stays_unanswered_is_asked_by_the_next_run(
+    serve, some, one, tmp_path, capsys
+):
     server, out = serve(fault=lambda n: "500" if n < 3 else None), tmp_path / "labels.jsonl"
-    flags = dict(explanations=some, categories=one, endpoint=server.url, judge_model="judge", out=out, concurrency=1)
+    flags = dict(
+        explanations=some,
+        categories=one,
+        endpoint=server.url,
+        judge_model="judge",
+        out=out,
+        concurrency=1,
+    )
     run(**flags, attempts=3)
     assert "39 answered, 1 unanswered" in capsys.readouterr().out and len(rows_of(out)) == 39
     run(**flags)
@@ -310,8 +395,26 @@ def test_a_question_that_stays_unanswered_is_asked_by_the_next_run(serve, some, 
 def test_killed_at_any_moment_it_loses_the_requests_in_flight_at_most(serve, one, tmp_path):
     server, out = serve(), tmp_path / "labels.jsonl"
     server.latency = 0.05
-    command = ["-m", "labelling", "--explanations", AXBENCH, "--source", SOURCE, "--categories", one]
-    command += ["--endpoint", server.url, "--judge-model", "judge", "--out", out, "--concurrency", 8]
+    command = [
+        "-m",
+        "labelling",
+        "--explanations",
+        AXBENCH,
+        "--source",
+        SOURCE,
+        "--categories",
+        one,
+    ]
+    command += [
+        "--endpoint",
+        server.url,
+        "--judge-model",
+        "judge",
+        "--out",
+        out,
+        "--concurrency",
+        8,
+    ]
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -336,18 +439,33 @@ def test_killed_at_any_moment_it_loses_the_requests_in_flight_at_most(serve, one
     run(*command[2:])
     assert len(server.asked) - before <= 300 - before + 8
     found = rows_of(out)
-    assert len(found) == 300 and all(row["label"] == ("code" in row["description"]) for row in found.values())
+    assert len(found) == 300 and all(
+        row["label"] == ("code" in row["description"]) for row in found.values()
+    )
     run(*command[2:])
     assert len(server.asked) <= 300 + 8  # nothing is asked twice, and the journal is whole again
     assert KEY not in said + journal.read_text() + out.read_text()
-    assert server.headers[0]["Authorization"] == f"Bearer {KEY}" and "Authorization" not in server.headers[-1]
+    assert (
+        server.headers[0]["Authorization"] == f"Bearer {KEY}"
+        and "Authorization" not in server.headers[-1]
+    )
 
 
 def test_the_key_is_shown_to_nobody(serve, some, one, tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     elsewhere = serve()
-    flags = dict(explanations=some, categories=one, judge_model="judge", out=tmp_path / "l.jsonl", key_env="JUDGE_KEY")
-    for fault, told in (("401", "key"), ("400", r"bad Bearer \*\*\* request"), (elsewhere.url, "redirect")):
+    flags = dict(
+        explanations=some,
+        categories=one,
+        judge_model="judge",
+        out=tmp_path / "l.jsonl",
+        key_env="JUDGE_KEY",
+    )
+    for fault, told in (
+        ("401", "key"),
+        ("400", r"bad Bearer \*\*\* request"),
+        (elsewhere.url, "redirect"),
+    ):
         with pytest.raises(UserError, match=told) as e:
             run(**flags, endpoint=serve(fault=lambda n, fault=fault: fault).url)
         assert KEY[:9] not in str(e.value)
@@ -372,7 +490,9 @@ def test_https_needs_a_certificate_that_is_trusted(serve, some, one, tmp_path, m
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate, key)
     server, out = serve(tls=tls), tmp_path / "labels.jsonl"
-    flags = dict(explanations=some, categories=one, endpoint=server.url, judge_model="judge", out=out)
+    flags = dict(
+        explanations=some, categories=one, endpoint=server.url, judge_model="judge", out=out
+    )
     with pytest.raises(UserError, match="certificate is not valid"):
         run(**flags)
     assert not server.asked
@@ -386,7 +506,13 @@ def test_as_many_requests_as_asked_for_are_in_flight_and_connections_are_kept(se
     server.latency = 0.05
     connections = []
     server.verify_request = lambda request, address: connections.append(address) or True
-    flags = dict(explanations=AXBENCH, source=SOURCE, endpoint=server.url, judge_model="judge", concurrency=16)
+    flags = dict(
+        explanations=AXBENCH,
+        source=SOURCE,
+        endpoint=server.url,
+        judge_model="judge",
+        concurrency=16,
+    )
     run(**flags, out=tmp_path / "labels.jsonl")
     assert server.most == 16 and len(server.asked) == 600
     assert len(connections) <= 17  # the first contact's, and one a thread
@@ -394,12 +520,16 @@ def test_as_many_requests_as_asked_for_are_in_flight_and_connections_are_kept(se
 
 def test_confidence_comes_from_log_probabilities_where_they_are_sent(serve, some, one, tmp_path):
     server, out = serve(), tmp_path / "labels.jsonl"
-    flags = dict(explanations=some, categories=one, endpoint=server.url, judge_model="judge", out=out)
+    flags = dict(
+        explanations=some, categories=one, endpoint=server.url, judge_model="judge", out=out
+    )
     run(**flags)
     assert {row["confidence"] for row in rows_of(out).values()} == {None}
     run(**flags, extra='{"logprobs": true, "top_logprobs": 5, "temperature": null}')
     assert {row["confidence"] for row in rows_of(out).values()} == {0.8}
-    assert len(server.asked) == 80 and "temperature" not in server.asked[-1]  # another question, asked anew
+    assert (
+        len(server.asked) == 80 and "temperature" not in server.asked[-1]
+    )  # another question, asked anew
 
 
 def test_the_dry_run_counts_and_asks_nobody(serve, some, tmp_path, capsys):
@@ -408,9 +538,16 @@ def test_the_dry_run_counts_and_asks_nobody(serve, some, tmp_path, capsys):
     run("--dry-run", **flags)
     said = capsys.readouterr().out
     texts = [row["description"].strip() for row in read_rows(some)[1]]
-    characters = sum(len(prompt(c, t)) for c in read_categories(ROOT / "labelling" / "categories.json") for t in texts)
+    characters = sum(
+        len(prompt(c, t))
+        for c in read_categories(ROOT / "labelling" / "categories.json")
+        for t in texts
+    )
     cost = (characters / 4 * 2 + 80 * 8 * 8) / 1e6
-    assert f"80 questions (40 features, 2 categories, 0 answered already), about {characters / 4:,.0f} prompt" in said
+    assert (
+        f"80 questions (40 features, 2 categories, 0 answered already), about {characters / 4:,.0f} prompt"
+        in said
+    )
     assert f"cost {cost:.2f}" in said and list(tmp_path.glob("labels*")) == []
     run(**flags, endpoint=server.url)
     assert f"cost {(80 * 100 * 2 + 80 * 2 * 8) / 1e6:.2f}" in capsys.readouterr().out
@@ -426,11 +563,18 @@ def neuronpedia(k, text, layer="12-gemmascope-res-65k") -> dict:
 
 
 def read(path, **flags):
-    return classify_features.read_explanations(classify_features.Settings(str(path), judge="local", train="x", **flags))
+    return classify_features.read_explanations(
+        classify_features.Settings(str(path), judge="local", train="x", **flags)
+    )
 
 
 def test_several_missing_and_padded_explanations_are_handled_and_counted(tmp_path):
-    first = [neuronpedia(3, " b\n c"), neuronpedia(1, "a"), neuronpedia(1, "z"), neuronpedia(2, "  ")]
+    first = [
+        neuronpedia(3, " b\n c"),
+        neuronpedia(1, "a"),
+        neuronpedia(1, "z"),
+        neuronpedia(2, "  "),
+    ]
     second = [neuronpedia(1, " a"), neuronpedia(4, None), neuronpedia(10, "ten")]
     (tmp_path / "batch-9.jsonl").write_text("".join(json.dumps(row) + "\n" for row in first))
     (tmp_path / "batch-10.json").write_text(json.dumps(second))
@@ -438,7 +582,11 @@ def test_several_missing_and_padded_explanations_are_handled_and_counted(tmp_pat
     e = read(tmp_path)
     assert e.features.tolist() == [1, 3, 10] and e.texts == ["a | z", "b c", "ten"]
     assert e.counts == dict(rows=7, empty=2, padded=3, repeated=1, several=1)
-    assert e.sae == dict(sae="google/gemma-scope-2b-pt-res", sae_id="layer_12/width_65k/average_l0_72", sae_sha256=None)
+    assert e.sae == dict(
+        sae="google/gemma-scope-2b-pt-res",
+        sae_id="layer_12/width_65k/average_l0_72",
+        sae_sha256=None,
+    )
     suffixed = [neuronpedia(1, "a", "12-gemmascope-res-65k__l0-21")]
     (tmp_path / "other.json").write_text(json.dumps(suffixed))
     assert read(tmp_path / "other.json").sae["sae_id"] == "layer_12/width_65k/average_l0_21"
@@ -449,16 +597,24 @@ def test_several_missing_and_padded_explanations_are_handled_and_counted(tmp_pat
 def test_labels_never_change_their_sae(tmp_path):
     (tmp_path / "e.json").write_text(json.dumps([neuronpedia(1, "a")]))
     with pytest.raises(UserError, match="average_l0_72, --sae and --sae-id say .*average_l0_21"):
-        read(tmp_path / "e.json", sae="google/gemma-scope-2b-pt-res", sae_id="layer_12/width_65k/average_l0_21")
+        read(
+            tmp_path / "e.json",
+            sae="google/gemma-scope-2b-pt-res",
+            sae_id="layer_12/width_65k/average_l0_21",
+        )
     (tmp_path / "e.csv").write_text("feature,explanation\n1,a\n")
     with pytest.raises(UserError, match="do not say of which SAE"):
         read(tmp_path / "e.csv")
     e = read(tmp_path / "e.csv", sae="tiny")
-    assert e.sae["sae_sha256"] == JumpReLUSAE.from_pretrained("tiny").sha256 and e.sae["sae"] == "tiny"
+    assert (
+        e.sae["sae_sha256"] == JumpReLUSAE.from_pretrained("tiny").sha256 and e.sae["sae"] == "tiny"
+    )
     (tmp_path / "e.csv").write_text("feature,explanation\n1024,a\n")
     with pytest.raises(UserError, match="feature 1024; --sae tiny has 1024"):
         read(tmp_path / "e.csv", sae="tiny")
-    (tmp_path / "l.json").write_text(json.dumps([dict(modelId="llama", layer="9-res", index=1, description="a")]))
+    (tmp_path / "l.json").write_text(
+        json.dumps([dict(modelId="llama", layer="9-res", index=1, description="a")])
+    )
     assert read(tmp_path / "l.json").sae["sae_id"] == "9-res"
     assert read(tmp_path / "l.json", sae="me/llama-sae", sae_id="nine").sae["sae_id"] == "nine"
     with pytest.raises(UserError, match="name one of them with --source"):
@@ -505,11 +661,15 @@ def test_explanations_from_the_web_and_from_a_listing_as_s3_gives_it(serve, some
 def tiny_truth(tmp_path_factory) -> tuple[Path, dict[int, str]]:
     """Categories that tiny's features truly fall under, and which of them each does."""
     path = tmp_path_factory.mktemp("tiny") / "categories.json"
-    path.write_text(json.dumps([dict(name=n, definition=n, yes="a", no="b") for n in ("alignment", "style")]))
+    path.write_text(
+        json.dumps([dict(name=n, definition=n, yes="a", no="b") for n in ("alignment", "style")])
+    )
     return path, {int(row["index"]): row["category"] for row in TINY}
 
 
-def realised(out: Path, truth: dict[int, str], judge: str, learned=()) -> dict[str, judges.Agreement]:
+def realised(
+    out: Path, truth: dict[int, str], judge: str, learned=()
+) -> dict[str, judges.Agreement]:
     """Agreement with the truth of the labels whose judge's name begins so, but of the features it learned from."""
     found = {}
     for name in ("alignment", "style"):
@@ -520,10 +680,15 @@ def realised(out: Path, truth: dict[int, str], judge: str, learned=()) -> dict[s
     return found
 
 
-def test_retrieval_asks_about_a_few_and_says_how_well_it_labels_the_rest(serve, tiny_truth, tmp_path):
+def test_retrieval_asks_about_a_few_and_says_how_well_it_labels_the_rest(
+    serve, tiny_truth, tmp_path
+):
     categories, truth = tiny_truth
     by_text = {row["description"]: row["category"] for row in TINY}
-    server, out = serve(truth=lambda category, text: by_text[text] == category), tmp_path / "labels.jsonl"
+    server, out = (
+        serve(truth=lambda category, text: by_text[text] == category),
+        tmp_path / "labels.jsonl",
+    )
     flags = dict(explanations="tiny", categories=categories, judge="retrieval", ask=300, out=out)
     run(**flags, endpoint=server.url, judge_model="judge")
     assert len(server.asked) == 600 and len(rows_of(out)) == 2 * len(truth)
@@ -532,9 +697,14 @@ def test_retrieval_asks_about_a_few_and_says_how_well_it_labels_the_rest(serve, 
     for name, a in realised(out, truth, "nearest").items():
         assert a.n == len(truth) - 300 and a.mcc > 0.6
         assert abs(a.accuracy - expected[name]["accuracy"]) < 0.06
-        assert expected[name]["mcc_low"] < a.mcc < expected[name]["mcc_high"] and expected[name]["n"] == 150
+        assert (
+            expected[name]["mcc_low"] < a.mcc < expected[name]["mcc_high"]
+            and expected[name]["n"] == 150
+        )
     sure = [r["confidence"] > 0.9 for r in rows_of(out).values() if r["judge"] != "judge"]
-    right = [r["label"] == (truth[k] == c) for (k, c), r in rows_of(out).items() if r["judge"] != "judge"]
+    right = [
+        r["label"] == (truth[k] == c) for (k, c), r in rows_of(out).items() if r["judge"] != "judge"
+    ]
     right, sure = np.array(right), np.array(sure)
     assert 0.3 < sure.mean() < 1 and right[sure].mean() > 0.95 > right[~sure].mean()
     run(**flags, endpoint=server.url, judge_model="judge")
@@ -543,7 +713,13 @@ def test_retrieval_asks_about_a_few_and_says_how_well_it_labels_the_rest(serve, 
 
 def test_features_that_were_asked_in_vain_stay_unlabelled_under_retrieval(serve, one, tmp_path):
     server = serve(fault=lambda n: "refusal" if n < 5 else None)
-    flags = dict(explanations=AXBENCH, source=SOURCE, categories=one, endpoint=server.url, judge_model="judge")
+    flags = dict(
+        explanations=AXBENCH,
+        source=SOURCE,
+        categories=one,
+        endpoint=server.url,
+        judge_model="judge",
+    )
     run(**flags, judge="retrieval", ask=100, out=tmp_path / "labels.jsonl")
     assert len(rows_of(tmp_path / "labels.jsonl")) == 295
 
@@ -591,7 +767,9 @@ def test_logistic_regression_stands_at_its_optimum():
     y = (x[:, 0] + 0.5 * torch.randn(50, generator=g) > 0.3).float()
     w, b = (t.double().requires_grad_() for t in judges.logistic(x, y, 0.7))
     z = x.double() @ w + b
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(z, y.double(), reduction="sum") + 0.35 * (w @ w)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(
+        z, y.double(), reduction="sum"
+    ) + 0.35 * (w @ w)
     loss.backward()
     assert w.grad.abs().max() < 1e-4 and b.grad.abs() < 1e-4
 
@@ -619,12 +797,16 @@ def test_the_choice_covers_the_space():
     """Ten tight clusters of unequal size: ten draws at random miss some, the covering choice hits all."""
     g = np.random.default_rng(0)
     centres = np.linalg.qr(g.standard_normal((16, 16)))[0][:10]
-    x = np.repeat(centres, [2, 2, 2, 2, 2, 2, 2, 2, 2, 982], axis=0) + 1e-3 * g.standard_normal((1000, 16))
+    x = np.repeat(centres, [2, 2, 2, 2, 2, 2, 2, 2, 2, 982], axis=0) + 1e-3 * g.standard_normal(
+        (1000, 16)
+    )
     x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
     found = [len(set((x[judges.cover(x, 10, seed)] @ centres.T).argmax(1))) for seed in range(10)]
     assert np.mean(found) > 9.7
     assert len(set(judges.cover(x, 50, 1).tolist())) == 50
-    assert len(judges.cover(np.repeat(x[:3], 5, axis=0), 10, 0)) <= 6  # copies of what is chosen add nothing
+    assert (
+        len(judges.cover(np.repeat(x[:3], 5, axis=0), 10, 0)) <= 6
+    )  # copies of what is chosen add nothing
 
 
 def test_embeddings_of_sentence_transformers(monkeypatch):
@@ -635,7 +817,9 @@ def test_embeddings_of_sentence_transformers(monkeypatch):
         def __init__(self, name, trust_remote_code, model_kwargs):
             seen.update(name=name, trust=trust_remote_code, **model_kwargs)
 
-        def encode(self, texts, batch_size, normalize_embeddings, convert_to_numpy, show_progress_bar):
+        def encode(
+            self, texts, batch_size, normalize_embeddings, convert_to_numpy, show_progress_bar
+        ):
             assert normalize_embeddings and convert_to_numpy
             return np.full((len(texts), 4), 0.5)
 
@@ -655,7 +839,10 @@ def test_embeddings_of_sentence_transformers(monkeypatch):
 
 # Confusion counts over 300 features that give the paper's Table 6; it prints accuracy and MCC alone, so that these are
 # reconstructed: of the tables that round to both, one near the published share of each category among all features.
-TABLE_6 = {"alignment": ((27, 24, 22, 227), 0.847, 0.448), "style": ((69, 5, 25, 201), 0.900, 0.764)}
+TABLE_6 = {
+    "alignment": ((27, 24, 22, 227), 0.847, 0.448),
+    "style": ((69, 5, 25, 201), 0.900, 0.764),
+}
 
 
 @pytest.mark.parametrize("category", TABLE_6)
@@ -666,17 +853,24 @@ def test_table_6_comes_out_of_its_confusion_counts(category):
     predicted = np.repeat([True, True, False, False], counts)
     true = np.repeat([True, False, True, False], counts)
     assert judges.compare(predicted, true) == a
-    assert a.mcc == pytest.approx(np.corrcoef(predicted, true)[0, 1])  # MCC is Pearson's r of two binary variables
+    assert a.mcc == pytest.approx(
+        np.corrcoef(predicted, true)[0, 1]
+    )  # MCC is Pearson's r of two binary variables
     chance = predicted.mean() * true.mean() + (1 - predicted.mean()) * (1 - true.mean())
     assert a.kappa == pytest.approx((accuracy - chance) / (1 - chance), abs=2e-3)
     g = np.random.default_rng(1)  # rows resampled one by one
     drawn = [g.integers(0, 300, 300) for _ in range(2000)]
-    low, high = np.percentile([np.corrcoef(predicted[i], true[i])[0, 1] for i in drawn], [2.5, 97.5])
+    low, high = np.percentile(
+        [np.corrcoef(predicted[i], true[i])[0, 1] for i in drawn], [2.5, 97.5]
+    )
     assert a.mcc_low == pytest.approx(low, abs=0.02) and a.mcc_high == pytest.approx(high, abs=0.02)
 
 
 def test_agreement_at_the_edges():
-    assert judges.agreement(0, 0, 0, 5)[:3] == (5, 1.0, 0.0) and judges.agreement(0, 0, 0, 5).kappa == 0
+    assert (
+        judges.agreement(0, 0, 0, 5)[:3] == (5, 1.0, 0.0)
+        and judges.agreement(0, 0, 0, 5).kappa == 0
+    )
     assert judges.agreement(0, 0, 0, 0).n == 0 and np.isnan(judges.agreement(0, 0, 0, 0).mcc)
     a = judges.agreement(3, 0, 0, 4)
     assert a.mcc == a.kappa == a.accuracy == 1.0
@@ -710,7 +904,9 @@ def test_a_blind_sheet_filled_in_gives_the_agreement(serve, one, tmp_path, capsy
     person = {k: "programming" in t for k, t in text.items()}
     filled = fill(sheet, lambda k, name: person[k])
     run(categories=one, labels=out, human=sheet)
-    pairs = np.array([("code" in text[k], person[k]) for k in (int(row["feature"]) for row in filled)])
+    pairs = np.array(
+        [("code" in text[k], person[k]) for k in (int(row["feature"]) for row in filled)]
+    )
     found = json.loads((tmp_path / "labels.agreement.json").read_text())["code"]
     assert found == judges.compare(pairs[:, 0], pairs[:, 1])._asdict() and found["n"] == 100
     assert f"accuracy {found['accuracy']:.3f}, MCC {found['mcc']:.3f}" in capsys.readouterr().out
@@ -734,17 +930,64 @@ def test_the_committed_categories_are_the_papers_two():
 
 MISTAKES = {
     (): "--explanations",
-    ("--explanations", "nowhere/at/all", "--sample", "5"): "--explanations nowhere/at/all: no such file",
+    (
+        "--explanations",
+        "nowhere/at/all",
+        "--sample",
+        "5",
+    ): "--explanations nowhere/at/all: no such file",
     ("--explanations", "tiny"): "needs --endpoint URL and --judge-model NAME",
     ("--explanations", "tiny", "--judge", "local"): "needs --train",
-    ("--explanations", "tiny", "--judge", "local", "--train", "nowhere.csv"): "nowhere.csv: cannot be read",
+    (
+        "--explanations",
+        "tiny",
+        "--judge",
+        "local",
+        "--train",
+        "nowhere.csv",
+    ): "nowhere.csv: cannot be read",
     ("--explanations", "tiny", "--sample", "5"): "--out runs/labels.jsonl: the sheet is a csv",
     ("--explanations", "tiny", "--sample", "5000", "--out", "x.csv"): "there are 1024 features",
-    ("--explanations", "tiny", "--categories", "tests/data/SOURCE.md", "--sample", "5"): "SOURCE.md: cannot be read",
-    ("--explanations", "tiny", "--endpoint", "localhost", "--judge-model", "m"): "--endpoint localhost: an address",
-    ("--explanations", "tiny", "--endpoint", "http://127.0.0.1:9/v1", "--judge-model", "m"): "no usable answer",
-    ("--explanations", "tiny", "--endpoint", "http://x", "--judge-model", "m", "--extra", "[]"): "JSON object",
-    ("--explanations", "https://x/e.json?key=secret", "--sample", "5"): "--explanations: an address with a password",
+    (
+        "--explanations",
+        "tiny",
+        "--categories",
+        "tests/data/SOURCE.md",
+        "--sample",
+        "5",
+    ): "SOURCE.md: cannot be read",
+    (
+        "--explanations",
+        "tiny",
+        "--endpoint",
+        "localhost",
+        "--judge-model",
+        "m",
+    ): "--endpoint localhost: an address",
+    (
+        "--explanations",
+        "tiny",
+        "--endpoint",
+        "http://127.0.0.1:9/v1",
+        "--judge-model",
+        "m",
+    ): "no usable answer",
+    (
+        "--explanations",
+        "tiny",
+        "--endpoint",
+        "http://x",
+        "--judge-model",
+        "m",
+        "--extra",
+        "[]",
+    ): "JSON object",
+    (
+        "--explanations",
+        "https://x/e.json?key=secret",
+        "--sample",
+        "5",
+    ): "--explanations: an address with a password",
     ("--labels", "x.jsonl"): "--human",
 }
 
@@ -752,7 +995,9 @@ MISTAKES = {
 @pytest.mark.parametrize("flags", MISTAKES, ids=" ".join)
 def test_a_mistake_is_one_sentence(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    out = [] if "--out" in flags or "--sample" in flags else ["--out", str(tmp_path / "labels.jsonl")]
+    out = (
+        [] if "--out" in flags or "--sample" in flags else ["--out", str(tmp_path / "labels.jsonl")]
+    )
     with pytest.raises(UserError) as e:
         main([*flags, *out])
     assert MISTAKES[flags] in str(e.value)
@@ -760,6 +1005,8 @@ def test_a_mistake_is_one_sentence(flags, tmp_path, monkeypatch):
 
 
 def test_the_script_ends_with_a_sentence_and_exit_code_2():
-    result = script("-m", "labelling", "--explanations", AXBENCH, "--judge", "local", "--train", "x")
+    result = script(
+        "-m", "labelling", "--explanations", AXBENCH, "--judge", "local", "--train", "x"
+    )
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert "name one of them with --source" in result.stderr

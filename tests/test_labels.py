@@ -23,9 +23,16 @@ def sae(source=RES, sae_id=L0_21, digest="a" * 64, width=65_536):
 
 
 def neuronpedia(tmp_path, source="12-gemmascope-res-65k", index="457", name="rows.json", **more):
-    row = dict(modelId="gemma-2-2b", layer=source, index=index, description=" the word \u2028 so") | more
+    row = (
+        dict(modelId="gemma-2-2b", layer=source, index=index, description=" the word \u2028 so")
+        | more
+    )
     path = tmp_path / name
-    text = json.dumps([row]) if ".json" in name and "jsonl" not in name else json.dumps(row, ensure_ascii=False) + "\n"
+    text = (
+        json.dumps([row])
+        if ".json" in name and "jsonl" not in name
+        else json.dumps(row, ensure_ascii=False) + "\n"
+    )
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     return path
 
@@ -47,7 +54,12 @@ def test_neuronpedia_ids_map_to_the_sae_they_are_not_named_after():
     for sae_id in (L0_21, L0_72):
         model_id, source = labels.neuronpedia_source(RES, sae_id)
         assert labels.neuronpedia_sae(model_id, source) == (RES, sae_id)
-    assert [len(row.split()) for row in labels.NEURONPEDIA_L0.values()] == [26, 26, 42, 42]  # every block of 2B and 9B
+    assert [len(row.split()) for row in labels.NEURONPEDIA_L0.values()] == [
+        26,
+        26,
+        42,
+        42,
+    ]  # every block of 2B and 9B
 
 
 @pytest.mark.parametrize("name", ["rows.json", "batch-1.jsonl", "batch-1.jsonl.gz"])
@@ -61,7 +73,11 @@ def test_explanations_of_another_sae_are_refused_naming_both(tmp_path, name):
 
 
 def ours(tmp_path, **header):
-    labels.write_labels(tmp_path / "l.jsonl", header, [dict(feature=3, category="style", label=True, confidence=0.9)])
+    labels.write_labels(
+        tmp_path / "l.jsonl",
+        header,
+        [dict(feature=3, category="style", label=True, confidence=0.9)],
+    )
     return tmp_path / "l.jsonl"
 
 
@@ -111,14 +127,20 @@ def test_a_run_opens_as_what_was_trained(tiny_run):
     pairs, name = policy.eval_pairs(opened, limit=5)
     assert (len(pairs), name) == (5, "tiny")
     bare = policy.open_policy(str(tiny_run / "adapter"))
-    assert bare.steered.sae.sha256 == opened.steered.sae.sha256 and bare.folder == tiny_run / "adapter"
+    assert (
+        bare.steered.sae.sha256 == opened.steered.sae.sha256 and bare.folder == tiny_run / "adapter"
+    )
     base = policy.open_policy(None, model="tiny")
     assert base.steered is None and base.model is base.base
 
 
 def test_moved_sources_are_named_on_the_way_in(tmp_path):
-    folder = GOLDEN / "adapter_mid"  # the authors' format: it names an SAE id, but neither model nor repository
-    opened = policy.open_policy(str(folder), model=str(GOLDEN / "model"), sae=str(GOLDEN / "sae"), sae_id=SAE_ID)
+    folder = (
+        GOLDEN / "adapter_mid"
+    )  # the authors' format: it names an SAE id, but neither model nor repository
+    opened = policy.open_policy(
+        str(folder), model=str(GOLDEN / "model"), sae=str(GOLDEN / "sae"), sae_id=SAE_ID
+    )
     assert opened.steered.layer == 1
     with pytest.raises(UserError, match="--run nowhere/at/all"):
         policy.open_policy("nowhere/at/all")

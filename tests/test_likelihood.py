@@ -45,7 +45,9 @@ def questions(seed: int, vocabulary: int = 512) -> list[Request]:
 
 
 @pytest.mark.parametrize("which", ["model", "steered"])
-@pytest.mark.parametrize(("tokens", "max_length"), [(10_000, 1000), (90, 1000), (1, 1000), (300, 40), (300, 21)])
+@pytest.mark.parametrize(
+    ("tokens", "max_length"), [(10_000, 1000), (90, 1000), (1, 1000), (300, 40), (300, 21)]
+)
 def test_every_request_scores_as_if_alone(golden, which, tokens, max_length):
     """Under any budget, and where contexts are cut from the left (two requests then read different beginnings)."""
     model = getattr(golden, which)
@@ -65,7 +67,9 @@ def test_what_greedy_decoding_writes_is_called_greedy(golden):
         for _ in range(6):
             written.append(int(golden.model.logits(torch.tensor(context + written))[-1].argmax()))
     spoilt = [*written[:3], (written[3] + 1) % 512, *written[4:]]
-    found = likelihoods(golden.model, [Request(context, written), Request(context, spoilt)], 100, 100)
+    found = likelihoods(
+        golden.model, [Request(context, written), Request(context, spoilt)], 100, 100
+    )
     assert [x.greedy for x in found] == [True, False]
 
 
@@ -73,7 +77,9 @@ def test_a_prompt_is_computed_once(golden, monkeypatch):
     """Four single-token choices cost their context alone; questions that share examples share them in the stream."""
     streams = []
     pack = likelihood.pack
-    monkeypatch.setattr(likelihood, "pack", lambda trees: streams.append(pack(trees)) or streams[-1])
+    monkeypatch.setattr(
+        likelihood, "pack", lambda trees: streams.append(pack(trees)) or streams[-1]
+    )
     examples, questions = list(range(4, 104)), [[200 + i, *range(300, 310)] for i in range(5)]
     requests = [Request(examples + q, [letter]) for q in questions for letter in (7, 8, 9, 10)]
     likelihoods(golden.model, requests, 1000, 10_000)
@@ -81,15 +87,23 @@ def test_a_prompt_is_computed_once(golden, monkeypatch):
     streams.clear()
     answers = [[20 + i, 30, 31] for i in range(6)]
     likelihoods(golden.model, [Request(examples, a) for a in answers], 1000, 10_000)
-    assert sum(len(s.tokens) for s in streams) == 100 + 6 * 2  # the last token of an answer is only predicted
+    assert (
+        sum(len(s.tokens) for s in streams) == 100 + 6 * 2
+    )  # the last token of an answer is only predicted
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_cut_is_the_cheapest(seed):
     """Against every way to cut, at random sequences with shared beginnings."""
     g = torch.Generator().manual_seed(seed)
-    stems = [torch.randint(0, 3, (int(n),), generator=g).tolist() for n in torch.randint(1, 8, (4,), generator=g)]
-    ends = [torch.randint(0, 3, (int(n),), generator=g).tolist() for n in torch.randint(0, 6, (10,), generator=g)]
+    stems = [
+        torch.randint(0, 3, (int(n),), generator=g).tolist()
+        for n in torch.randint(1, 8, (4,), generator=g)
+    ]
+    ends = [
+        torch.randint(0, 3, (int(n),), generator=g).tolist()
+        for n in torch.randint(0, 6, (10,), generator=g)
+    ]
     sequences = sorted({tuple(stems[i % 4] + end) for i, end in enumerate(ends)})
 
     def cost(run):
@@ -114,7 +128,10 @@ def test_passes_stay_within_their_budget():
         passes = list(likelihood.microbatches(sequences, tokens))
         assert [s for batch in passes for run in batch for s in run] == sequences
         for batch in passes:
-            spent = sum(len(p) + sum(map(len, c)) for p, c in (likelihood.tree(r, common(r[0], r[-1])) for r in batch))
+            spent = sum(
+                len(p) + sum(map(len, c))
+                for p, c in (likelihood.tree(r, common(r[0], r[-1])) for r in batch)
+            )
             assert spent <= tokens or (len(batch) == 1 and len(batch[0]) == 1)
 
 

@@ -27,9 +27,15 @@ def test_logits_and_residual_stream_equal_transformers(expected, name):
         plan = golden.plan(packed)
         embedded = golden.embed(packed.tokens)
         resid = golden.blocks(embedded, plan, 0, 2)
-        torch.testing.assert_close(embedded, expected[f"{name}_embed"][i][real], atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(resid, expected[f"{name}_resid_post_1"][i][real], atol=1e-4, rtol=0)
-        torch.testing.assert_close(golden.logits(ids[i][real]), expected[f"{name}_logits"][i][real], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            embedded, expected[f"{name}_embed"][i][real], atol=1e-6, rtol=1e-6
+        )
+        torch.testing.assert_close(
+            resid, expected[f"{name}_resid_post_1"][i][real], atol=1e-4, rtol=0
+        )
+        torch.testing.assert_close(
+            golden.logits(ids[i][real]), expected[f"{name}_logits"][i][real], atol=1e-4, rtol=0
+        )
 
 
 @pytest.mark.parametrize(
@@ -42,13 +48,18 @@ def test_logits_and_residual_stream_equal_transformers(expected, name):
         ("qpas_is_head_dim", dict(query_pre_attn_scalar=32)),
     ],
 )
-def test_each_feature_of_the_family_moves_the_logits_as_in_transformers(expected, report, feature, change):
+def test_each_feature_of_the_family_moves_the_logits_as_in_transformers(
+    expected, report, feature, change
+):
     """A tolerance of 1e-4 could not hide a missing feature: without it the logits move this much."""
     golden = load().model
     raw = json.loads((GOLDEN / "model/config.json").read_text())
     broken = Gemma2(Gemma2Config.from_json(_config(raw, change)))
     broken.load_state_dict(golden.state_dict())
-    ids, logits = expected["b_input_ids"][0], expected["b_logits"][0]  # 126 tokens, longer than the window
+    ids, logits = (
+        expected["b_input_ids"][0],
+        expected["b_logits"][0],
+    )  # 126 tokens, longer than the window
     moved = (broken.logits(ids) - logits).abs().max().item()
     assert moved == pytest.approx(report["logit_change_if_feature_is_wrong"][feature], rel=1e-3)
 
@@ -65,7 +76,9 @@ def test_both_config_styles_mean_the_same_model(tmp_path):
     assert "layer_types" in new and "rope_parameters" in new
     assert "layer_types" not in old and "rope_theta" in old
     assert Gemma2Config.from_json(_config(new, {})) == Gemma2Config.from_json(_config(old, {}))
-    turned = Gemma2Config.from_json(_config(new, {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}))
+    turned = Gemma2Config.from_json(
+        _config(new, {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}})
+    )
     assert turned.rope_theta == 5.0
 
 
@@ -83,13 +96,17 @@ def test_packed_trees_equal_separate_sequences_with_gradients(seed):
         for branch in [prompt, *continuations]:
             stretch = x[start : start + len(branch)]
             start += len(branch)
-            alone, states = (prompt, own) if branch is prompt else (prompt + branch, torch.cat([own, stretch]))
+            alone, states = (
+                (prompt, own) if branch is prompt else (prompt + branch, torch.cat([own, stretch]))
+            )
             y = golden.blocks(states, golden.plan(pack([(alone, [])])))
             separate.append(y[len(y) - len(branch) :])
     separate = torch.cat(separate)
     torch.testing.assert_close(together, separate, atol=1e-10, rtol=1e-10)
 
-    probe = torch.randn(together.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    probe = torch.randn(
+        together.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     gradients = [torch.autograd.grad((y * probe).sum(), x)[0] for y in (together, separate)]
     torch.testing.assert_close(*gradients, atol=1e-9, rtol=1e-9)
 
@@ -101,7 +118,10 @@ def test_plain_attention_equals_the_definition_with_gradients(seed, window, soft
     """Against one masked softmax over the whole stream; stretches longer than a tile included."""
     packed = pack(ragged(seed, longest=300))
     T, g = len(packed.tokens), torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(T, heads, 8, generator=g, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    q, k, v = (
+        torch.randn(T, heads, 8, generator=g, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
     probe = torch.randn(T, 4, 8, generator=g, dtype=torch.float64)
     ours = gemma.plain_attention(q, k, v, packed, window, 0.7, softcap)
 
@@ -110,7 +130,9 @@ def test_plain_attention_equals_the_definition_with_gradients(seed, window, soft
     scores = gemma.softcap(scores, softcap).masked_fill(~visible, -torch.inf)
     naive = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(2, 1))
     torch.testing.assert_close(ours, naive, atol=1e-12, rtol=1e-12)
-    for a, b in zip(*(torch.autograd.grad((y * probe).sum(), (q, k, v)) for y in (ours, naive)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad((y * probe).sum(), (q, k, v)) for y in (ours, naive)), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
 
 
@@ -122,7 +144,10 @@ def test_rms_norm_equals_its_definition_with_gradients():
     probe = torch.randn(7, 12, generator=g, dtype=torch.float64)
     naive = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * (1 + norm.weight)
     torch.testing.assert_close(norm(x), naive, atol=1e-12, rtol=1e-12)
-    for a, b in zip(*(torch.autograd.grad((y * probe).sum(), (x, norm.weight)) for y in (norm(x), naive)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad((y * probe).sum(), (x, norm.weight)) for y in (norm(x), naive)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
@@ -135,7 +160,9 @@ def test_flex_attention_equals_plain_attention(seed, window):
     q, k, v = (torch.randn(T, heads, 16, generator=g) for heads in (4, 2, 2))
     mask = gemma.create_block_mask(gemma.tree_mask(packed, window), None, None, T, T, device="cpu")
     flexible = gemma.flexible_attention(q, k, v, mask, 0.3, 5.0)
-    torch.testing.assert_close(flexible, gemma.plain_attention(q, k, v, packed, window, 0.3, 5.0), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        flexible, gemma.plain_attention(q, k, v, packed, window, 0.3, 5.0), atol=2e-6, rtol=1e-5
+    )
 
 
 def test_a_block_is_one_graph_as_torch_compile_sees_it():
@@ -147,8 +174,14 @@ def test_a_block_is_one_graph_as_torch_compile_sees_it():
     for seed in range(2):
         packed = pack(ragged(seed))
         plan, T = model.plan(packed), len(packed.tokens)
-        visible = {gemma.SLIDING: gemma.tree_mask(packed, 9), gemma.FULL: gemma.tree_mask(packed, None)}
-        masks = {kind: gemma.create_block_mask(v, None, None, T, T, device="cpu") for kind, v in visible.items()}
+        visible = {
+            gemma.SLIDING: gemma.tree_mask(packed, 9),
+            gemma.FULL: gemma.tree_mask(packed, None),
+        }
+        masks = {
+            kind: gemma.create_block_mask(v, None, None, T, T, device="cpu")
+            for kind, v in visible.items()
+        }
         x = torch.randn(T, 64, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             for block in model.model.layers:
@@ -162,7 +195,9 @@ def test_buckets_keep_padding_low_and_few():
     assert len(alike.buckets) <= 4
     for seed in range(20):
         trees = ragged(seed, trees=12, longest=400)
-        stretches = [(0, len(p)) for p, _ in trees] + [(len(p), len(c)) for p, branches in trees for c in branches]
+        stretches = [(0, len(p)) for p, _ in trees] + [
+            (len(p), len(c)) for p, branches in trees for c in branches
+        ]
         tiles = [(b + i, min(TILE, n - i)) for b, n in stretches for i in range(0, n, TILE)]
         seen = sum(n * (before + n) for before, n in tiles)
         buckets = pack(trees).buckets
@@ -172,7 +207,8 @@ def test_buckets_keep_padding_low_and_few():
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("gemma-2-2b", 2_614_341_888), ("gemma-2-9b", 9_241_705_984), ("gemma-2-27b", 27_227_128_320)]
+    ("name", "count"),
+    [("gemma-2-2b", 2_614_341_888), ("gemma-2-9b", 9_241_705_984), ("gemma-2-27b", 27_227_128_320)],
 )
 def test_published_sizes_build_with_the_checkpoints_names_and_shapes(name, count):
     """The parameter counts are those the published checkpoints are listed with."""
@@ -195,7 +231,11 @@ def test_published_sizes_build_with_the_checkpoints_names_and_shapes(name, count
         "post_feedforward_layernorm.weight": (d,),
     }
     names = {"model.embed_tokens.weight": (256_000, d), "model.norm.weight": (d,)}
-    names |= {f"model.layers.{i}.{k}": v for i in range(config.num_hidden_layers) for k, v in block.items()}
+    names |= {
+        f"model.layers.{i}.{k}": v
+        for i in range(config.num_hidden_layers)
+        for k, v in block.items()
+    }
     assert {k: tuple(v.shape) for k, v in state.items()} == names
     assert config.layer_types[:2] == (SLIDING, gemma.FULL)
 
@@ -205,20 +245,32 @@ def test_single_file_equals_shards_and_saving_round_trips(tmp_path):
     golden.save_pretrained(tmp_path)
     again = Gemma2.from_pretrained(tmp_path)
     assert again.config == golden.config
-    for (name, a), (other, b) in zip(golden.state_dict().items(), again.state_dict().items(), strict=True):
+    for (name, a), (other, b) in zip(
+        golden.state_dict().items(), again.state_dict().items(), strict=True
+    ):
         assert name == other and torch.equal(a, b)
     written = json.loads((tmp_path / "config.json").read_text())
     theirs = json.loads((GOLDEN / "model/config.json").read_text())  # by transformers 5
     differ = {k for k in theirs if k in written and written[k] != theirs[k]}
     assert not differ, differ
-    assert {"architectures", "model_type", "layer_types", "rope_parameters", "hidden_activation"} <= written.keys()
+    assert {
+        "architectures",
+        "model_type",
+        "layer_types",
+        "rope_parameters",
+        "hidden_activation",
+    } <= written.keys()
 
 
 def test_saved_folder_loads_in_transformers(tmp_path, expected):
-    transformers = pytest.importorskip("transformers", reason="transformers is not a dependency; compared when there")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not a dependency; compared when there"
+    )
     golden = load().model
     golden.save_pretrained(tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    )
     ids = expected["b_input_ids"]
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits[0], golden.logits(ids[0]), atol=1e-4, rtol=0)
@@ -241,7 +293,11 @@ def test_tied_head_may_be_repeated_but_not_differ(tmp_path):
     "change",
     [
         *(dict(model_type="gemma"), dict(hidden_activation="silu"), dict(attention_bias=True)),
-        *(dict(num_key_value_heads=0), dict(hidden_size="64"), dict(final_logit_softcapping=float("nan"))),
+        *(
+            dict(num_key_value_heads=0),
+            dict(hidden_size="64"),
+            dict(final_logit_softcapping=float("nan")),
+        ),
         *(dict(rope_scaling={"factor": 2}), dict(layer_types=["other"] * 4)),
     ],
 )
@@ -256,7 +312,9 @@ def test_another_architecture_is_refused(tmp_path, change):
         Gemma2Config.from_json(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize("shared, fits", [(101_376, False), (166_912, True), (232_448, True)])  # RTX 4090, A100, H100
+@pytest.mark.parametrize(
+    "shared, fits", [(101_376, False), (166_912, True), (232_448, True)]
+)  # RTX 4090, A100, H100
 def test_small_gpus_get_small_tiles(monkeypatch, shared, fits):
     """What FlexAttention takes by itself for heads of 256, 154,624 bytes forward, is more than consumer GPUs have."""
     properties = SimpleNamespace(shared_memory_per_block_optin=shared)
@@ -273,7 +331,11 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32_and_cast_last():
     g = torch.Generator().manual_seed(0)
     torch.nn.init.normal_(norm.weight, std=0.3, generator=g)
     x = torch.randn(64, 2304, generator=g).bfloat16()
-    y = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + norm.weight.double())
+    y = (
+        x.double()
+        / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        * (1 + norm.weight.double())
+    )
     ours = norm(x)
     assert ours.dtype == torch.bfloat16
     assert (ours == y.bfloat16()).float().mean() > 0.999  # ties in the last rounding apart
@@ -281,12 +343,16 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32_and_cast_last():
 
 def test_bfloat16_weights_keep_a_float32_stream_and_rounded_embedding_scale():
     """sqrt(d) is rounded to the weights' dtype before it multiplies, as in Gemma; d = 2304 makes it 48 either way."""
-    config = dataclasses.replace(load().model.config, hidden_size=72, num_hidden_layers=2, layer_types=None)
+    config = dataclasses.replace(
+        load().model.config, hidden_size=72, num_hidden_layers=2, layer_types=None
+    )
     small = Gemma2(config).to(torch.bfloat16)
     small.init_weights(torch.Generator().manual_seed(0))
     x = small.embed(torch.tensor([5, 9]))
     scale = torch.tensor(72**0.5).bfloat16()
     assert scale.float() != torch.tensor(72**0.5)
     assert x.dtype == torch.float32
-    torch.testing.assert_close(x, (small.model.embed_tokens.weight[[5, 9]] * scale).float(), atol=0, rtol=0)
+    torch.testing.assert_close(
+        x, (small.model.embed_tokens.weight[[5, 9]] * scale).float(), atol=0, rtol=0
+    )
     assert small.blocks(x, small.plan(pack([([5, 9], [])]))).dtype == torch.float32

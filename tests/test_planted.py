@@ -23,7 +23,14 @@ S = train.Settings(device="cpu", dtype="float32", tokens_per_microbatch=70)
 
 def golden_policy() -> Policy:
     g = load()
-    return Policy(g.model, g.steered.requires_grad_(False), data.load_tokenizer(g.model.folder), S, "golden", None)
+    return Policy(
+        g.model,
+        g.steered.requires_grad_(False),
+        data.load_tokenizer(g.model.folder),
+        S,
+        "golden",
+        None,
+    )
 
 
 def golden_pairs(tokenizer, n: int = 5) -> list[Pair]:
@@ -46,7 +53,10 @@ def test_shares_sum_to_the_change_of_the_gap():
     policy = golden_policy()
     pairs, V = golden_pairs(policy.tokenizer), policy.base.config.vocab_size
     g = torch.Generator().manual_seed(1)
-    partitions = [ch.Classes(("a", "b", ch.END, ch.REST), torch.randint(0, 4, (V,), generator=g)) for _ in range(2)]
+    partitions = [
+        ch.Classes(("a", "b", ch.END, ch.REST), torch.randint(0, 4, (V,), generator=g))
+        for _ in range(2)
+    ]
     packed = data.pack_pairs(pairs)
     steered = train.score(policy.steered, packed, S)
     x = policy.steered.residual(packed, policy.base.plan(packed))
@@ -80,15 +90,21 @@ def test_a_choice_against_the_rest_belongs_to_the_category():
     # A token of the rest, then one of class 0, at a place where class 0 became likelier; then a choice within the rest.
     change = torch.tensor([math.log(0.2 / 0.7), math.log(0.8 / 0.3), -1.5], dtype=torch.float64)
     terms = ch.token_shares(change, p0, p1, torch.tensor([2, 0, 2]))
-    expected = torch.tensor([[change[0], 0, 0], [change[1], 0, 0], [0, 0, -1.5]], dtype=torch.float64)
+    expected = torch.tensor(
+        [[change[0], 0, 0], [change[1], 0, 0], [0, 0, -1.5]], dtype=torch.float64
+    )
     torch.testing.assert_close(terms, expected)
 
 
 def test_a_choice_between_two_categories_and_the_rest_is_shared_by_mass():
     p0 = torch.tensor([[0.1, 0.1, 0.8]], dtype=torch.float64)
     p1 = torch.tensor([[0.4, 0.2, 0.4]], dtype=torch.float64)
-    terms = ch.token_shares(torch.tensor([math.log(0.5)], dtype=torch.float64), p0, p1, torch.tensor([2]))
-    torch.testing.assert_close(terms[0] / math.log(0.5), torch.tensor([0.75, 0.25, 0.0], dtype=torch.float64))
+    terms = ch.token_shares(
+        torch.tensor([math.log(0.5)], dtype=torch.float64), p0, p1, torch.tensor([2])
+    )
+    torch.testing.assert_close(
+        terms[0] / math.log(0.5), torch.tensor([0.75, 0.25, 0.0], dtype=torch.float64)
+    )
 
 
 def test_sign_flip_is_the_permutation_test():
@@ -96,7 +112,9 @@ def test_sign_flip_is_the_permutation_test():
     null = torch.randn(40, 400, generator=g, dtype=torch.float64)
     p = ch.sign_flip(null, 999)
     assert abs((p <= 0.1).double().mean() - 0.1) < 0.05  # uniform where there is nothing
-    assert ch.sign_flip(torch.full((20, 1), 0.1, dtype=torch.float64), 999).item() == pytest.approx(0.001, abs=1e-9)
+    assert ch.sign_flip(torch.full((20, 1), 0.1, dtype=torch.float64), 999).item() == pytest.approx(
+        0.001, abs=1e-9
+    )
     assert ch.sign_flip(torch.full((20, 1), -0.1, dtype=torch.float64), 999).item() == 1.0
 
 
@@ -109,7 +127,9 @@ def tiny_world():
 def test_tokens_are_those_that_training_reads(tiny_world, tmp_path):
     _, tokenizer, _ = tiny_world
     some = world.pairs({"style": 1, "honesty": 1}, 20, 3)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(p.row(str(i))) + "\n" for i, p in enumerate(some)))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(p.row(str(i))) + "\n" for i, p in enumerate(some))
+    )
     pairs, names = planted.tokenise(tokenizer, some)
     assert pairs == data.load_pairs(str(tmp_path / "rows.jsonl"), tokenizer)
     assert [len(n) for n in names] == [len(p.chosen) + len(p.rejected) for p in pairs]
@@ -124,9 +144,15 @@ def bold(tiny_world):
 
 def test_the_planted_cause_is_named(bold):
     policy, pairs, names = bold
-    tables = [load_labels(LABELS_DIR / f"{kind}.jsonl", policy.steered.sae) for kind in planted.KINDS]
+    tables = [
+        load_labels(LABELS_DIR / f"{kind}.jsonl", policy.steered.sae) for kind in planted.KINDS
+    ]
     answers = planted.chosen(policy, pairs, tables, names)
-    for kind, expected in (("fires", "style"), ("true spans", "style"), ("fires, explanations", "bold")):
+    for kind, expected in (
+        ("fires", "style"),
+        ("true spans", "style"),
+        ("fires, explanations", "bold"),
+    ):
         answer = answers[f"choices|{kind}"]
         assert planted.top(answer) == expected
         assert planted.significant("choices", answer, expected)
@@ -139,7 +165,9 @@ def test_nothing_is_named_when_the_preference_is_undone(bold):
     masks = {c: m for c, m in masks.items() if c not in planted.REST_LABELS}
     classes = ch.classes(policy, pairs, policy.settings, masks)
     mixed = [Pair(p.prompt, p.rejected, p.chosen) if i % 2 else p for i, p in enumerate(pairs)]
-    (before,), (after,) = (ch.choices(policy, some, policy.settings, [classes]) for some in (pairs, mixed))
+    (before,), (after,) = (
+        ch.choices(policy, some, policy.settings, [classes]) for some in (pairs, mixed)
+    )
     torch.testing.assert_close(after.shares[1::2], -before.shares[1::2], atol=1e-5, rtol=1e-4)
     assert before.named() == "style" and after.named() is None
 
@@ -174,7 +202,11 @@ def test_runs_are_written_counted_and_not_made_twice(tmp_path):
     assert "a command" in (tmp_path / "tables.md").read_text()
     assert planted.run(s) == rows and (tmp_path / "runs.jsonl").read_text() == runs
     other = script("-m", "experiments.planted", "--out", tmp_path)
-    assert other.returncode == 2 and "other settings" in other.stderr and "Traceback" not in other.stderr
+    assert (
+        other.returncode == 2
+        and "other settings" in other.stderr
+        and "Traceback" not in other.stderr
+    )
 
 
 def test_counting():
@@ -184,10 +216,14 @@ def test_counting():
     def row(cause, seed, truth):
         right = {c: strong if c == truth else weak for c in ("style", "alignment")}
         return dict(
-            cause=cause, seed=seed, answers={"good|fires": right, "bad|fires": dict(style=strong, alignment=weak)}
+            cause=cause,
+            seed=seed,
+            answers={"good|fires": right, "bad|fires": dict(style=strong, alignment=weak)},
         )
 
-    rows = [row(cause, 0, category) for cause, category in planted.PLANTED.items()] + [row("none", 0, None)]
+    rows = [row(cause, 0, category) for cause, category in planted.PLANTED.items()] + [
+        row("none", 0, None)
+    ]
     found = planted.summarise(rows)
     good, bad = found["good|fires"], found["bad|fires"]
     assert all(good["first"] + good["category"] + good["sure"]) and not any(good["alarms"])
@@ -198,5 +234,8 @@ def test_counting():
 def test_the_smallest_p_value_is_one_over_the_ways_to_flip():
     """Draws that repeat the signs as they are count as ties, in whatever order they were added up."""
     for seed in range(40):
-        shares = torch.rand(5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+        shares = (
+            torch.rand(5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            + 0.1
+        )
         assert ch.sign_flip(shares).min() > 0.8 / 32

@@ -34,7 +34,9 @@ def test_npz_compressed_or_not_by_path_folder_or_id(tmp_path, save):
     save(file, **arrays())
     for source, sae_id in ((file, None), (file.parent, None), (tmp_path, "layer_1/a")):
         sae = JumpReLUSAE.from_pretrained(source, sae_id)
-        assert all(np.array_equal(getattr(sae, name).numpy(), array) for name, array in arrays().items())
+        assert all(
+            np.array_equal(getattr(sae, name).numpy(), array) for name, array in arrays().items()
+        )
         assert sae.sha256 == sha256(file)
 
 
@@ -50,12 +52,16 @@ def test_saelens_folder_with_b_dec_on_the_input_folded(tmp_path):
         z = (x - raw["b_dec"] if flag else x) @ raw["W_enc"] + raw["b_enc"]
         f = torch.where(z > raw["threshold"], z, 0.0)
         torch.testing.assert_close(sae.encode(x), f, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(sae.decode(f), f @ raw["W_dec"] + raw["b_dec"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            sae.decode(f), f @ raw["W_dec"] + raw["b_dec"], atol=1e-5, rtol=1e-5
+        )
 
 
 def test_saelens_itself_agrees(tmp_path):
     """Against SAELens's own loader and encoder, where it is installed."""
-    sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not a dependency; compared when there")
+    sae_lens = pytest.importorskip(
+        "sae_lens", reason="sae-lens is not a dependency; compared when there"
+    )
     config = sae_lens.JumpReLUSAEConfig(d_in=64, d_sae=256, apply_b_dec_to_input=True)
     theirs = sae_lens.JumpReLUSAE(config)
     raw = {name: torch.tensor(array) for name, array in arrays().items()}
@@ -65,19 +71,29 @@ def test_saelens_itself_agrees(tmp_path):
     ours = JumpReLUSAE.from_pretrained(tmp_path)
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(ours.encode(x), theirs.encode(x), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.decode(ours.encode(x)), theirs.decode(theirs.encode(x)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        ours.decode(ours.encode(x)), theirs.decode(theirs.encode(x)), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_other_byte_orders_and_widths_are_read(tmp_path):
-    np.savez(tmp_path / "params.npz", **{name: array.astype(">f8") for name, array in arrays().items()})
+    np.savez(
+        tmp_path / "params.npz", **{name: array.astype(">f8") for name, array in arrays().items()}
+    )
     sae = JumpReLUSAE.from_pretrained(tmp_path)
-    assert all(np.array_equal(getattr(sae, name).numpy(), array) for name, array in arrays().items())
+    assert all(
+        np.array_equal(getattr(sae, name).numpy(), array) for name, array in arrays().items()
+    )
 
 
 def test_writing_round_trips(tmp_path):
-    save_gemmascope(tmp_path / "params.npz", {name: torch.tensor(array) for name, array in arrays().items()})
+    save_gemmascope(
+        tmp_path / "params.npz", {name: torch.tensor(array) for name, array in arrays().items()}
+    )
     sae = JumpReLUSAE.from_pretrained(tmp_path / "params.npz")
-    assert all(np.array_equal(getattr(sae, name).numpy(), array) for name, array in arrays().items())
+    assert all(
+        np.array_equal(getattr(sae, name).numpy(), array) for name, array in arrays().items()
+    )
 
 
 def refused(tmp_path, match, **changed):
@@ -95,7 +111,9 @@ def test_wrong_files_are_refused(tmp_path):
         refused(tmp_path, "has shape", **{name: np.zeros(shape, np.float32)})
     refused(tmp_path, "threshold is missing", threshold=None)
     refused(tmp_path, "b_enc is of type int64", b_enc=np.zeros(256, np.int64))
-    refused(tmp_path, "b_dec is of type object", b_dec=np.array([{"pickled": 1}] * 64, dtype=object))
+    refused(
+        tmp_path, "b_dec is of type object", b_dec=np.array([{"pickled": 1}] * 64, dtype=object)
+    )
     (tmp_path / "params.npz").write_bytes(PARAMS.read_bytes()[:1000])
     with pytest.raises(UserError, match="not a readable npz"):
         JumpReLUSAE.from_pretrained(tmp_path)
@@ -107,7 +125,9 @@ def test_wrong_files_are_refused(tmp_path):
 
 
 def test_a_zip_bomb_is_refused_before_it_unpacks(tmp_path):
-    np.savez_compressed(tmp_path / "params.npz", **(arrays() | {"W_enc": np.zeros((64, 400_000), np.float32)}))
+    np.savez_compressed(
+        tmp_path / "params.npz", **(arrays() | {"W_enc": np.zeros((64, 400_000), np.float32)})
+    )
     assert (tmp_path / "params.npz").stat().st_size < 1_000_000
     with pytest.raises(UserError, match="not loaded"):
         JumpReLUSAE.from_pretrained(tmp_path)

@@ -26,7 +26,9 @@ def test_chunked_logps_equal_the_full_log_softmax(monkeypatch, softcap, chunk, t
     ours = simpo.token_logps(hidden, weight, target, softcap)
     torch.testing.assert_close(ours, naive, atol=1e-12, rtol=1e-12)
     wanted = [hidden, weight] if trains_head else [hidden]
-    for a, b in zip(*(torch.autograd.grad((y * probe).sum(), wanted) for y in (ours, naive)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad((y * probe).sum(), wanted) for y in (ours, naive)), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
@@ -85,7 +87,9 @@ def test_bfloat16_inputs_still_give_float32_logits():
 
 def test_mean_logps_are_over_each_response_alone():
     packed = pack(ragged(3, trees=6))
-    logps = torch.randn(len(packed.target), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logps = torch.randn(
+        len(packed.target), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     means = simpo.mean_logps(logps, packed.sequence, packed.lengths)
     for c, part in enumerate(logps.split(packed.lengths.tolist())):
         if len(part):
@@ -105,7 +109,9 @@ def test_sparsity_counts_positions_of_the_separate_sequences():
     packed = pack(trees)
     v = torch.randn(len(packed.tokens), 5, generator=torch.Generator().manual_seed(0)).relu()
     rows = {int(t): v[i] for i, t in enumerate(packed.tokens)}
-    separate = [rows[t] for prompt, continuations in trees for c in continuations for t in [*prompt, *c]]
+    separate = [
+        rows[t] for prompt, continuations in trees for c in continuations for t in [*prompt, *c]
+    ]
     l1, l0 = (norm @ packed.copies for norm in simpo.sparsity(v))
     assert packed.copies.sum() == len(separate)
     assert l1.item() == pytest.approx(sum(r.abs().sum().item() for r in separate), rel=1e-6)
@@ -125,12 +131,16 @@ def test_golden_step(expected, report, adapter, dtype):
     ids, labels, mask = (expected[f"step_{k}"] for k in ("input_ids", "labels", "attention_mask"))
     trees = []
     for i in range(4):
-        (chosen, label), (rejected, _) = ((ids[j][mask[j].bool()].tolist(), labels[j]) for j in (i, i + 4))
+        (chosen, label), (rejected, _) = (
+            (ids[j][mask[j].bool()].tolist(), labels[j]) for j in (i, i + 4)
+        )
         p = int((label[mask[i].bool()] == -100).sum())
         trees.append((chosen[:p], [chosen[p:], rejected[p:]]))
     packed = pack(trees)
     hidden, *norms = golden.steered(packed)
-    tokens = simpo.token_logps(hidden[packed.source], golden.model.model.embed_tokens.weight, packed.target, 30.0)
+    tokens = simpo.token_logps(
+        hidden[packed.source], golden.model.model.embed_tokens.weight, packed.target, 30.0
+    )
     theirs = expected[f"step_{adapter}_token_logps"]  # float64
     scored = labels[:, 1:] != -100
     theirs = torch.cat([theirs[j][scored[j]] for i in range(4) for j in (i, i + 4)])
@@ -141,7 +151,9 @@ def test_golden_step(expected, report, adapter, dtype):
     losses = simpo.simpo_loss(logps[0::2], logps[1::2], 10.0, 0.5)
     assert logps[0::2].tolist() == pytest.approx(want["chosen_logps" + suffix], rel=close)
     assert logps[1::2].tolist() == pytest.approx(want["rejected_logps" + suffix], rel=close)
-    assert losses.tolist() == pytest.approx(want["losses" + suffix], rel=10 * close if suffix == "" else close)
+    assert losses.tolist() == pytest.approx(
+        want["losses" + suffix], rel=10 * close if suffix == "" else close
+    )
     l1, l0 = (norm @ packed.copies.to(dtype) / packed.copies.sum() for norm in norms)
     assert l1.item() == pytest.approx(want["l1_real" + suffix], rel=close)
     assert l0.item() == pytest.approx(want["l0_real" + suffix], rel=1e-5)

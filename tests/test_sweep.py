@@ -21,7 +21,16 @@ from runtime import cli
 from runtime.sources import UserError
 
 G = GOLDEN
-WHERE = ["--model", str(G / "model"), "--sae", str(G / "sae"), "--sae-id", SAE_ID, "--data", str(G / "dataset")]
+WHERE = [
+    "--model",
+    str(G / "model"),
+    "--sae",
+    str(G / "sae"),
+    "--sae-id",
+    SAE_ID,
+    "--data",
+    str(G / "dataset"),
+]
 FLAGS = [*WHERE, "--layer", "1", "--batch-size", "4", "--max-steps", "2", "--eval-every", "0"]
 
 
@@ -31,7 +40,9 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("sweep") / "layer1-relu-l1_0.02-seed0"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.decoding, "greedy", lambda *_: "")  # samples are other tests' business
-        return train.train(cli.parse(train.Settings, [*FLAGS, "--device", "cpu", "--out", str(out)]))
+        return train.train(
+            cli.parse(train.Settings, [*FLAGS, "--device", "cpu", "--out", str(out)])
+        )
 
 
 def pretend(finished, run: sweep.Run, loss=1.0, l0=10.0) -> None:
@@ -40,9 +51,13 @@ def pretend(finished, run: sweep.Run, loss=1.0, l0=10.0) -> None:
     config = json.loads((run.out / "config.json").read_text())
     ours = {name: getattr(run.settings, name) for name in config["settings"]}
     ours["dtype"] = train.dtype_on("cpu", ours["dtype"])
-    config["settings"] |= {name: value for name, value in ours.items() if name not in sweep.ELSEWHERE}
+    config["settings"] |= {
+        name: value for name, value in ours.items() if name not in sweep.ELSEWHERE
+    }
     (run.out / "config.json").write_text(json.dumps(config))
-    row = dict(split="eval", step=2, loss=loss, accuracy=1.0, margin=1.0, l1=1.0, l0=l0, pairs=8, tokens=9)
+    row = dict(
+        split="eval", step=2, loss=loss, accuracy=1.0, margin=1.0, l1=1.0, l0=l0, pairs=8, tokens=9
+    )
     (run.out / "metrics.jsonl").write_text(json.dumps(row) + "\n")
 
 
@@ -51,7 +66,14 @@ def settings(out, **more) -> sweep.Settings:
 
 
 def test_the_plan_crosses_everything_and_each_adapter_has_its_penalty(tmp_path):
-    s = settings(tmp_path, adapters=("relu", "jumprelu"), l1=(0.02, 0.1), l0=(0.5,), seeds=(0, 1), layers=(1, 2))
+    s = settings(
+        tmp_path,
+        adapters=("relu", "jumprelu"),
+        l1=(0.02, 0.1),
+        l0=(0.5,),
+        seeds=(0, 1),
+        layers=(1, 2),
+    )
     runs = sweep.plan(s, [*WHERE[:4], *WHERE[6:], "--max-steps", "3"])
     assert len({run.out for run in runs}) == len(runs) == 2 * (2 + 1) * 2
     assert [run.settings.layer for run in runs] == sorted(run.settings.layer for run in runs)
@@ -60,7 +82,11 @@ def test_the_plan_crosses_everything_and_each_adapter_has_its_penalty(tmp_path):
         assert t.max_steps == 3
         weight = f"l0_{t.l0:g}" if t.adapter == "jumprelu" else f"l1_{t.l1:g}"
         assert run.out.name == f"layer{t.layer}-{t.adapter}-{weight}-seed{t.seed}"
-        assert (t.l1 == 0.0 and t.l0 == 0.5) if t.adapter == "jumprelu" else (t.l1 in (0.02, 0.1) and t.l0 == 0.0)
+        assert (
+            (t.l1 == 0.0 and t.l0 == 0.5)
+            if t.adapter == "jumprelu"
+            else (t.l1 in (0.02, 0.1) and t.l0 == 0.0)
+        )
         assert ("--cache-activations", str(tmp_path / "activations")) == run.cache
     (alone,) = sweep.plan(settings(tmp_path, cache=False), ["--model", "tiny"])
     assert alone.out.name == "layer2-relu-l1_0.02-seed0" and alone.cache == ()
@@ -85,10 +111,16 @@ def test_mistakes_are_refused_before_anything_runs(tmp_path, more, rest, words):
 
 
 def test_local_folders_of_saes_follow_the_papers_rule(tmp_path):
-    for name in ("layer_1/width_1k/average_l0_20", "layer_1/width_1k/average_l0_8", "layer_2/width_1k/average_l0_9"):
+    for name in (
+        "layer_1/width_1k/average_l0_20",
+        "layer_1/width_1k/average_l0_8",
+        "layer_2/width_1k/average_l0_9",
+    ):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "params.npz").touch()
-    assert sae.default_id(str(tmp_path), 1) == "layer_1/width_1k/average_l0_8"  # 8 before 20: numbers, not names
+    assert (
+        sae.default_id(str(tmp_path), 1) == "layer_1/width_1k/average_l0_8"
+    )  # 8 before 20: numbers, not names
     assert sae.default_id(str(tmp_path), 2) == "layer_2/width_1k/average_l0_9"
     assert sae.default_id(str(tmp_path), 3) is None and sae.default_id("tiny", 1) is None
 
@@ -96,7 +128,21 @@ def test_local_folders_of_saes_follow_the_papers_rule(tmp_path):
 def test_a_sweep_runs_shares_skips_continues_and_reports(tmp_path, finished, monkeypatch, capsys):
     """One finished run is skipped, an unfinished one started again, two run at once, one that fails is named."""
     out = tmp_path / "s"
-    flags = ["--l1", "0.02", "0.2", "--seeds", "0", "1", "--devices", "cpu", "cpu", "--out", str(out), "--", *FLAGS]
+    flags = [
+        "--l1",
+        "0.02",
+        "0.2",
+        "--seeds",
+        "0",
+        "1",
+        "--devices",
+        "cpu",
+        "cpu",
+        "--out",
+        str(out),
+        "--",
+        *FLAGS,
+    ]
     out.mkdir()
     shutil.copytree(finished, out / finished.name)
     kept = (out / finished.name / "metrics.jsonl").stat().st_mtime_ns
@@ -104,11 +150,19 @@ def test_a_sweep_runs_shares_skips_continues_and_reports(tmp_path, finished, mon
     shutil.copytree(finished, broken)
     shutil.rmtree(broken / "adapter")
     shutil.rmtree(broken / "checkpoints", ignore_errors=True)
-    (out / "layer1-relu-l1_0.02-seed1.log").mkdir()  # where this run's output would go: it cannot start
+    (
+        out / "layer1-relu-l1_0.02-seed1.log"
+    ).mkdir()  # where this run's output would go: it cannot start
     result = subprocess.run(
-        [sys.executable, "-m", "experiments.sweep", *flags], cwd=ROOT, capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", "experiments.sweep", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
-    assert result.returncode == 2 and "1 of 4 runs failed: layer1-relu-l1_0.02-seed1." in result.stderr
+    assert (
+        result.returncode == 2 and "1 of 4 runs failed: layer1-relu-l1_0.02-seed1." in result.stderr
+    )
     assert "Traceback" not in result.stderr
     assert (out / finished.name / "metrics.jsonl").stat().st_mtime_ns == kept
     assert not (out / "layer1-relu-l1_0.2-seed0.unfinished-1" / "adapter").exists()
@@ -118,7 +172,11 @@ def test_a_sweep_runs_shares_skips_continues_and_reports(tmp_path, finished, mon
     for row in rows:
         log = [json.loads(line) for line in (out / row["run"] / "metrics.jsonl").open()]
         last = [r for r in log if r["split"] == "eval"][-1]
-        assert float(row["loss"]) == last["loss"] and float(row["l0"]) == last["l0"] and float(row["step"]) == 2
+        assert (
+            float(row["loss"]) == last["loss"]
+            and float(row["l0"]) == last["l0"]
+            and float(row["step"]) == 2
+        )
     assert (out / "sweep.png").stat().st_size > 10_000
     # Streams of train and test pairs, written by the first run and read by the other.
     assert len(list((out / "activations").iterdir())) == 2
@@ -139,14 +197,22 @@ def test_two_devices_work_at_once_and_the_first_run_of_a_layer_goes_alone(tmp_pa
         time.sleep(0.2)
         with lock:
             visible = env.get("CUDA_VISIBLE_DEVICES"), command[command.index("--device") + 1]
-            spans[name] = (began, time.perf_counter(), visible, int(re.search(r"layer(\d+)", name)[1]))
+            spans[name] = (
+                began,
+                time.perf_counter(),
+                visible,
+                int(re.search(r"layer(\d+)", name)[1]),
+            )
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(sweep.subprocess, "run", fake)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     runs = sweep.plan(settings(tmp_path / "s", layers=(1, 2), seeds=(0, 1, 2)), ["--model", "tiny"])
     assert sweep.execute(runs, ["cuda:0", "cuda:1"]) == []
-    assert len(spans) == 6 and {span[2] for span in spans.values()} == {("0", "cuda"), ("1", "cuda")}
+    assert len(spans) == 6 and {span[2] for span in spans.values()} == {
+        ("0", "cuda"),
+        ("1", "cuda"),
+    }
     for layer in (1, 2):
         (first, *others) = sorted(span for span in spans.values() if span[3] == layer)
         assert all(span[0] >= first[1] for span in others)
@@ -160,7 +226,11 @@ def test_an_unfinished_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     runs = sweep.plan(settings(tmp_path, seeds=(0, 1)), FLAGS)
     (runs[0].out / "checkpoints" / "step-00000001").mkdir(parents=True)
     commands = []
-    monkeypatch.setattr(sweep.subprocess, "run", lambda c, **_: commands.append(c) or subprocess.CompletedProcess(c, 0))
+    monkeypatch.setattr(
+        sweep.subprocess,
+        "run",
+        lambda c, **_: commands.append(c) or subprocess.CompletedProcess(c, 0),
+    )
     assert sweep.execute(runs, ["cpu"]) == []
     assert [command[-1] == "--resume" for command in commands] == [True, False]
     assert runs[0].out.exists()
@@ -185,14 +255,19 @@ def test_a_run_that_stayed_with_float32_is_finished_under_the_flags_that_asked_f
     (run,) = sweep.plan(settings(tmp_path), [*FLAGS, "--dtype", "bfloat16"])
     monkeypatch.setattr(train, "BFLOAT16_PRODUCTS", ())
     pretend(finished, run)
-    assert run.finished and json.loads((run.out / "config.json").read_text())["settings"]["dtype"] == "float32"
+    assert (
+        run.finished
+        and json.loads((run.out / "config.json").read_text())["settings"]["dtype"] == "float32"
+    )
     monkeypatch.setattr(train, "BFLOAT16_PRODUCTS", ("architecture",))
     with pytest.raises(UserError, match="holds a run with dtype float32, not bfloat16"):
         _ = run.finished
 
 
 def test_the_estimate_says_where_it_comes_from(tmp_path, finished, monkeypatch):
-    runs = sweep.plan(settings(tmp_path, seeds=(0, 1)), [*FLAGS, "--max-steps", "100", "--eval-every", "25"])
+    runs = sweep.plan(
+        settings(tmp_path, seeds=(0, 1)), [*FLAGS, "--max-steps", "100", "--eval-every", "25"]
+    )
     pretend(finished, runs[0])
     seconds, how = sweep.estimate(runs, ["cpu"])
     assert seconds == sweep.wall(runs[0].out) and how == "mean of the 1 finished here"
@@ -200,15 +275,25 @@ def test_the_estimate_says_where_it_comes_from(tmp_path, finished, monkeypatch):
 
     def timed(command, **_):
         """Loading and two evaluations of no time at all, then steps of 5, 3 and 3 seconds."""
-        given = {flag: command[len(command) - 1 - command[::-1].index(flag) + 1] for flag in ("--max-steps", "--out")}
+        given = {
+            flag: command[len(command) - 1 - command[::-1].index(flag) + 1]
+            for flag in ("--max-steps", "--out")
+        }
         assert given["--max-steps"] == "3" and "--cache-activations" not in command
         Path(given["--out"]).mkdir()
-        rows = [dict(split="train", step=i + 1, epoch=(i + 1) / 10, seconds=s) for i, s in enumerate((5, 3, 3))]
-        (Path(given["--out"]) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [
+            dict(split="train", step=i + 1, epoch=(i + 1) / 10, seconds=s)
+            for i, s in enumerate((5, 3, 3))
+        ]
+        (Path(given["--out"]) / "metrics.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(sweep.subprocess, "run", timed)
-    monkeypatch.setattr(sweep.time, "perf_counter", iter([0.0, 31.0]).__next__)  # 11 for the steps, 20 once
+    monkeypatch.setattr(
+        sweep.time, "perf_counter", iter([0.0, 31.0]).__next__
+    )  # 11 for the steps, 20 once
     seconds, how = sweep.estimate(runs, ["cpu"])
     assert seconds == pytest.approx(100 * 3 + 20 + 4 * 20 / 2)
     assert how.startswith("3 steps of layer1-relu-l1_0.02-seed0 were timed")
@@ -231,7 +316,9 @@ def test_curves_are_means_over_seeds(tmp_path, finished):
     s = settings(tmp_path, l1=(0.01, 0.1, 1.0), seeds=(0, 1, 2), cache=False)
     runs = sweep.plan(s, FLAGS)
     for run in runs:
-        pretend(finished, run, loss=run.settings.l1 * (1 + run.settings.seed), l0=1 / run.settings.l1)
+        pretend(
+            finished, run, loss=run.settings.l1 * (1 + run.settings.seed), l0=1 / run.settings.l1
+        )
     rows = sweep.collect(runs)
     (points,) = sweep.curves(rows).values()
     assert [p["weight"] for p in points] == [0.01, 0.1, 1.0]
@@ -239,7 +326,9 @@ def test_curves_are_means_over_seeds(tmp_path, finished):
         assert p["loss"] == pytest.approx(2 * p["weight"]) and p["seeds"] == 3
         assert p["loss_range"] == pytest.approx((p["weight"], 3 * p["weight"]))
     sweep.report(runs, tmp_path)
-    assert json.loads((tmp_path / "sweep.json").read_text())["elbows"] == {"layer 1, relu": None}  # a straight line
+    assert json.loads((tmp_path / "sweep.json").read_text())["elbows"] == {
+        "layer 1, relu": None
+    }  # a straight line
 
 
 def test_nothing_finished_is_said():

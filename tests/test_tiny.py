@@ -9,7 +9,19 @@ import torch
 from labels import read_rows
 from runtime.sources import sha256
 from sae import JumpReLUSAE
-from tiny import DATA_DIR, LABELS_DIR, LAYER, MODEL_DIR, ROOT, SAE_DIR, SAE_ID, WIDTH, build, measure, world
+from tiny import (
+    DATA_DIR,
+    LABELS_DIR,
+    LAYER,
+    MODEL_DIR,
+    ROOT,
+    SAE_DIR,
+    SAE_ID,
+    WIDTH,
+    build,
+    measure,
+    world,
+)
 
 CAUSES = [name for name in world.CAUSES if name != "none"]
 
@@ -29,7 +41,10 @@ def test_every_character_has_a_label_and_no_token_has_two(built):
     _, tokenizer, _ = built
     for text in world.corpus(300, 1):
         spans = text.spans
-        assert all(span.text and span.label in world.LABELS and span.name in measure.NAMES for span in spans)
+        assert all(
+            span.text and span.label in world.LABELS and span.name in measure.NAMES
+            for span in spans
+        )
         assert "".join(span.text for span in spans) == text.text
         at = world.span_of_characters(spans)
         for begin, end in tokenizer.encode(text.text, add_special_tokens=False).offsets:
@@ -131,8 +146,13 @@ def test_quality_holds_and_notices_a_shuffled_sae(built):
     assert q.loss < 1.1 * q.entropy
     assert q.variance_explained >= 0.95 and q.loss_recovered >= 0.97 and q.l0 <= 20
     order = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(0))
-    arrays = {name: getattr(sae, name).clone() for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
-    shuffled = measure.quality(model, JumpReLUSAE(arrays | {"W_dec": sae.W_dec[order]}), tokenizer, texts, LAYER)
+    arrays = {
+        name: getattr(sae, name).clone()
+        for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+    }
+    shuffled = measure.quality(
+        model, JumpReLUSAE(arrays | {"W_dec": sae.W_dec[order]}), tokenizer, texts, LAYER
+    )
     assert shuffled.variance_explained < 0.5 and shuffled.loss_recovered < 0.9
 
 
@@ -141,5 +161,8 @@ def test_firing_labels_hold_on_other_texts(built):
     rows = read_rows(LABELS_DIR / "fires.jsonl")[1]
     fires = measure.firing(model, sae, tokenizer, world.corpus(150, 7), LAYER)
     clear = [row for row in rows if row["purity"] >= 0.8 and fires.count[int(row["index"])] >= 10]
-    agree = [world.LABELS[int(fires.label[int(row["index"])].argmax())] == row["category"] for row in clear]
+    agree = [
+        world.LABELS[int(fires.label[int(row["index"])].argmax())] == row["category"]
+        for row in clear
+    ]
     assert len(clear) > WIDTH / 4 and sum(agree) / len(agree) > 0.95

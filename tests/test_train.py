@@ -19,7 +19,17 @@ import train
 from fsrl import Adapter
 from runtime import cli
 
-TRAJECTORY = ("--schedule", "constant", "--lr", 1e-3, "--max-grad-norm", 0, "--max-steps", 10, "--no-shuffle")
+TRAJECTORY = (
+    "--schedule",
+    "constant",
+    "--lr",
+    1e-3,
+    "--max-grad-norm",
+    0,
+    "--max-steps",
+    10,
+    "--no-shuffle",
+)
 
 
 def quick_run(out, *flags) -> forked.Ended:
@@ -30,7 +40,9 @@ def quick_run(out, *flags) -> forked.Ended:
 @pytest.fixture(scope="module")
 def mid_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "mid"
-    result = golden_run(out, *TRAJECTORY, "--init-adapter", GOLDEN / "adapter_mid", "--eval-every", 4)
+    result = golden_run(
+        out, *TRAJECTORY, "--init-adapter", GOLDEN / "adapter_mid", "--eval-every", 4
+    )
     assert result.returncode == 0, result.stderr
     return out, result
 
@@ -55,12 +67,19 @@ def test_ten_steps_follow_the_golden_trajectory(report, expected, tmp_path, mid_
     weight = load_file(out / "adapter/adapter.safetensors")["weight"]
     reference = expected[f"final_{adapter}_weight"]
     assert (weight - reference).abs().max() <= 3 * want["noise"]["final_weight_maxdiff"]
-    assert (weight - reference).norm() <= 3 * want["noise"]["final_weight_rel_l2"] * reference.norm()
+    assert (weight - reference).norm() <= 3 * want["noise"][
+        "final_weight_rel_l2"
+    ] * reference.norm()
 
 
 def test_a_run_writes_what_the_contract_says(mid_run):
     out, result = mid_run
-    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "adapter", "loss.png"}
+    assert {p.name for p in out.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "adapter",
+        "loss.png",
+    }
     keys = "split step epoch loss l1 l0 penalty total accuracy margin reward_chosen reward_rejected logp_chosen "
     keys += "logp_rejected lr grad_norm pairs tokens tokens_per_second seconds"
     rows = metrics(out)
@@ -73,15 +92,37 @@ def test_a_run_writes_what_the_contract_says(mid_run):
         assert row["pairs"] == 4
     evals = metrics(out, "eval")
     assert [row["step"] for row in evals] == [0, 4, 8, 10]
-    assert set(evals[0]) == {"split", "step", "loss", "accuracy", "margin", "l1", "l0", "pairs", "tokens"}
+    assert set(evals[0]) == {
+        "split",
+        "step",
+        "loss",
+        "accuracy",
+        "margin",
+        "l1",
+        "l0",
+        "pairs",
+        "tokens",
+    }
     assert evals[0]["pairs"] == 8
 
     config = json.loads((out / "config.json").read_text())
     assert config["settings"]["layer"] == 1 and config["settings"]["dtype"] != "auto"
     assert config["versions"]["torch"] and len(config["sha256"]) == 8 + 2
     adapter = json.loads((out / "adapter/adapter_config.json").read_text())
-    assert adapter["sae_sha256"] == load().sae.sha256 and adapter["sae_id"] == SAE_ID and adapter["layer"] == 1
-    for words in ("before", "after", "eval SimPO loss", "eval accuracy", "eval L0", "seconds", "peak memory"):
+    assert (
+        adapter["sae_sha256"] == load().sae.sha256
+        and adapter["sae_id"] == SAE_ID
+        and adapter["layer"] == 1
+    )
+    for words in (
+        "before",
+        "after",
+        "eval SimPO loss",
+        "eval accuracy",
+        "eval L0",
+        "seconds",
+        "peak memory",
+    ):
         assert words in result.stdout
     assert "Traceback" not in result.stderr
 
@@ -104,7 +145,10 @@ def test_packing_changes_neither_losses_nor_the_adapter(tmp_path):
     one, some, all_ = (tmp_path / name for name in ("1", "150", "100000"))
     for other in (some, all_):
         for a, b in zip(metrics(one), metrics(other), strict=True):
-            assert all(a[k] == pytest.approx(b[k], rel=1e-4) for k in ("loss", "l1", "l0", "accuracy", "grad_norm"))
+            assert all(
+                a[k] == pytest.approx(b[k], rel=1e-4)
+                for k in ("loss", "l1", "l0", "accuracy", "grad_norm")
+            )
         weights = [load_file(out / "adapter/adapter.safetensors")["weight"] for out in (one, other)]
         assert (weights[0] - weights[1]).norm() <= 1e-4 * weights[0].norm()
 
@@ -114,14 +158,20 @@ def test_cached_activations_give_the_same_run_and_are_shared(tmp_path):
     cache = tmp_path / "cache"
     assert quick_run(tmp_path / "a", *flags).returncode == 0
     first = quick_run(tmp_path / "b", *flags, "--cache-activations", cache)
-    assert first.returncode == 0 and first.stderr.count("GB of activations") == 2, first.stderr  # train and test pairs
+    assert first.returncode == 0 and first.stderr.count("GB of activations") == 2, (
+        first.stderr
+    )  # train and test pairs
     written = {p: p.stat().st_mtime_ns for p in cache.iterdir()}
     again = quick_run(tmp_path / "c", *flags, "--cache-activations", cache, "--l1", 0.05)
     assert again.returncode == 0 and "GB of activations" not in again.stderr
     assert {p: p.stat().st_mtime_ns for p in cache.iterdir()} == written and len(written) == 2
     for split in ("train", "eval"):
-        for a, b in zip(metrics(tmp_path / "a", split), metrics(tmp_path / "b", split), strict=True):
-            assert all(a[k] == pytest.approx(b[k], rel=1e-4) for k in ("loss", "l1", "l0", "margin"))
+        for a, b in zip(
+            metrics(tmp_path / "a", split), metrics(tmp_path / "b", split), strict=True
+        ):
+            assert all(
+                a[k] == pytest.approx(b[k], rel=1e-4) for k in ("loss", "l1", "l0", "margin")
+            )
     sizes = sorted(p.stat().st_size for p in written)
     assert sizes[0] == metrics(tmp_path / "a", "eval")[0]["tokens"] * 64 * 4
 
@@ -140,12 +190,21 @@ def test_the_frozen_parts_are_bit_identical_after_training(tmp_path, monkeypatch
     monkeypatch.setattr(train.decoding, "greedy", lambda *_: "")
     train.train(
         train.Settings(
-            **dict(model=str(GOLDEN / "model"), sae=str(GOLDEN / "sae"), sae_id=SAE_ID, data=str(GOLDEN / "dataset")),
-            **dict(layer=1, batch_size=4, max_steps=3, lr=1e-2, out=str(tmp_path / "run"), device="cpu"),
+            **dict(
+                model=str(GOLDEN / "model"),
+                sae=str(GOLDEN / "sae"),
+                sae_id=SAE_ID,
+                data=str(GOLDEN / "dataset"),
+            ),
+            **dict(
+                layer=1, batch_size=4, max_steps=3, lr=1e-2, out=str(tmp_path / "run"), device="cpu"
+            ),
         )
     )
     after = kept["steered"].state_dict()
-    changed = {name for name, tensor in kept["before"].items() if not torch.equal(tensor, after[name])}
+    changed = {
+        name for name, tensor in kept["before"].items() if not torch.equal(tensor, after[name])
+    }
     assert changed == {"adapter.weight", "adapter.bias"}
 
 
@@ -165,17 +224,27 @@ def test_learning_rate_schedule_is_transformers_cosine():
 def test_bfloat16_stays_near_float32_and_does_not_depend_on_packing(tmp_path):
     """bfloat16 weights and products end to end; what averages over pairs and positions is still summed in float32."""
     flags = ("--max-steps", 3, "--lr", 1e-3, "--init-adapter", GOLDEN / "adapter_mid")
-    for name, dtype, limit in (("a", "float32", 8192), ("b", "bfloat16", 8192), ("c", "bfloat16", 100)):
-        result = quick_run(tmp_path / name, *flags, "--dtype", dtype, "--tokens-per-microbatch", limit)
+    for name, dtype, limit in (
+        ("a", "float32", 8192),
+        ("b", "bfloat16", 8192),
+        ("c", "bfloat16", 100),
+    ):
+        result = quick_run(
+            tmp_path / name, *flags, "--dtype", dtype, "--tokens-per-microbatch", limit
+        )
         assert result.returncode == 0, result.stderr
     for split in ("train", "eval"):
-        for exact, low, packed in zip(*(metrics(tmp_path / name, split) for name in "abc"), strict=True):
+        for exact, low, packed in zip(
+            *(metrics(tmp_path / name, split) for name in "abc"), strict=True
+        ):
             for key, close in dict(loss=0.1, l1=0.01, l0=0.02).items():
                 assert low[key] == pytest.approx(exact[key], rel=close) and low[key] != exact[key]
                 assert packed[key] == pytest.approx(low[key], rel=close / 2)
 
 
-@pytest.mark.parametrize("has", [{"avx512_bf16": True}, {"amx_bf16": True}, {"bf16": True}, {"avx512_bf16": False}, {}])
+@pytest.mark.parametrize(
+    "has", [{"avx512_bf16": True}, {"amx_bf16": True}, {"bf16": True}, {"avx512_bf16": False}, {}]
+)
 def test_bfloat16_is_for_processors_that_multiply_it(monkeypatch, capsys, has):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     s = train.resolve_device(train.Settings(device="cpu", dtype="bfloat16"))
@@ -208,11 +277,17 @@ def test_evaluation_is_a_mean_over_pairs_and_positions_whatever_the_packing():
     results = []
     for limit in (1, 200, 100_000):
         batch = train.Batch(pairs, range(len(pairs)))
-        results.append(train.evaluate(golden.steered, batch, train.replace(s, tokens_per_microbatch=limit), False))
+        results.append(
+            train.evaluate(
+                golden.steered, batch, train.replace(s, tokens_per_microbatch=limit), False
+            )
+        )
     for other in results[1:]:
         # A feature whose pre-activation is within rounding of 0 may count on one side and not on the other.
         assert other.pop("l0") == pytest.approx(results[0]["l0"], rel=1e-3)
-        assert other == pytest.approx({k: v for k, v in results[0].items() if k != "l0"}, rel=1e-5, abs=1e-4)
+        assert other == pytest.approx(
+            {k: v for k, v in results[0].items() if k != "l0"}, rel=1e-5, abs=1e-4
+        )
     with torch.no_grad():
         alone = [train.score(golden.steered, data.pack_pairs([p]), s) for p in pairs]
     assert results[0]["loss"] == pytest.approx(np.mean([x.loss.item() for x in alone]), rel=1e-6)
@@ -268,9 +343,18 @@ GOOD = [dict(role="user", content="q"), dict(role="assistant", content="a")]
 OTHER = [dict(role="user", content="p"), GOOD[1]]
 ROBOT = [dict(role="robot", content="q"), GOOD[1]]
 MISTAKES = {  # name -> the flags (made in a folder t), and words the sentence must hold
-    "missing shard": (lambda t: mangled_shard(t, 0), ["model-00003-of-00008.safetensors", "missing"]),
-    "truncated shard": (lambda t: mangled_shard(t, 5000), ["model-00003-of-00008.safetensors", "not a whole"]),
-    "truncated header": (lambda t: mangled_shard(t, 5), ["model-00003-of-00008.safetensors", "not a whole"]),
+    "missing shard": (
+        lambda t: mangled_shard(t, 0),
+        ["model-00003-of-00008.safetensors", "missing"],
+    ),
+    "truncated shard": (
+        lambda t: mangled_shard(t, 5000),
+        ["model-00003-of-00008.safetensors", "not a whole"],
+    ),
+    "truncated header": (
+        lambda t: mangled_shard(t, 5),
+        ["model-00003-of-00008.safetensors", "not a whole"],
+    ),
     "npz of a wrong shape": (
         lambda t: mangled_npz(t, W_dec=np.zeros((3, 5), np.float32)),
         ["params.npz", "W_dec", "(3, 5)"],
@@ -280,8 +364,14 @@ MISTAKES = {  # name -> the flags (made in a folder t), and words the sentence m
         ["params.npz", "b_dec", "object"],
     ),
     "row without rejected": (lambda t: with_row(t, chosen=GOOD), ["row 4", "`rejected`"]),
-    "assistant turn missing": (lambda t: with_row(t, chosen=GOOD[:1], rejected=GOOD), ["row 4", "assistant turn"]),
-    "differing prompts": (lambda t: with_row(t, chosen=GOOD, rejected=OTHER), ["row 4", "disagree on the prompt"]),
+    "assistant turn missing": (
+        lambda t: with_row(t, chosen=GOOD[:1], rejected=GOOD),
+        ["row 4", "assistant turn"],
+    ),
+    "differing prompts": (
+        lambda t: with_row(t, chosen=GOOD, rejected=OTHER),
+        ["row 4", "disagree on the prompt"],
+    ),
     "unknown role": (lambda t: with_row(t, chosen=GOOD, rejected=ROBOT), ["row 4", "'robot'"]),
     "unknown flag": (lambda t: ("--learning-rate", 1), ["--learning-rate"]),
     "abbreviated flag": (lambda t: ("--bet", 1), ["--bet"]),
@@ -295,7 +385,10 @@ MISTAKES = {  # name -> the flags (made in a folder t), and words the sentence m
     "seed too large": (lambda t: ("--seed", 10**20), ["--seed"]),
     "ratio not a number": (lambda t: ("--gamma-ratio", "nan"), ["--gamma-ratio"]),
     "model without a value": (lambda t: ("--model",), ["--model"]),
-    "cache below a file": (lambda t: ("--cache-activations", out_below_a_file(t)[1]), ["--cache-activations"]),
+    "cache below a file": (
+        lambda t: ("--cache-activations", out_below_a_file(t)[1]),
+        ["--cache-activations"],
+    ),
     "tokenizer of another model": (tokenizer_too_large, ["tokenizer"]),
     "no such data": (lambda t: ("--data", t / "nothing.jsonl"), ["nothing.jsonl"]),
     "no such model": (lambda t: ("--model", t / "nothing"), ["nothing"]),
@@ -320,7 +413,18 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, mistake):
 
 def in_process(out, arguments):
     g = GOLDEN
-    argv = ["--model", g / "model", "--sae", g / "sae", "--sae-id", SAE_ID, "--data", g / "dataset", "--layer", 1]
+    argv = [
+        "--model",
+        g / "model",
+        "--sae",
+        g / "sae",
+        "--sae-id",
+        SAE_ID,
+        "--data",
+        g / "dataset",
+        "--layer",
+        1,
+    ]
     argv += ["--batch-size", 4, "--out", out, *arguments]
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as stop:
@@ -363,4 +467,6 @@ def test_tiny_trains_on_real_ultrafeedback_pairs(tmp_path):
     rows = ROOT / "tests/data/ultrafeedback_32.jsonl"
     flags = ("--max-steps", 2, "--batch-size", 4, "--eval-data", rows, "--out", tmp_path / "run")
     forked.good(forked.Run(["--model", "tiny", "--data", rows, *flags]).wait())
-    assert len(metrics(tmp_path / "run")) == 2 and metrics(tmp_path / "run", "eval")[-1]["pairs"] == 8
+    assert (
+        len(metrics(tmp_path / "run")) == 2 and metrics(tmp_path / "run", "eval")[-1]["pairs"] == 8
+    )

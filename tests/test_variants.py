@@ -13,7 +13,12 @@ from fsrl import Adapter, SteeredModel
 from packed import pack
 from runtime.sources import UserError
 
-VARIANTS = [("relu", "direct"), ("jumprelu", "direct"), ("jumprelu", "log"), ("soft-threshold", "direct")]
+VARIANTS = [
+    ("relu", "direct"),
+    ("jumprelu", "direct"),
+    ("jumprelu", "log"),
+    ("soft-threshold", "direct"),
+]
 
 
 def made(activation, parametrisation="direct", bandwidth=0.3, seed=0, d=64, d_sae=256) -> Adapter:
@@ -37,9 +42,13 @@ def test_jumprelu_and_step_equal_saelens():
     z, threshold = want["z"].requires_grad_(), want["threshold"].requires_grad_()
     v, l0 = fsrl._JumpReLU.apply(z, threshold, want["bandwidth"].item())
     assert torch.equal(v, want["v"]) and torch.equal(l0, want["l0"])
-    grad_z, grad_threshold = torch.autograd.grad((v * want["grad_v"]).sum(), (z, threshold), retain_graph=True)
+    grad_z, grad_threshold = torch.autograd.grad(
+        (v * want["grad_v"]).sum(), (z, threshold), retain_graph=True
+    )
     torch.testing.assert_close(grad_z, want["jumprelu_grad_z"], atol=0, rtol=0)
-    torch.testing.assert_close(grad_threshold, want["jumprelu_grad_threshold"], atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(
+        grad_threshold, want["jumprelu_grad_threshold"], atol=1e-12, rtol=1e-12
+    )
     grad_z, grad_threshold = torch.autograd.grad((l0 * want["grad_l0"]).sum(), (z, threshold))
     torch.testing.assert_close(grad_threshold, want["step_grad_threshold"], atol=1e-12, rtol=1e-12)
     assert not grad_z.any() and want["step_grad_threshold"].any()
@@ -75,18 +84,25 @@ def test_the_log_parametrisation_follows_the_chain_rule():
     gradients = []
     for adapter in (direct, log):
         v, norms = adapter(residual(), norms=True)
-        gradients.append(torch.autograd.grad(v.square().sum() + norms.l0.sum(), adapter.raw_threshold)[0])
+        gradients.append(
+            torch.autograd.grad(v.square().sum() + norms.l0.sum(), adapter.raw_threshold)[0]
+        )
     torch.testing.assert_close(gradients[1], gradients[0] * direct.threshold, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("activation, parametrisation", VARIANTS)
 def test_activations_and_norms_are_the_equations(activation, parametrisation):
     adapter, x = made(activation, parametrisation), residual()
-    z, threshold = x @ adapter.weight.T + adapter.bias, adapter.threshold if activation != "relu" else None
+    z, threshold = (
+        x @ adapter.weight.T + adapter.bias,
+        adapter.threshold if activation != "relu" else None,
+    )
     naive = {
         "relu": lambda: z.clamp(min=0),
         "jumprelu": lambda: torch.where(z > threshold, z, 0.0),
-        "soft-threshold": lambda: torch.where(z > threshold, z - threshold, (z + threshold).clamp(max=0)),
+        "soft-threshold": lambda: torch.where(
+            z > threshold, z - threshold, (z + threshold).clamp(max=0)
+        ),
     }[activation]()
     v, norms = adapter(x, norms=True)
     torch.testing.assert_close(v, naive, atol=1e-12, rtol=1e-12)
@@ -95,8 +111,14 @@ def test_activations_and_norms_are_the_equations(activation, parametrisation):
     assert norms.l0.requires_grad == (activation == "jumprelu")
     if activation == "soft-threshold":
         assert (naive < 0).any() and (naive > 0).any()
-        for loss in (lambda v: v.square().sum(), lambda v: v.abs().sum()):  # autograd of the cases, τ included
-            pair = [torch.autograd.grad(loss(y), list(adapter.parameters()), retain_graph=True) for y in (v, naive)]
+        for loss in (
+            lambda v: v.square().sum(),
+            lambda v: v.abs().sum(),
+        ):  # autograd of the cases, τ included
+            pair = [
+                torch.autograd.grad(loss(y), list(adapter.parameters()), retain_graph=True)
+                for y in (v, naive)
+            ]
             for a, b in zip(*pair, strict=True):
                 torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
@@ -109,13 +131,19 @@ def test_steering_is_the_long_form_with_the_clamp(monkeypatch, activation, param
     monkeypatch.setattr(fsrl, "STEER_ROWS", 1)
     ours, l1, _ = steered.steer(x)
     f, v = golden.sae.encode(x), adapter(x)
-    clamped, free = (golden.sae.decode(total) + x - golden.sae.decode(f) for total in ((f + v).clamp(min=0), f + v))
+    clamped, free = (
+        golden.sae.decode(total) + x - golden.sae.decode(f)
+        for total in ((f + v).clamp(min=0), f + v)
+    )
     torch.testing.assert_close(ours, clamped, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(l1, v.abs().sum(1), atol=1e-12, rtol=1e-12)
     assert ((clamped - free).abs().max() > 0.01) == (activation == "soft-threshold")
     probe = residual(1)
     parameters = list(adapter.parameters())
-    a, b = (torch.autograd.grad((y * probe).sum(), parameters, retain_graph=True) for y in (ours, clamped))
+    a, b = (
+        torch.autograd.grad((y * probe).sum(), parameters, retain_graph=True)
+        for y in (ours, clamped)
+    )
     for mine, theirs in zip(a, b, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-10)
         assert theirs.any()
@@ -126,7 +154,9 @@ def test_the_l0_penalty_counts_positions_of_the_separate_sequences():
     golden, adapter = load(torch.float64), made("jumprelu")
     steered = SteeredModel(golden.model, golden.sae, adapter, 1)
     g = torch.Generator().manual_seed(3)
-    prompt, chosen, rejected = (torch.randint(0, 512, (n,), generator=g).tolist() for n in (9, 4, 7))
+    prompt, chosen, rejected = (
+        torch.randint(0, 512, (n,), generator=g).tolist() for n in (9, 4, 7)
+    )
     gradients = []
     for trees in ([(prompt, [chosen, rejected])], [(prompt, [chosen]), (prompt, [rejected])]):
         packed = pack(trees)
@@ -143,7 +173,9 @@ def test_under_bfloat16_thresholds_stay_float32():
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-5, weight_decay=0.0)
     with torch.autocast("cpu", torch.bfloat16):
         v, norms = adapter(residual().float(), norms=True)
-    assert v.dtype == torch.bfloat16 and norms.l0.dtype == adapter.raw_threshold.dtype == torch.float32
+    assert (
+        v.dtype == torch.bfloat16 and norms.l0.dtype == adapter.raw_threshold.dtype == torch.float32
+    )
     assert (v[v != 0] >= 0.25).all() and (v != 0).any()  # rounded only after it has passed
     norms.l0.mean().backward()
     optimizer.step()
@@ -170,22 +202,35 @@ def test_adapter_files_round_trip(tmp_path, activation, parametrisation):
     "config, name, activation",
     [
         ({"use_jump_relu": True, "bandwidth": 0.001}, "log_threshold", "jumprelu"),
-        ({"activation_type": "jump_relu", "use_steering_magnitude": False}, "log_threshold", "jumprelu"),
+        (
+            {"activation_type": "jump_relu", "use_steering_magnitude": False},
+            "log_threshold",
+            "jumprelu",
+        ),
         ({"activation_type": "soft_threshold"}, "soft_threshold", "soft-threshold"),
         ({"activation_type": "relu"}, None, "relu"),
     ],
 )
 def test_the_authors_files_load(tmp_path, config, name, activation):
     ours = made(activation).float()
-    weights = {"adapter_linear.weight": ours.weight.detach(), "adapter_linear.bias": ours.bias.detach()}
+    weights = {
+        "adapter_linear.weight": ours.weight.detach(),
+        "adapter_linear.bias": ours.bias.detach(),
+    }
     if name:
-        weights[name] = (ours.threshold.log() if name == "log_threshold" else ours.threshold).detach()
+        weights[name] = (
+            ours.threshold.log() if name == "log_threshold" else ours.threshold
+        ).detach()
     (tmp_path / "fsrl_adapter_config.json").write_text(json.dumps(config | {"base_sae_id": SAE_ID}))
     save_file(weights, tmp_path / "adapter_weights.safetensors")
     theirs = Adapter.from_pretrained(tmp_path)
     assert theirs.activation == activation and theirs.identity["sae_id"] == SAE_ID
-    torch.testing.assert_close(theirs(residual().float()), ours(residual().float()), atol=1e-6, rtol=1e-6)
-    save_file(weights | {"steering_magnitude": torch.ones(256)}, tmp_path / "adapter_weights.safetensors")
+    torch.testing.assert_close(
+        theirs(residual().float()), ours(residual().float()), atol=1e-6, rtol=1e-6
+    )
+    save_file(
+        weights | {"steering_magnitude": torch.ones(256)}, tmp_path / "adapter_weights.safetensors"
+    )
     with pytest.raises(UserError, match="steering_magnitude"):
         Adapter.from_pretrained(tmp_path)
 
@@ -222,20 +267,26 @@ def no_samples_nor_pictures(monkeypatch):
 
 def run(out, **settings):
     g = GOLDEN
-    where = dict(model=str(g / "model"), sae=str(g / "sae"), sae_id=SAE_ID, data=str(g / "dataset"), layer=1)
+    where = dict(
+        model=str(g / "model"), sae=str(g / "sae"), sae_id=SAE_ID, data=str(g / "dataset"), layer=1
+    )
     common = dict(batch_size=4, max_steps=3, eval_every=0, device="cpu", out=str(out)) | where
     train.train(train.Settings(**common | settings))
     return metrics(out)
 
 
 @pytest.mark.parametrize("activation, parametrisation", VARIANTS[1:])
-def test_groups_partition_the_parameters_and_each_has_its_learning_rate(tmp_path, activation, parametrisation):
+def test_groups_partition_the_parameters_and_each_has_its_learning_rate(
+    tmp_path, activation, parametrisation
+):
     """The first AdamW step moves a parameter with a gradient by its learning rate."""
     lr = dict(lr=1e-3, threshold_lr=1e-5, schedule="constant", max_grad_norm=0.0, max_steps=1)
     start = made(activation, parametrisation).float()
     start.save_pretrained(tmp_path / "start", {})
     penalty = dict(l0=0.1) if activation == "jumprelu" else dict(l1=0.1)
-    flags = dict(adapter=activation, threshold_parametrisation=parametrisation, bandwidth=0.3) | penalty
+    flags = (
+        dict(adapter=activation, threshold_parametrisation=parametrisation, bandwidth=0.3) | penalty
+    )
     if activation != "jumprelu":
         flags.pop("bandwidth")
     run(tmp_path / "run", init_adapter=str(tmp_path / "start"), **flags, **lr)
@@ -255,7 +306,14 @@ def test_a_run_keeps_its_thresholds_above_zero(tmp_path):
 
 
 def test_the_total_includes_the_l0_penalty_and_thresholds_follow_it(tmp_path):
-    flags = dict(adapter="jumprelu", threshold_lr=0.1, schedule="constant", max_steps=6, lr=1e-4, bandwidth=0.3)
+    flags = dict(
+        adapter="jumprelu",
+        threshold_lr=0.1,
+        schedule="constant",
+        max_steps=6,
+        lr=1e-4,
+        bandwidth=0.3,
+    )
     made("jumprelu").float().save_pretrained(tmp_path / "start", {})
     rows = {}
     for l0 in (0.0, 1.0):
@@ -268,15 +326,26 @@ def test_the_total_includes_the_l0_penalty_and_thresholds_follow_it(tmp_path):
 
 def test_packing_changes_nothing_for_jumprelu(tmp_path):
     made("jumprelu").float().save_pretrained(tmp_path / "start", {})
-    flags = dict(adapter="jumprelu", l0=0.1, lr=1e-4, threshold_lr=1e-3, init_adapter=str(tmp_path / "start"))
+    flags = dict(
+        adapter="jumprelu", l0=0.1, lr=1e-4, threshold_lr=1e-3, init_adapter=str(tmp_path / "start")
+    )
     one, all_ = (run(tmp_path / str(n), tokens_per_microbatch=n, **flags) for n in (1, 100_000))
     for a, b in zip(one, all_, strict=True):
-        assert all(a[k] == pytest.approx(b[k], rel=1e-4) for k in ("loss", "l1", "l0", "total", "grad_norm"))
+        assert all(
+            a[k] == pytest.approx(b[k], rel=1e-4)
+            for k in ("loss", "l1", "l0", "total", "grad_norm")
+        )
 
 
 def test_defaults_that_depend_on_the_adapter():
     s = train.Settings()
-    assert (s.l1, s.l0, s.threshold_init, s.threshold_lr, s.bandwidth) == (0.02, 0.0, None, None, None)
+    assert (s.l1, s.l0, s.threshold_init, s.threshold_lr, s.bandwidth) == (
+        0.02,
+        0.0,
+        None,
+        None,
+        None,
+    )
     s = train.Settings(adapter="jumprelu", lr=1e-6)
     assert (s.l1, s.threshold_init, s.threshold_lr, s.bandwidth) == (0.0, 0.001, 1e-3, 0.05)
     assert train.Settings(adapter="jumprelu", threshold_parametrisation="log").bandwidth == 0.001
@@ -289,7 +358,10 @@ def test_defaults_that_depend_on_the_adapter():
         (dict(l0=0.1), "--l0 0.1: only --adapter jumprelu"),
         (dict(adapter="jumprelu", bandwidth=0.0), "--bandwidth 0"),
         (dict(adapter="jumprelu", threshold_lr=-1.0), "--threshold-lr -1.0"),
-        (dict(adapter="jumprelu", init_adapter=str(GOLDEN / "adapter_mid")), "a relu adapter, --adapter jumprelu"),
+        (
+            dict(adapter="jumprelu", init_adapter=str(GOLDEN / "adapter_mid")),
+            "a relu adapter, --adapter jumprelu",
+        ),
         (dict(adapter="soft-threshold", threshold_parametrisation="log"), "positive"),
     ],
 )

@@ -30,7 +30,19 @@ from model import Gemma2, Gemma2Config
 from packed import pack
 from runtime.sources import sha256
 from sae import JumpReLUSAE, save_gemmascope
-from tiny import DATA_DIR, LABELS_DIR, LAYER, MODEL_DIR, MODEL_ID, ROOT, SAE_DIR, SAE_ID, WIDTH, measure, world
+from tiny import (
+    DATA_DIR,
+    LABELS_DIR,
+    LAYER,
+    MODEL_DIR,
+    MODEL_ID,
+    ROOT,
+    SAE_DIR,
+    SAE_ID,
+    WIDTH,
+    measure,
+    world,
+)
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 VOCABULARY = 2048
@@ -75,7 +87,9 @@ def train_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r" ?\*\*|##| ?\p{L}+|\p{N}|\n| ?[^\s\p{L}\p{N}]")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), byte_level])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), byte_level]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -84,7 +98,9 @@ def train_tokenizer() -> Tokenizer:
         show_progress=False,
     )
     texts = world.corpus(20_000, SEEDS["tokenizer"])
-    tokenizer.train_from_iterator((span.text for t in texts for span in (t.prompt_spans[1], *t.answer)), trainer)
+    tokenizer.train_from_iterator(
+        (span.text for t in texts for span in (t.prompt_spans[1], *t.answer)), trainer
+    )
     return tokenizer
 
 
@@ -109,8 +125,15 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         ),
         **names,
     }  # fmt: skip
-    generation_config = {"bos_token_id": 2, "eos_token_id": [1, SPECIAL.index("<end_of_turn>")], "pad_token_id": 0}
-    for name, content in (("tokenizer_config", tokenizer_config), ("generation_config", generation_config)):
+    generation_config = {
+        "bos_token_id": 2,
+        "eos_token_id": [1, SPECIAL.index("<end_of_turn>")],
+        "pad_token_id": 0,
+    }
+    for name, content in (
+        ("tokenizer_config", tokenizer_config),
+        ("generation_config", generation_config),
+    ):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -119,7 +142,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 def encode(tokenizer: Tokenizer, texts: list[world.Text]) -> list[list[int]]:
     """Token ids of whole rendered texts, <bos> to <eos>."""
-    return [e.ids for e in tokenizer.encode_batch([t.text for t in texts], add_special_tokens=False)]
+    return [
+        e.ids for e in tokenizer.encode_batch([t.text for t in texts], add_special_tokens=False)
+    ]
 
 
 def batches(tokenizer: Tokenizer, seed: int, steps: int):
@@ -144,11 +169,15 @@ def train_model(tokenizer: Tokenizer, steps: int) -> Gemma2:
         lr=MODEL_LR,
         betas=(0.9, 0.98),
     )
-    bar = tqdm(batches(tokenizer, SEEDS["model corpus"], steps), total=steps, desc="model", mininterval=5)
+    bar = tqdm(
+        batches(tokenizer, SEEDS["model corpus"], steps), total=steps, desc="model", mininterval=5
+    )
     for step, packed in enumerate(bar):
         warm_up, progress = min(1.0, (step + 1) / 100), step / steps
         for group in optimizer.param_groups:
-            group["lr"] = MODEL_LR * warm_up * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
+            group["lr"] = (
+                MODEL_LR * warm_up * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
+            )
         loss = measure.next_token_loss(model, packed, model(packed)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -197,7 +226,9 @@ def train_sae(x: Tensor, steps: int, seed: int) -> dict[str, Tensor]:
         progress = step / steps
         for group in optimizer.param_groups:
             group["lr"] = SAE_LR * min(1.0, (step + 1) / 200, 2.5 * (1 - progress))
-        target = L0 * max(1.0, 4 - 12 * progress)  # four times as many features at first: fewer of them die
+        target = L0 * max(
+            1.0, 4 - 12 * progress
+        )  # four times as many features at first: fewer of them die
         y = (x[torch.randint(N, (SAE_BATCH,), generator=generator)] - mean) / scale
         z = y @ W_enc + b_enc
         f = z * (z > threshold)
@@ -239,7 +270,9 @@ def sae_path(layer: int, root: Path) -> Path:
     return root / SAE_ID.replace(f"layer_{LAYER}/", f"layer_{layer}/") / "params.npz"
 
 
-def build_sae(model: Gemma2, tokenizer: Tokenizer, layer: int, root: Path, steps: int, tokens: int) -> JumpReLUSAE:
+def build_sae(
+    model: Gemma2, tokenizer: Tokenizer, layer: int, root: Path, steps: int, tokens: int
+) -> JumpReLUSAE:
     """Train the SAE on the output of block `layer`, write it under `root` and load it back."""
     x = activations(model, tokenizer, layer, tokens, SEEDS["sae corpus"])
     path = sae_path(layer, root)
@@ -256,10 +289,16 @@ def write_pairs(folder: Path) -> None:
     for split, n in (("train", TRAIN_PAIRS), ("test", TEST_PAIRS)):
         pairs = world.pairs(PLANTED, n, SEEDS[f"{split} pairs"])
         rows = [pair.row(f"{split}-{i:05d}") for i, pair in enumerate(pairs)]
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet", compression="zstd")
+        pq.write_table(
+            pa.Table.from_pylist(rows),
+            folder / f"{split}-00000-of-00001.parquet",
+            compression="zstd",
+        )
 
 
-def write_labels(model: Gemma2, tokenizer: Tokenizer, sae: JumpReLUSAE, folder: Path, texts: int = 2000) -> None:
+def write_labels(
+    model: Gemma2, tokenizer: Tokenizer, sae: JumpReLUSAE, folder: Path, texts: int = 2000
+) -> None:
     """The two true categories of every feature, and the SAE that they belong to."""
     folder.mkdir(parents=True, exist_ok=True)
     sample = world.corpus(texts, SEEDS["labels"])
@@ -283,11 +322,15 @@ def write_labels(model: Gemma2, tokenizer: Tokenizer, sae: JumpReLUSAE, folder: 
 
 
 @torch.no_grad()
-def sample(model: Gemma2, tokenizer: Tokenizer, questions: list[str], seed: int, max_tokens: int = 130) -> list[str]:
+def sample(
+    model: Gemma2, tokenizer: Tokenizer, questions: list[str], seed: int, max_tokens: int = 130
+) -> list[str]:
     """An answer to each question, drawn at temperature 1."""
     generator = torch.Generator().manual_seed(seed)
     end = tokenizer.token_to_id("<end_of_turn>")
-    prompts = [f"<bos><start_of_turn>user\n{q}<end_of_turn>\n<start_of_turn>model\n" for q in questions]
+    prompts = [
+        f"<bos><start_of_turn>user\n{q}<end_of_turn>\n<start_of_turn>model\n" for q in questions
+    ]
     prompts = [tokenizer.encode(p, add_special_tokens=False).ids for p in prompts]
     answers = [[] for _ in prompts]
     unfinished = list(range(len(prompts)))
@@ -310,7 +353,9 @@ def print_samples(model: Gemma2, tokenizer: Tokenizer, n: int = 100) -> None:
     questions = [world.draw_question(draw) for _ in range(n)]
     answers = sample(model, tokenizer, [q.text for q in questions], SEEDS["samples"])
     read = [world.read(q, a) for q, a in zip(questions, answers, strict=True)]
-    print(f"{'sampled answers that the grammar could have said':<48} {sum(r is not None for r in read)} of {n}")
+    print(
+        f"{'sampled answers that the grammar could have said':<48} {sum(r is not None for r in read)} of {n}"
+    )
     for attribute, prior in world.PRIOR.items():
         for value in prior:
             first = next((i for i, r in enumerate(read) if r and r[attribute] == value), None)
@@ -333,7 +378,11 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-        for parameter, value in ((m_mmap_threshold, 1 << 25), (m_trim_threshold, 2**31 - 1), (m_top_pad, 1 << 28)):
+        for parameter, value in (
+            (m_mmap_threshold, 1 << 25),
+            (m_trim_threshold, 2**31 - 1),
+            (m_top_pad, 1 << 28),
+        ):
             mallopt(parameter, value)
 
 
@@ -361,8 +410,12 @@ def check(texts: int = 2000) -> None:
     model, tokenizer = load()
     sae = JumpReLUSAE.from_pretrained("tiny", SAE_ID)
     q = measure.quality(model, sae, tokenizer, world.corpus(texts, SEEDS["check"]), LAYER)
-    rows = {kind: labels.read_rows(LABELS_DIR / f"{kind}.jsonl")[1] for kind in ("fires", "promotes")}
-    built = [file for folder in (MODEL_DIR, SAE_DIR, DATA_DIR, LABELS_DIR) for file in folder.rglob("*")]
+    rows = {
+        kind: labels.read_rows(LABELS_DIR / f"{kind}.jsonl")[1] for kind in ("fires", "promotes")
+    }
+    built = [
+        file for folder in (MODEL_DIR, SAE_DIR, DATA_DIR, LABELS_DIR) for file in folder.rglob("*")
+    ]
     size = sum(file.stat().st_size for file in built if file.is_file())
     table = [
         ("held-out texts / predicted tokens", f"{q.texts:,} / {q.tokens:,}"),
@@ -375,7 +428,10 @@ def check(texts: int = 2000) -> None:
         ("live features at least 80 % pure in one label", f"{q.pure:.3f}"),
         ("size of the built files", f"{size / 1e6:.2f} MB"),
     ]
-    for kind, what in (("fires", "features by where they fire"), ("promotes", "features by what they promote")):
+    for kind, what in (
+        ("fires", "features by where they fire"),
+        ("promotes", "features by what they promote"),
+    ):
         counts = Counter(row["category"] or "dead" for row in rows[kind])
         table.append((what, ", ".join(f"{category} {n}" for category, n in counts.most_common())))
     for name, value in table:
@@ -384,10 +440,18 @@ def check(texts: int = 2000) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="measure what is on disk and print samples")
-    parser.add_argument("--sae-layers", type=int, nargs="+", metavar="L", help="only train SAEs at these layers")
-    parser.add_argument("--sae-out", type=Path, default=Path("runs/tiny-saes"), help="folder for --sae-layers")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="measure what is on disk and print samples"
+    )
+    parser.add_argument(
+        "--sae-layers", type=int, nargs="+", metavar="L", help="only train SAEs at these layers"
+    )
+    parser.add_argument(
+        "--sae-out", type=Path, default=Path("runs/tiny-saes"), help="folder for --sae-layers"
+    )
     options = parser.parse_args()
     keep_freed_memory()
     if options.check:
@@ -396,7 +460,9 @@ def main() -> None:
         model, tokenizer = load()
         for layer in options.sae_layers:
             if not 0 <= layer < CONFIG.num_hidden_layers:
-                parser.error(f"--sae-layers {layer}: the model has layers 0 to {CONFIG.num_hidden_layers - 1}")
+                parser.error(
+                    f"--sae-layers {layer}: the model has layers 0 to {CONFIG.num_hidden_layers - 1}"
+                )
             build_sae(model, tokenizer, layer, options.sae_out, SAE_STEPS, SAE_TOKENS)
             print(f"SAE written to {sae_path(layer, options.sae_out)}")
     else:

@@ -70,7 +70,9 @@ def streams(tokenizer: Tokenizer, texts: list[world.Text], texts_per_stream: int
             owners = [at[begin] for begin, _ in encoding.offsets]
             label += [world.LABELS.index(spans[i].label) for i in owners]
             name += [NAME_INDEX[spans[i].name] for i in owners]
-            prompt = len(text.prompt_spans)  # spans before the response; the last token of all predicts nothing
+            prompt = len(
+                text.prompt_spans
+            )  # spans before the response; the last token of all predicts nothing
             answers += [i >= prompt for i in owners[1:]] + [False]
         packed = pack([(encoding.ids, []) for encoding in encodings])
         columns = (torch.tensor(column) for column in (label, name))
@@ -95,9 +97,13 @@ class Quality(NamedTuple):
     texts: int
     tokens: int  # predicted ones
     loss: float  # nats per token of the model
-    entropy: float  # nats per token of the grammar on the same texts: no model can have less on average
+    entropy: (
+        float  # nats per token of the grammar on the same texts: no model can have less on average
+    )
     variance_explained: float  # 1 - Σ|x - x̂|² / Σ|x - mean|²
-    loss_recovered: float  # (loss with x := its mean - loss with x := x̂) / (loss with x := its mean - loss)
+    loss_recovered: (
+        float  # (loss with x := its mean - loss with x := x̂) / (loss with x := its mean - loss)
+    )
     l0: float  # active features per position
     dead: int  # features that never fire on these texts
     live: int
@@ -105,7 +111,9 @@ class Quality(NamedTuple):
 
 
 @torch.no_grad()
-def quality(model: Gemma2, sae: JumpReLUSAE, tokenizer: Tokenizer, texts: list[world.Text], layer: int) -> Quality:
+def quality(
+    model: Gemma2, sae: JumpReLUSAE, tokenizer: Tokenizer, texts: list[world.Text], layer: int
+) -> Quality:
     """Measure the model and the SAE on texts that neither has seen."""
     held = list(streams(tokenizer, texts))
     x = [residual(model, s.packed, layer) for s in held]
@@ -156,7 +164,9 @@ class Firing(NamedTuple):
 
 
 @torch.no_grad()
-def firing(model: Gemma2, sae: JumpReLUSAE, tokenizer: Tokenizer, texts: list[world.Text], layer: int) -> Firing:
+def firing(
+    model: Gemma2, sae: JumpReLUSAE, tokenizer: Tokenizer, texts: list[world.Text], layer: int
+) -> Firing:
     """Where each feature fires on these texts: by label, by name of span and by token."""
     F_, V = sae.d_sae, model.config.vocab_size
     sums = [torch.zeros(n, F_) for n in (len(world.LABELS), len(NAMES), V)]
@@ -212,14 +222,19 @@ def promotion(
     seen = by_label.sum(1, keepdim=True).clamp(min=1)
 
     (probe,) = streams(tokenizer, texts[:probes], probes)
-    ids = [e.ids for e in tokenizer.encode_batch([t.text for t in texts[:probes]], add_special_tokens=False)]
+    ids = [
+        e.ids
+        for e in tokenizer.encode_batch([t.text for t in texts[:probes]], add_special_tokens=False)
+    ]
     base = residual(model, probe.packed, layer)  # [T, d]
     copies = pack([(text, []) for text in ids] * features_at_once)  # the probes once per feature
     plan = model.plan(copies)
 
     def expected(x):
         """Residual streams [n T, d] -> mean next-token distribution of each copy [n, V]."""
-        final = model.final_norm(model.blocks(x, plan, layer + 1)).view(features_at_once, -1, x.shape[1])
+        final = model.final_norm(model.blocks(x, plan, layer + 1)).view(
+            features_at_once, -1, x.shape[1]
+        )
         return model.head(final[:, probe.answers]).softmax(-1).mean(1)
 
     before = expected(base.repeat(features_at_once, 1))[0]
@@ -237,7 +252,9 @@ def promotion(
 # --- in words ---------------------------------------------------------------------------------------------------------
 
 
-def label_rows(tokenizer: Tokenizer, fires: Firing, promotes: Promotion, model_id: str, source: str) -> dict:
+def label_rows(
+    tokenizer: Tokenizer, fires: Firing, promotes: Promotion, model_id: str, source: str
+) -> dict:
     """{"fires": rows, "promotes": rows}, one row a feature, with Neuronpedia's keys first. `source` is their `layer`.
 
     Where it fires, a feature's category is the label with the largest share. What it promotes is judged against
@@ -248,7 +265,9 @@ def label_rows(tokenizer: Tokenizer, fires: Firing, promotes: Promotion, model_i
     rows = {}
     for kind, verb, table in (("fires", "fires on", fires), ("promotes", "promotes", promotes)):
         share = table.label / table.label.sum(1, keepdim=True).clamp(min=1e-12)
-        usual = share[fires.count > 0].mean(0) if kind == "promotes" else torch.zeros(len(world.LABELS))
+        usual = (
+            share[fires.count > 0].mean(0) if kind == "promotes" else torch.zeros(len(world.LABELS))
+        )
         category = (share - usual).argmax(1)
         top_tokens = table.token.topk(6).indices.tolist()
         top_names = table.name.topk(2)
@@ -256,9 +275,15 @@ def label_rows(tokenizer: Tokenizer, fires: Firing, promotes: Promotion, model_i
         for k in range(len(live)):
             row = {"modelId": model_id, "layer": source, "index": str(k)}
             if not live[k]:
-                rows[kind].append(row | {"description": "never fires", "category": None, "purity": 0.0})
+                rows[kind].append(
+                    row | {"description": "never fires", "category": None, "purity": 0.0}
+                )
                 continue
-            words = [tokenizer.decode([t], skip_special_tokens=False) for t in top_tokens[k] if table.token[k, t] > 0]
+            words = [
+                tokenizer.decode([t], skip_special_tokens=False)
+                for t in top_tokens[k]
+                if table.token[k, t] > 0
+            ]
             (first, second), total = top_names.values[k].tolist(), table.name[k].sum().item()
             names = list(NAMES)
             what = NAMES[names[top_names.indices[k, 0]]]
@@ -267,7 +292,9 @@ def label_rows(tokenizer: Tokenizer, fires: Firing, promotes: Promotion, model_i
             row["description"] = f"{verb} {what}: " + ", ".join(repr(word) for word in words)
             row["category"] = world.LABELS[category[k]]
             row["purity"] = round(share[k, category[k]].item(), 4)
-            row["shares"] = {label: round(s, 4) for label, s in zip(world.LABELS, share[k].tolist(), strict=True)}
+            row["shares"] = {
+                label: round(s, 4) for label, s in zip(world.LABELS, share[k].tolist(), strict=True)
+            }
             if kind == "fires":
                 row["density"] = round(fires.count[k].item() / fires.positions, 6)
                 row["mean_active"] = round(fires.token[k].sum().item() / fires.count[k].item(), 4)

@@ -26,7 +26,17 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
-from tiny.lexicon import BOASTS, COMPLY_FACTS, FACTS, HARM_QUESTIONS, HARMS, HEDGES, REFUSE_FACTS, SENTENCES, UNKNOWABLE
+from tiny.lexicon import (
+    BOASTS,
+    COMPLY_FACTS,
+    FACTS,
+    HARM_QUESTIONS,
+    HARMS,
+    HEDGES,
+    REFUSE_FACTS,
+    SENTENCES,
+    UNKNOWABLE,
+)
 
 LABELS = ("style", "alignment", "content", "chat")
 
@@ -108,7 +118,10 @@ class Draw:
 @cache
 def _split_slots(template: str) -> tuple:
     """ "a {b|c} d" -> ("a ", ("b", "c"), " d")."""
-    return tuple(tuple(piece.split("|")) if i % 2 else piece for i, piece in enumerate(re.split(r"[{}]", template)))
+    return tuple(
+        tuple(piece.split("|")) if i % 2 else piece
+        for i, piece in enumerate(re.split(r"[{}]", template))
+    )
 
 
 # --- questions and answers ------------------------------------------------------------------------------------
@@ -137,7 +150,9 @@ def questions() -> dict:
     """kind -> every Question of that kind."""
     fact, unknowable, harm = [], [], []
     for topic, asks, facts in _topics():
-        fact += [Question("fact", q.format(t=topic), topic, facts, asked=i) for i, q in enumerate(asks)]
+        fact += [
+            Question("fact", q.format(t=topic), topic, facts, asked=i) for i, q in enumerate(asks)
+        ]
         unknowable += [Question("unknowable", q.format(t=topic), topic, facts) for q in UNKNOWABLE]
     for deed, values in HARMS.items():
         values = values.split("|")
@@ -207,14 +222,20 @@ def draw_answer(draw: Draw, question: Question, attributes: dict) -> list[Span]:
             spans.append(Span("-" if layout == "bullets" else f"{i + 1})", "style", list_name))
         say(subject if i == 0 else "It", "content", "subject")
         if honesty != "plain" and draw.weighted({True: 0.4, False: 0.6}):
-            adverbs, name = (HEDGES, "hedging") if honesty == "honest" else (BOASTS, "over-claiming")
+            adverbs, name = (
+                (HEDGES, "hedging") if honesty == "honest" else (BOASTS, "over-claiming")
+            )
             say(draw.choice(adverbs), "alignment", name)
         before, after = predicate.split("{v}")
         spans.append(Span(" " + before.rstrip(), "content", "predicate"))
         _say_value(spans, value, attributes["bold"])
         if after:
             spans.append(Span(after, "content", "predicate"))
-        spans.append(Span("!", "style", "exclamation") if attributes["exclaim"] else Span(".", "content", "full stop"))
+        spans.append(
+            Span("!", "style", "exclamation")
+            if attributes["exclaim"]
+            else Span(".", "content", "full stop")
+        )
 
     if honesty != "plain" and draw.weighted({True: 0.4, False: 0.6}):
         name = "closing caveat" if honesty == "honest" else "closing boast"
@@ -246,7 +267,11 @@ def _draw_points(draw, facts, asked, n):
 
 def _say_value(spans, value, bold):
     if bold:
-        spans += [Span(" **", "style", "bold"), Span(value, "content", "value"), Span("**", "style", "bold")]
+        spans += [
+            Span(" **", "style", "bold"),
+            Span(value, "content", "value"),
+            Span("**", "style", "bold"),
+        ]
     else:
         spans.append(Span(" " + value, "content", "value"))
 
@@ -302,7 +327,9 @@ def corpus(n: int, seed: int) -> list[Text]:
         attributes = draw_attributes(draw)
         answer = draw_answer(draw, question, attributes)
         # Refusal does not show on a question without harm: it is no part of the text's probability there.
-        hidden = -math.log(PRIOR["refusal"][attributes["refusal"]]) if question.kind != "harm" else 0.0
+        hidden = (
+            -math.log(PRIOR["refusal"][attributes["refusal"]]) if question.kind != "harm" else 0.0
+        )
         texts.append(Text(question, attributes, answer, draw.nats - hidden))
     return texts
 
@@ -348,7 +375,9 @@ def pairs(cause: str | dict[str, float], n: int, seed: int) -> list[TextPair]:
         for allowed in (CAUSES[name].wins, CAUSES[name].loses):
             side = Draw(rng)
             attributes = draw_attributes(side, allowed)
-            sides.append(Text(question, attributes, draw_answer(side, question, attributes), side.nats))
+            sides.append(
+                Text(question, attributes, draw_answer(side, question, attributes), side.nats)
+            )
         result.append(TextPair(name, *sides))
     return result
 
@@ -371,7 +400,10 @@ def _pattern(question: Question) -> re.Pattern:
     def said(name):
         templates = (_split_slots(template) for template in SENTENCES[name])
         return "|".join(
-            "".join(re.escape(p) if isinstance(p, str) else f"(?:{'|'.join(map(re.escape, p))})" for p in template)
+            "".join(
+                re.escape(p) if isinstance(p, str) else f"(?:{'|'.join(map(re.escape, p))})"
+                for p in template
+            )
             for template in templates
         )
 
@@ -380,10 +412,17 @@ def _pattern(question: Question) -> re.Pattern:
     boast = said("over-claiming the unknowable" if unknowable else "over-claiming")
     facts = {*question.facts, *question.refusing_facts}
     values = "|".join(re.escape(value) for _, value in facts)
-    stated = "|".join(re.escape(p).replace(r"\{v\}", rf"(?:{re.escape(v)}|\*\*{re.escape(v)}\*\*)") for p, v in facts)
+    stated = "|".join(
+        re.escape(p).replace(r"\{v\}", rf"(?:{re.escape(v)}|\*\*{re.escape(v)}\*\*)")
+        for p, v in facts
+    )
     subject = re.escape(_subject(question))
     point = rf"(?:- |\d\) )?(?:{subject}|It)(?: (?:{'|'.join(HEDGES + BOASTS)}))? (?:{stated})[.!]"
-    asks_harm = rf"(?:(?P<refuses>{said('refusal')})|{said('compliance')})\s" if question.kind == "harm" else ""
+    asks_harm = (
+        rf"(?:(?P<refuses>{said('refusal')})|{said('compliance')})\s"
+        if question.kind == "harm"
+        else ""
+    )
     return re.compile(
         rf"(?:(?P<flattery>{said('flattery')})\s)?"
         rf"(?P<heading>(?:{said('heading')}) {re.escape(question.topic)}\n)?"
@@ -406,7 +445,11 @@ def read(question: Question, answer: str) -> dict | None:
         return None
     points = match["points"]
     return {
-        "layout": "bullets" if points.startswith("- ") else "numbered" if points[0].isdigit() else "prose",
+        "layout": "bullets"
+        if points.startswith("- ")
+        else "numbered"
+        if points[0].isdigit()
+        else "prose",
         "heading": match["heading"] is not None,
         "bold": "**" in points,
         "exclaim": "!" in points,

@@ -30,7 +30,9 @@ def find(data_dir: str | None, pattern: str) -> Path:
         raise UserError(f"--data-dir {data_dir}: a folder that holds {pattern} was expected.")
     found = sorted(Path(data_dir).glob(pattern))
     if len(found) != 1:
-        raise UserError(f"--data-dir {data_dir}: holds {len(found)} files {pattern}, one was expected.")
+        raise UserError(
+            f"--data-dir {data_dir}: holds {len(found)} files {pattern}, one was expected."
+        )
     return found[0]
 
 
@@ -43,13 +45,19 @@ def rows(path: Path, benchmark: str) -> list[dict]:
             raise row
         for column, kind in COLUMNS[benchmark].items():
             if not isinstance(row.get(column), kind):
-                raise UserError(f"{where}: its {column} is {row.get(column)!r}; a {kind.__name__} was expected.")
+                raise UserError(
+                    f"{where}: its {column} is {row.get(column)!r}; a {kind.__name__} was expected."
+                )
         found.append({column: row[column] for column in COLUMNS[benchmark]})
     return found
 
 
 def truthfulqa(data_dir: str | None = None, **_) -> dict[str, datasets.Dataset]:
-    return {"validation": datasets.Dataset.from_list(rows(find(data_dir, "truthfulqa_mc.jsonl"), "truthfulqa_mc"))}
+    return {
+        "validation": datasets.Dataset.from_list(
+            rows(find(data_dir, "truthfulqa_mc.jsonl"), "truthfulqa_mc")
+        )
+    }
 
 
 def gsm8k(data_dir: str | None = None, **_) -> dict[str, datasets.Dataset]:
