@@ -1,36 +1,293 @@
-"""A trained run, opened: what every script that takes --run reads."""
+"""A run to start or a run to read, opened: model, SAE, adapter, tokenizer and pairs.
 
-import dataclasses
+Every script but train.py takes --run OUT and reads it through open_policy; train.py starts from
+new_policy.
+"""
+
 import json
+import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
 
 import data
 import sae as saes
-import train
-from data import Pair
-from fsrl import ADAPTER_FILES, Adapter, SteeredModel
-from model import Gemma2
-from runtime.sources import UserError, fetch
+from data import Packed, Pair
+from fsrl import ADAPTER_FILES, Adapter, SteeredModel, Unsteered
+from kernels.cache import Cache
+from model import Gemma2, Plan
+from runtime import ranks
+from runtime.device import Device, resolve_device
+from runtime.folder import writing
+from runtime.ranks import Ranks
+from runtime.sources import UserError, fetch, local, split_revision
+
+
+class Recorded(NamedTuple):
+    """What of a run's settings reading it needs. The defaults are those of train.py."""
+
+    model: str = "google/gemma-2-2b-it"
+    sae: str = "google/gemma-scope-2b-pt-res"
+    sae_id: str | None = None
+    layer: int = 12
+    data: str = "princeton-nlp/llama3-ultrafeedback-armorm"
+    eval_data: str | None = None
+    beta: float = 10.0
+    gamma_ratio: float = 0.5
+    max_length: int = 2048
+    max_prompt_length: int = 1800
+    on_bad_row: str = "error"
+    tokens_per_microbatch: int = 8192
+
+
+DEFAULTS = Recorded()
+TINY = dict(sae="tiny", data="tiny", layer=2)  # what --model tiny changes of them
+
+
+class Stream(NamedTuple):
+    """A micro-batch of pairs on its way through the model."""
+
+    pairs: list[int]  # which
+    packed: Packed
+    plan: Plan
+    x: Tensor  # [T, d], the residual stream below the adapter
 
 
 class Policy(NamedTuple):
-    base: Gemma2  # the frozen model; of a full fine-tuning run, the trained one
-    steered: SteeredModel | None  # None for a base model alone and for a full fine-tuning run
+    model: SteeredModel | Unsteered
     tokenizer: Tokenizer
-    settings: (
-        train.Settings
-    )  # those of the run, with the device and dtype in use; defaults for a bare adapter folder
+    device: Device
+    run: Recorded
     name: str  # what was opened, for titles
-    folder: Path | None  # the run's, where its evaluations go; None for a base model alone
+    folder: Path | None = None  # the run's, where its evaluations go; None for a base model alone
 
     @property
-    def model(self) -> Gemma2 | SteeredModel:
-        return self.steered or self.base
+    def base(self) -> Gemma2:
+        """The frozen model; of a full fine-tuning run, the trained one."""
+        return self.model.model
+
+    @property
+    def steered(self) -> SteeredModel:
+        """Raises UserError where there is no adapter."""
+        if isinstance(self.model, Unsteered):
+            raise UserError(f"--run {self.name}: has no adapter, so nothing is steered in it.")
+        return self.model
+
+    def autocast(self) -> AbstractContextManager:
+        return self.device.autocast()
+
+    def streams(self, pairs: list[Pair], what: str | None = None) -> Iterator[Stream]:
+        """Walk pairs a micro-batch at a time. what: shown with the progress; None: no progress is
+        shown.
+
+        The caller enters autocast for its own products; the stream x is computed under it here.
+        """
+        steered = self.steered
+        with tqdm(total=len(pairs), desc=what, unit="pair", leave=False, disable=not what) as bar:
+            for indices in data.microbatches(pairs, self.run.tokens_per_microbatch):
+                packed = data.pack_pairs([pairs[i] for i in indices]).to(self.device.name)
+                with self.autocast():
+                    plan = self.base.plan(packed)
+                    x = steered.residual(packed, plan)
+                yield Stream(indices, packed, plan, x)
+                bar.update(len(indices))
+
+    def eval_pairs(
+        self, source: str | None = None, limit: int | None = None, split: str = "test"
+    ) -> tuple[list[Pair], str]:
+        """The pairs to evaluate on, and the name of where they come from: `source`, or the run's
+        evaluation data.
+
+        A source given for the purpose need not call its rows a test split: without one, all of it
+        is used. Raises UserError where there is nothing to evaluate on.
+        """
+        given = source or (self.run.eval_data if split == "test" else None)
+        name = given or self.run.data
+        pairs = read_pairs(name, self.tokenizer, self.run, split)
+        if not pairs and given:
+            pairs = read_pairs(name, self.tokenizer, self.run, None)
+        if not pairs:
+            raise UserError(
+                f"--data {name}: it has no {split} split; name the data to evaluate on."
+            )
+        return pairs[:limit], split_revision(name)[0]
+
+
+# --- a run to start -------------------------------------------------------------------------------
+
+
+def load_base(model: str | Path, dtype: torch.dtype, device: str) -> tuple[Gemma2, Tokenizer]:
+    """Raises UserError where the two do not belong together."""
+    base = Gemma2.from_pretrained(model, dtype, device)
+    tokenizer = data.load_tokenizer(base.folder)
+    if tokenizer.get_vocab_size(with_added_tokens=True) > base.config.vocab_size:
+        raise UserError(
+            f"--model {model}: its tokenizer knows more tokens than its embedding has rows."
+        )
+    return base, tokenizer
+
+
+def load_sae(run: Recorded, device: Device) -> saes.JumpReLUSAE:
+    sae_id = run.sae_id or saes.default_id(run.sae, run.layer)
+    return saes.JumpReLUSAE.from_pretrained(run.sae, sae_id, device.dtype, device.name)
+
+
+def new_policy(
+    run: Recorded,
+    device: Device,
+    full: bool = False,
+    kind: str = "relu",
+    init_adapter: str | None = None,
+    mask_features: str | None = None,
+    seed: int = 0,
+) -> Policy:
+    """A fresh adapter, or the one of init_adapter, on a frozen model; with full a model whose own
+    weights train.
+
+    mask_features: a json file of features that never steer.
+    """
+    base, tokenizer = load_base(run.model, torch.float32 if full else device.dtype, device.name)
+    if full:
+        base.recompute = True
+        return Policy(Unsteered(base.requires_grad_(True)), tokenizer, device, run, run.model)
+
+    sae = load_sae(run, device)
+    if init_adapter:
+        adapter = Adapter.from_pretrained(init_adapter, kind)
+    else:
+        adapter = Adapter(base.config.hidden_size, sae.d_sae, kind)
+        adapter.init_weights(torch.Generator().manual_seed(seed))
+    if mask_features:
+        adapter.silence(read_features(mask_features, sae.d_sae))
+    steered = SteeredModel(base, sae, adapter.to(device.name), run.layer)
+    return Policy(steered, tokenizer, device, run, run.model)
+
+
+def identity(policy: Policy) -> dict:
+    """What an adapter file says about where it belongs."""
+    steered, run = policy.steered, policy.run
+    return dict(
+        base_model=split_revision(run.model)[0],
+        base_model_revision=steered.model.revision,
+        layer=run.layer,
+        sae=split_revision(run.sae)[0],
+        sae_id=steered.sae.sae_id,
+        sae_revision=steered.sae.revision,
+        sae_sha256=steered.sae.sha256,
+    )
+
+
+@torch.no_grad()
+def greedy(
+    model: SteeredModel | Unsteered, tokenizer: Tokenizer, prompt: list[int], most: int = 96
+) -> str:
+    """A model's likeliest answer to a prompt that ends after a user turn (Pair.prompt), of at most
+    so many tokens.
+
+    The plain loop; generation/ has batches, sampling and chat.
+    """
+    base = model.model
+    stops = tokenizer.token_to_id("<end_of_turn>"), tokenizer.token_to_id("<eos>")
+    tokens, new = [*prompt, *data.header_ids(tokenizer)], []
+    room = min(most, base.config.max_position_embeddings - len(tokens))
+    cache = Cache([len(tokens)], most, base.device)
+    packed = data.pack([(tokens, [])]).to(base.device)
+    attend = cache.prefill(packed.tree, packed.position, 0, base.attend(packed))
+    while len(new) < room:
+        last = model.states(packed, attend).hidden[-1:]  # [1, d]
+        new.append(int(base.head(last).argmax()))
+        if new[-1] in stops:
+            break
+        position, attend = cache.step()
+        packed = data.Newest(torch.tensor(new[-1:], device=base.device), position)
+    return tokenizer.decode(new)
+
+
+def read_features(path: str, d_sae: int) -> list[int]:
+    """A json list of feature indices. Raises UserError for anything else."""
+    try:
+        features = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(
+            f"--mask-features {path}: a json list of features was expected ({e})."
+        ) from e
+    if not isinstance(features, list) or not all(
+        type(k) is int and 0 <= k < d_sae for k in features
+    ):
+        raise UserError(
+            f"--mask-features {path}: a json list of numbers from 0 to {d_sae - 1} was expected."
+        )
+    return features
+
+
+def read_pairs(
+    source: str, tokenizer: Tokenizer, run: Recorded, split: str | None, progress: bool = True
+) -> list[Pair]:
+    limits = run.max_length, run.max_prompt_length
+    return data.load_pairs(source, tokenizer, *limits, split, progress, run.on_bad_row)
+
+
+class Preferences(NamedTuple):
+    pairs: list[Pair]
+    eval_pairs: list[Pair]  # empty where there is no evaluation data
+    files: list[data.DataFile]  # that both came from
+    revision: str | None  # commit of a Hub dataset
+
+
+def load_preferences(run: Recorded, tokenizer: Tokenizer, progress: bool = True) -> Preferences:
+    """Training and evaluation pairs. A branch on the Hub is resolved once, so that both come from
+    one commit.
+    """
+    files, commit = data.data_files(run.data)
+    pinned = f"{split_revision(run.data)[0]}@{commit}" if commit else run.data
+    pairs = read_pairs(pinned, tokenizer, run, "train", progress)
+    if run.eval_data is None:
+        eval_pairs = read_pairs(pinned, tokenizer, run, "test", progress)
+    else:  # what is given for evaluation need not call itself a test split
+        files += data.data_files(run.eval_data)[0]
+        eval_pairs = read_pairs(run.eval_data, tokenizer, run, "test", progress)
+        eval_pairs = eval_pairs or read_pairs(run.eval_data, tokenizer, run, None, progress)
+    return Preferences(pairs, eval_pairs, files, commit)
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES += ("tokenizer.model", "chat_template.jinja", "generation_config.json")
+
+
+def save(out: Path, policy: Policy, who: Ranks) -> None:
+    """OUT/adapter, or of a full run OUT/model: float32 weights and the tokenizer's files.
+
+    Whole or not at all; every process calls it. Raises UserError where the disk refuses.
+    """
+    if not isinstance(policy.model, Unsteered):
+        with ranks.whole(policy.model.adapter):
+            if who.first:
+                with writing(out):
+                    policy.model.adapter.save_pretrained(out / "adapter", identity(policy))
+        return
+
+    state = ranks.gather(policy.base, who)
+    if who.first:
+        part = out / "model.part"
+        with writing(out):
+            shutil.rmtree(part, ignore_errors=True)
+            policy.base.save_pretrained(part, state)
+            for path in policy.base.folder.iterdir():
+                if path.name in TOKENIZER_FILES:
+                    shutil.copyfile(path, part / path.name)
+            shutil.rmtree(out / "model", ignore_errors=True)
+            os.replace(part, out / "model")
+
+
+# --- a run to read --------------------------------------------------------------------------------
 
 
 def open_policy(
@@ -40,105 +297,93 @@ def open_policy(
     sae_id: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    model_revision: str | None = None,
+    tokens_per_microbatch: int = DEFAULTS.tokens_per_microbatch,
 ) -> Policy:
-    """Open what train.py left (OUT, with adapter/ or model/), an adapter folder (ours or the authors'), or its Hub id.
+    """Open what train.py left (OUT, with adapter/ or model/), an adapter folder (ours or the
+    authors'), or its Hub id.
 
-    None as run is the base model alone, at model_revision. model, sae and sae_id stand in for the names the run
-    recorded, for when those have moved. Raises UserError where something is missing or does not fit together.
+    None as run is the base model alone. model, sae and sae_id stand in for the names that the run
+    recorded, for when those have moved. Raises UserError where something is missing or does not fit
+    together.
     """
+    where = resolve_device(device, dtype)
     if run is None:
-        named = train.PRESETS.get(model, {}) | (dict(model=model) if model else {})
-        s = train.resolve_device(
-            train.Settings(**named, model_revision=model_revision, device=device, dtype=dtype)
-        )
-        base = Gemma2.from_pretrained(s.model, getattr(torch, s.dtype), s.device, s.model_revision)
-        return Policy(base, None, data.load_tokenizer(base.folder), s, s.model, None)
+        own = TINY if model == "tiny" else {}
+        recorded = DEFAULTS._replace(**own, model=model or DEFAULTS.model)
+        recorded = recorded._replace(tokens_per_microbatch=tokens_per_microbatch)
+        base, tokenizer = load_base(recorded.model, where.dtype, where.name)
+        return Policy(Unsteered(base), tokenizer, where, recorded, recorded.model)
 
     names = [name for files in ADAPTER_FILES for name in files]
-    folder = fetch(
-        run, "run", ["config.json", *names, *(f"adapter/{n}" for n in names), "model/*"]
-    ).path
-    recorded = _recorded_settings(folder / "config.json")
-    here = dict(device=device, dtype=dtype)
+    patterns = ["config.json", *names, *(f"adapter/{name}" for name in names), "model/*"]
+    folder = fetch(run, "run", patterns).path
+    recorded = _recorded(folder / "config.json")._replace(
+        tokens_per_microbatch=tokens_per_microbatch
+    )
     if (folder / "model" / "config.json").is_file():
-        s = train.resolve_device(dataclasses.replace(recorded, **here))
-        base = Gemma2.from_pretrained(str(folder / "model"), getattr(torch, s.dtype), s.device)
-        return Policy(base, None, data.load_tokenizer(base.folder), s, str(run), folder)
+        base, tokenizer = load_base(folder / "model", where.dtype, where.name)
+        return Policy(Unsteered(base), tokenizer, where, recorded, str(run), folder)
 
     if (folder / "metrics.jsonl").is_file() and not (
         folder / "adapter" / ADAPTER_FILES[0][0]
     ).is_file():
         raise UserError(f"--run {run}: has not finished; train.py goes on with it by --resume.")
     adapter = Adapter.from_pretrained(folder)
-    own = adapter.identity
-    named = re.match(
-        r"layer_(\d+)/", own.get("sae_id") or ""
-    )  # the authors' files state the layer only so
-    layer = (
-        own.get("layer")
-        if own.get("layer") is not None
-        else int(named[1])
-        if named
-        else recorded.layer
-    )
-    where = dict(
-        model=own.get("base_model"), model_revision=own.get("base_model_revision"), layer=layer
-    )
-    where |= dict(
-        sae=own.get("sae"), sae_id=own.get("sae_id"), sae_revision=own.get("sae_revision")
-    )
-    where = {name: value for name, value in where.items() if value is not None}
-    where |= dict(model=model, model_revision=None) if model else {}
-    where |= dict(sae=sae, sae_id=sae_id, sae_revision=None) if sae else {}
-    s = train.resolve_device(dataclasses.replace(recorded, **where, **here))
-    kind, place = getattr(torch, s.dtype), s.device
-    base = Gemma2.from_pretrained(s.model, kind, place, s.model_revision)
-    sae_id = s.sae_id or saes.default_id(s.sae, s.layer, s.sae_revision)
-    decoder = saes.JumpReLUSAE.from_pretrained(s.sae, sae_id, kind, place, s.sae_revision)
-    steered = SteeredModel(base, decoder, adapter.to(place), s.layer).requires_grad_(False)
-    return Policy(base, steered, data.load_tokenizer(base.folder), s, str(run), folder)
+    recorded = _with_identity(recorded, adapter.identity)
+    if model:
+        recorded = recorded._replace(model=model)
+    if sae:
+        recorded = recorded._replace(sae=sae, sae_id=sae_id)
+    base, tokenizer = load_base(recorded.model, where.dtype, where.name)
+    steered = SteeredModel(base, load_sae(recorded, where), adapter.to(where.name), recorded.layer)
+    return Policy(steered.requires_grad_(False), tokenizer, where, recorded, str(run), folder)
 
 
-def eval_pairs(
-    policy: Policy,
-    source: str | None = None,
-    limit: int | None = None,
-    revision: str | None = None,
-    split: str = "test",
-) -> tuple[list[Pair], str]:
-    """The pairs to evaluate on, and the name of where they come from: `source`, or the run's own evaluation data.
-
-    A source given for the purpose need not call its rows a test split: without one, all of it is used. Raises
-    UserError where there is nothing to evaluate on.
+def _recorded(path: Path) -> Recorded:
+    """The settings in a run's config.json; the defaults where there is none (a bare adapter
+    folder).
     """
-    s = policy.settings
-    name = source or s.eval_data or s.data
-    if name == s.data and revision is None:
-        revision = s.data_revision
-    _, commit = data.data_files(name, None, revision)
-
-    def read(part):
-        limits = s.max_length, s.max_prompt_length
-        return data.load_pairs(name, policy.tokenizer, *limits, part, commit, True, s.on_bad_row)
-
-    pairs = read(split) or (read(None) if source or s.eval_data else [])
-    if not pairs:
-        raise UserError(f"--data {name}: it has no {split} split; name the data to evaluate on.")
-    return pairs[:limit], name
-
-
-def _recorded_settings(path: Path) -> train.Settings:
-    """The settings in a run's config.json; the defaults where there is none (a bare adapter folder)."""
     if not path.is_file():
-        return train.Settings()
+        return DEFAULTS
     try:
-        recorded = json.loads(path.read_text())
-        if "settings" not in recorded:  # an adapter's or a model's own config.json
-            return train.Settings()
-        known = {field.name for field in dataclasses.fields(train.Settings)}
-        return train.Settings(
-            **{name: value for name, value in recorded["settings"].items() if name in known}
-        )
+        config = json.loads(path.read_text())
+        settings = config.get(
+            "settings", {}
+        )  # without them it is an adapter's or a model's own config.json
+        kept = {name: settings[name] for name in Recorded._fields if name in settings}
+        commits = dict(data=config.get("data_revision"))
+        # Runs of an earlier version named revisions apart.
+        commits |= dict(model=settings.get("model_revision"), sae=settings.get("sae_revision"))
     except (OSError, ValueError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not the config.json of a run ({e!r}).") from e
+    for name, commit in commits.items():
+        if commit and name in kept:
+            kept[name] = _pinned(kept[name], commit, name)
+    return DEFAULTS._replace(**kept)
+
+
+def _with_identity(recorded: Recorded, identity: dict) -> Recorded:
+    """What an adapter file says about where it belongs goes before what the run's settings say."""
+    named = re.match(
+        r"layer_(\d+)/", identity.get("sae_id") or ""
+    )  # the authors' files state the layer only so
+    layer = int(named[1]) if named else recorded.layer
+    if identity.get("layer") is not None:
+        layer = identity["layer"]
+    return recorded._replace(
+        layer=layer,
+        model=_pinned(
+            identity.get("base_model") or recorded.model,
+            identity.get("base_model_revision"),
+            "model",
+        ),
+        sae=_pinned(identity.get("sae") or recorded.sae, identity.get("sae_revision"), "sae"),
+        sae_id=identity.get("sae_id") or recorded.sae_id,
+    )
+
+
+def _pinned(name: str, commit: str | None, kind: str) -> str:
+    """owner/name -> owner/name@commit; a local path as it is."""
+    if commit is None or local(name, kind) is not None:
+        return name
+    return f"{split_revision(name)[0]}@{commit}"

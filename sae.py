@@ -1,7 +1,9 @@
-"""JumpReLU sparse autoencoder, from GemmaScope's params.npz or SAELens's folder.
+"""JumpReLU sparse autoencoder, frozen.
 
-f = JumpReLU_θ(x W_enc + b_enc),  JumpReLU_θ(z) = z · 1[z > θ]      x [T, d] -> f [T, F]
-x̂ = f W_dec + b_dec                                                 f [T, F] -> x̂ [T, d]
+    f = JumpReLU_θ(x W_enc + b_enc),  JumpReLU_θ(z) = z · 1[z > θ]      x [T, d] -> f [T, F]
+    x̂ = f W_dec + b_dec                                                 f [T, F] -> x̂ [T, d]
+
+Read from GemmaScope's params.npz or SAELens's folder.
 """
 
 import math
@@ -16,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from runtime.sources import UserError, fetch, list_files, read_json, sha256
+from runtime.sources import UserError, fetch, list_files, local, read_json, sha256
 
 ARRAYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
-# Where zipfile cannot unpack something, or a damaged archive told it lies.
+# What zipfile raises on unsupported or damaged archives.
 ZIPFILE_RAISES = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, OverflowError)
 
 
@@ -35,9 +37,8 @@ class JumpReLUSAE(nn.Module):
     ):
         super().__init__()
         if arrays["W_enc"].ndim != 2:
-            raise UserError(
-                f"{source}: W_enc has shape {tuple(arrays['W_enc'].shape)}, (d, F) was expected."
-            )
+            shape = tuple(arrays["W_enc"].shape)
+            raise UserError(f"{source}: W_enc has shape {shape}, (d, F) was expected.")
         d, F = arrays["W_enc"].shape
         shapes = {"W_enc": (d, F), "W_dec": (F, d), "b_enc": (F,), "b_dec": (d,), "threshold": (F,)}
         for name, shape in shapes.items():
@@ -69,23 +70,24 @@ class JumpReLUSAE(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        source: str,
+        source: str | Path,
         sae_id: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
-        revision: str | None = None,
     ) -> "JumpReLUSAE":
-        """Load from `tiny`, a params.npz, a folder, or a Hub repository with sae_id the folder within it.
+        """Load from `tiny`, a params.npz, a folder, or a Hub repository with sae_id the folder
+        within it.
 
-        Raises UserError for an unknown id, a pickled object, a wrong shape, or an architecture other than jumprelu.
+        Raises UserError for an unknown id, a pickled object, a wrong shape, or an architecture
+        other than jumprelu.
         """
         if sae_id is not None and (Path(sae_id).is_absolute() or ".." in Path(sae_id).parts):
             raise UserError(f"--sae-id {sae_id}: must be a path inside the SAE repository.")
+        if str(source) == "tiny":
+            sae_id = sae_id or only_id(local(source, "sae"))
         prefix = f"{sae_id}/" if sae_id else ""
-        wanted = [prefix + name for name in ("params.npz", "cfg.json", "sae_weights.safetensors")]
-        root, commit = fetch(source, "sae", wanted, revision)
-        if str(source) == "tiny" and sae_id is None:
-            from tiny import SAE_ID as sae_id
+        names = ("params.npz", "cfg.json", "sae_weights.safetensors")
+        root, commit = fetch(source, "sae", [prefix + name for name in names])
         folder = root / sae_id if sae_id else root
         if root.is_file():
             file, arrays = root, read_npz(root)
@@ -96,11 +98,10 @@ class JumpReLUSAE(nn.Module):
         else:
             named = f"--sae-id {sae_id}" if sae_id else "the folder"
             raise UserError(
-                f"--sae {source}: {named} holds neither params.npz nor cfg.json + sae_weights.safetensors."
+                f"--sae {source}: {named} holds neither {names[0]} nor {names[1]} + {names[2]}."
             )
         arrays = {
-            name: torch.as_tensor(array).to(device=device, dtype=dtype)
-            for name, array in arrays.items()
+            name: torch.as_tensor(a).to(device=device, dtype=dtype) for name, a in arrays.items()
         }
         sae = cls(arrays, str(source), sae_id, sha256(file))
         sae.revision = commit
@@ -110,9 +111,9 @@ class JumpReLUSAE(nn.Module):
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The five arrays of a GemmaScope params.npz, compressed or not.
 
-    Headers are checked before any array is read, and the arrays are read from the very members that were checked:
-    nothing is unpickled, and a file that unpacks to more than 20 times its size is refused (float32 weights compress by
-    about a tenth). Raises UserError.
+    Headers are checked before any array is read, and the arrays are read from the very members that
+    were checked: nothing is unpickled, and a file that unpacks to more than 20 times its size is
+    refused (float32 weights compress by about a tenth). Raises UserError.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -129,19 +130,19 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                     )
                     if header is None:
                         raise UserError(
-                            f"{path}: {name} has npy version {version}, (1, 0) or (2, 0) was expected."
+                            f"{path}: {name} has npy version {version}, not 1.0 or 2.0."
                         )
                     shape, _, dtype = getattr(np.lib.format, header)(f)
                 if dtype.hasobject or dtype.kind != "f":
                     raise UserError(
-                        f"{path}: {name} is of type {dtype}, floating point was expected; not loaded."
+                        f"{path}: {name} is of type {dtype}, not floating point; not loaded."
                     )
                 if min(shape, default=0) < 0:
                     raise UserError(f"{path}: {name} claims the shape {shape}; not loaded.")
                 unpacked += math.prod(shape) * dtype.itemsize
             if unpacked > 20 * path.stat().st_size + 65_536:
                 raise UserError(
-                    f"{path}: would unpack to {unpacked:,} bytes, over 20 times its size; not loaded."
+                    f"{path}: would unpack to {unpacked:,} bytes, over 20 times its size."
                 )
             arrays = {}
             for name in ARRAYS:
@@ -158,14 +159,15 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 def read_saelens(folder: Path) -> dict[str, Tensor]:
     """The same arrays from SAELens's cfg.json + sae_weights.safetensors (architecture jumprelu).
 
-    Raises UserError for any setting under which SAELens would compute something else than this file does.
+    Raises UserError for any setting under which SAELens would compute something else than this file
+    does.
     """
     path = folder / "sae_weights.safetensors"
     try:
         cfg = read_json(folder / "cfg.json")
         if cfg.get("architecture") != "jumprelu":
             raise UserError(
-                f"{folder}/cfg.json: architecture is {cfg.get('architecture')!r}, jumprelu was expected."
+                f"{folder}/cfg.json: architecture is {cfg.get('architecture')!r}, not jumprelu."
             )
         for key in ("normalize_activations", "reshape_activations"):
             if cfg.get(key, "none") != "none":
@@ -189,36 +191,40 @@ def save_gemmascope(path: Path, arrays: dict[str, Tensor]) -> None:
     np.savez(path, **{name: arrays[name].detach().float().cpu().numpy() for name in ARRAYS})
 
 
+# --- which SAE, where none is named ---------------------------------------------------------------
+
 PAPER_REPO = "google/gemma-scope-2b-pt-res"
 PAPER_L0 = {6: 17, 12: 21, 18: 21, 24: 19}  # average L0 of the paper's SAE at each layer, width 65k
 
 
-def default_id(repo: str, layer: int, revision: str | None = None) -> str | None:
-    """The SAE of a layer when none was named: the paper's choice; of a local folder with GemmaScope's layer_N/ folders,
-    that layer's SAE of lowest average L0; None for another local path or `tiny`.
+def default_id(source: str | Path, layer: int) -> str | None:
+    """The SAE of a layer when none was named: the one of lowest average L0, as in the paper.
+
+    Of a Hub repository among those of width 65k, of a local folder with GemmaScope's layer_N/
+    folders among all of that layer. None for another local path.
     """
-    local = Path(repo).expanduser()
-    if repo == "tiny" or local.exists():
-        folders = (
-            []
-            if repo == "tiny"
-            else [p.parent for p in local.glob(f"layer_{layer}/*/average_l0_*/params.npz")]
+    folder = local(source, "sae")
+    if folder is not None:
+        return lowest_l0(
+            [p.relative_to(folder).as_posix() for p in folder.glob(f"layer_{layer}/*/*/params.npz")]
         )
-        by_l0 = {
-            folder: int(m[1]) for folder in folders if (m := re.search(r"_(\d+)$", folder.name))
-        }
-        return min(by_l0, key=by_l0.get).relative_to(local).as_posix() if by_l0 else None
-    if repo == PAPER_REPO and layer in PAPER_L0:  # spares a question to the Hub
+    if source == PAPER_REPO and layer in PAPER_L0:  # spares a question to the Hub
         return f"layer_{layer}/width_65k/average_l0_{PAPER_L0[layer]}"
-    return lowest_l0_id(repo, layer, revision=revision)
+    prefix = f"layer_{layer}/width_65k/"
+    found = lowest_l0([name for name in list_files(source, "sae") if name.startswith(prefix)])
+    if found is None:
+        raise UserError(f"--layer {layer}: {source} holds no {prefix[:-1]}; give --sae-id.")
+    return found
 
 
-def lowest_l0_id(repo: str, layer: int, width: str = "65k", revision: str | None = None) -> str:
-    """The paper's choice at a layer: of the repository's SAEs of this width, the one of lowest average L0."""
-    pattern = re.compile(rf"layer_{layer}/width_{width}/average_l0_(\d+)/params\.npz")
-    found = [m for m in map(pattern.fullmatch, list_files(repo, "sae", revision)) if m]
-    if not found:
-        raise UserError(
-            f"--layer {layer}: {repo} holds no layer_{layer}/width_{width}; give --sae-id."
-        )
-    return str(Path(min(found, key=lambda m: int(m[1]))[0]).parent)
+def lowest_l0(files: list[str]) -> str | None:
+    """Of files layer_N/width_W/average_l0_K/params.npz the folder of lowest K; None without any."""
+    pattern = re.compile(r"(layer_\d+/[^/]+/average_l0_(\d+))/params\.npz")
+    found = [m for m in map(pattern.fullmatch, files) if m]
+    return min(found, key=lambda m: int(m[2]))[1] if found else None
+
+
+def only_id(folder: Path) -> str | None:
+    """The SAE of a folder that holds just one."""
+    found = [path.parent for path in folder.glob("layer_*/*/*/params.npz")]
+    return found[0].relative_to(folder).as_posix() if len(found) == 1 else None

@@ -2,13 +2,15 @@
 
     OUT/checkpoints/step-00000200/     progress.json and safetensors, each process its share
 
-A checkpoint is the trained weights, the optimiser's two moments of each, and the number of steps done. Nothing else has
-state: the learning rate is a function of the step, the order of the pairs of (seed, epoch), initial weights of the
-seed, and nothing random happens within a step. What was saved by any number of processes, sharded or not, loads into
-any other number: each reads the slices it needs.
+A checkpoint is the trained weights, the optimiser's state of each, and the number of steps done.
+Nothing else has state: the learning rate is a function of the step, the order of the pairs of
+(seed, epoch), initial weights of the seed, and nothing random happens within a step. What was saved
+by any number of processes, sharded or not, loads into any other number: each reads the slices it
+needs.
 
-The files are safetensors, so that nothing is unpickled. A checkpoint is written under another name, fsynced and
-renamed: what has its final name is whole. It is checked against its own sha256 before it is believed.
+The files are safetensors, so that nothing is unpickled. A checkpoint is written under another name,
+fsynced and renamed: what has its final name is whole. It is checked against its own sha256 before
+it is used.
 """
 
 import json
@@ -21,55 +23,79 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 
-from runtime.ranks import Ranks, on_first, together
+from runtime.ranks import Ranks, forget_gathered, on_first, together
 from runtime.sources import UserError, sha256
 
-# What it says to a run of one process is what is meant.
+# Saving without a process group is intended.
 warnings.filterwarnings(
     "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
 )
 
-FORMAT = "fsrl-checkpoint-1"
+FORMAT, OLD_FORMATS = "fsrl-checkpoint-2", ("fsrl-checkpoint-1",)
 KEPT = 2
 NAME = re.compile(r"step-(\d{8})")
 
 
-def state(
-    trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int
-) -> dict[str, Tensor]:
-    """What a checkpoint holds, by name, as views: loading writes into them. Makes the moments where Adam has not yet.
+def save(
+    folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
+) -> None:
+    """Write OUT/checkpoints/step-STEP, keep the newest two. module: exactly what trains.
 
-    Under ZeroRedundancyOptimizer each process has the moments of its own part of the weights only.
-    """
-    optimizer = getattr(optimizer, "optim", optimizer)  # of this process
-    names = {id(p): name for name, p in trained.items()}
-    held = {f"trained.{name}": p.detach() for name, p in trained.items()}
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
-        if not optimizer.state[p]:
-            moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            optimizer.state[p] = dict(
-                step=torch.zeros((), dtype=torch.float32, device=p.device), **moments
-            )
-        optimizer.state[p]["step"].fill_(step)
-        for moment in ("exp_avg", "exp_avg_sq"):
-            held[f"optimizer.{names[id(p)]}.{moment}"] = optimizer.state[p][moment]
-    return held
-
-
-def save(folder: Path, step: int, held: dict[str, Tensor], ranks: Ranks) -> None:
-    """Write OUT/checkpoints/step-STEP, keep the newest two. Raises UserError where the disk refuses; the older
-    checkpoints are then as they were.
+    Raises UserError where the disk refuses; the older checkpoints are then as they were.
     """
     final = folder / f"step-{step:08d}"
     part = final.with_name(final.name + ".part")
     on_first(ranks, lambda: _make(folder, part))
     together(ranks, lambda: _see(part, ranks))
-    together(ranks, lambda: _write(part, held, ranks))
+    together(ranks, lambda: _write(part, module, optimizer, ranks))
     on_first(ranks, lambda: _publish(folder, part, final, step, ranks))
+
+
+def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> int:
+    """Read a checkpoint into a module and its optimiser; returns its step. Raises UserError where
+    it does not fit.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    weights, state = _state(module, optimizer)
+    try:
+        reader = dcp.HuggingFaceStorageReader(str(path))
+        dcp.load(_tensors(weights, state), storage_reader=reader, no_dist=ranks.world == 1)
+    except (OSError, CheckpointException, ValueError, RuntimeError, AssertionError) as e:
+        raise UserError(f"{path}: does not fit this run ({_cause(e)}).") from e
+    set_state_dict(
+        module, optimizer, model_state_dict=weights, optim_state_dict=state, options=_options()
+    )
+    forget_gathered(module)
+    return int(NAME.fullmatch(path.name)[1])
+
+
+def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+    """A module's weights and its optimiser's state, flat, each a view of what it stands for or a
+    plain number.
+    """
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    return get_state_dict(module, optimizer, options=_options())
+
+
+def _options():
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def _tensors(weights: dict, state: dict) -> dict[str, Tensor]:
+    """What is stored. The optimiser's settings are not: they come from the run's own."""
+    held = {f"trained.{name}": value for name, value in weights.items()}
+    held |= {
+        f"optimizer.{name}": value for name, value in state.items() if isinstance(value, Tensor)
+    }
+    return held
 
 
 def _make(folder: Path, part: Path) -> None:
@@ -89,11 +115,15 @@ def _see(part: Path, ranks: Ranks) -> None:
         )
 
 
-def _write(part: Path, held: dict[str, Tensor], ranks: Ranks) -> None:
+def _write(part: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
     writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)  # fsyncs its files
+    held = _tensors(*_state(module, optimizer))
     try:
         dcp.save(held, storage_writer=writer, no_dist=ranks.world == 1)
-    except (OSError, CheckpointException) as e:
+    except (OSError, CheckpointException) as e:  # on every process, when it happens to one
         if ranks.first:
             shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"{part}: the checkpoint cannot be written ({_cause(e)}).") from e
@@ -138,8 +168,8 @@ def saved(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path, ranks: Ranks) -> Path | None:
-    """The newest whole checkpoint, or None where none was ever saved. A damaged one is passed over, with a line, and
-    goes with the next save, so that the two kept are whole ones.
+    """The newest whole checkpoint, or None where none was ever saved. A damaged one is passed over,
+    with a line, and goes with the next save, so that the two kept are whole ones.
 
     Raises UserError when there are some and all are damaged.
     """
@@ -165,9 +195,15 @@ def newest(folder: Path, ranks: Ranks) -> Path | None:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None where it is what was written."""
+    """What is wrong with a checkpoint; None where it is what was written. Raises UserError for one
+    of an old format.
+    """
     try:
         progress = json.loads((path / "progress.json").read_text())
+        if progress["format"] in OLD_FORMATS:
+            raise UserError(
+                f"--resume: {path} is of an earlier version, which alone can go on with it."
+            )
         if progress["format"] != FORMAT or progress["step"] != int(NAME.fullmatch(path.name)[1]):
             return "progress.json is of another format"
         here = {file.name for file in path.iterdir()} - {"progress.json"}
@@ -181,26 +217,8 @@ def _damage(path: Path) -> str | None:
         return f"progress.json is unreadable ({e!r})"
 
 
-def load(path: Path, held: dict[str, Tensor], ranks: Ranks) -> int:
-    """Read a checkpoint into the tensors of state(); returns its step. Raises UserError where it does not fit them."""
-
-    def read() -> int:
-        try:
-            dcp.load(
-                held,
-                storage_reader=dcp.HuggingFaceStorageReader(str(path)),
-                no_dist=ranks.world == 1,
-            )
-        except (OSError, CheckpointException, ValueError, RuntimeError, AssertionError) as e:
-            raise UserError(f"{path}: does not fit this run ({_cause(e)}).") from e
-        return int(NAME.fullmatch(path.name)[1])
-
-    return together(ranks, read)
-
-
 def _cause(error: BaseException) -> str:
     """The first line of what went wrong on the first process, out of torch's wrapping."""
-    inner = (
-        next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-    )
+    failures = getattr(error, "failures", None)  # of a CheckpointException, by process
+    inner = next(iter(failures.values()))[0] if failures else error
     return (str(inner).strip().splitlines() or [type(inner).__name__])[0]

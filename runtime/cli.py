@@ -1,4 +1,5 @@
-"""Command lines: a frozen dataclass of settings becomes flags; a person's mistake becomes one sentence.
+"""Command lines: a frozen dataclass of settings becomes flags; a person's mistake becomes one
+sentence.
 
 @dataclass(frozen=True)
 class Settings:
@@ -7,6 +8,7 @@ class Settings:
 
 import argparse
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -20,13 +22,23 @@ def flag(default, help: str, choices: tuple | None = None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
-def at_least_one(settings, *names: str) -> None:
-    """Raises UserError for a setting of these that is a number below 1."""
+def at_least(settings, least: float, *names: str, most: float = math.inf) -> None:
+    """Raises UserError for a setting of these that is given and is not a finite number from `least`
+    to `most`.
+    """
     for name in names:
-        if getattr(settings, name) is not None and getattr(settings, name) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(settings, name)}: at least 1 was expected."
-            )
+        value = getattr(settings, name)
+        # numpy and torch take seeds below 2^63
+        if value is not None and not (
+            least <= value <= most and value < (2**63 if name == "seed" else math.inf)
+        ):
+            flag = name.replace("_", "-")
+            bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise UserError(f"--{flag} {value}: a finite number, {bounds}, was expected.")
+
+
+def at_least_one(settings, *names: str) -> None:
+    at_least(settings, 1, *names)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,7 +93,9 @@ def parse(
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call main; end with exit code 2 and one sentence on stderr for a UserError, 130 for Ctrl-C."""
+    """Call main; end with exit code 2 and one sentence on stderr for a UserError, 130 for
+    Ctrl-C.
+    """
     try:
         main()
     except UserError as e:

@@ -1,24 +1,31 @@
 """Sources: a name (`tiny`, a local path, or a Hugging Face Hub id) becomes a local folder of files.
 
-Everything this project reads comes through `fetch`. `tiny` is the embedded world, a local path wins over
-the Hub; downloads are pinned to the commit they resolved to, which the caller records.
+Everything this project reads comes through `fetch`. `tiny` is the embedded world, a local path wins
+over the Hub, and `owner/name@revision` names a branch, tag or commit there. Downloads are pinned to
+the commit they resolved to, which the caller records.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 TINY = Path(__file__).resolve().parents[1] / "tiny"
-LARGEST_JSON = 64 << 20  # bytes; a 27B model's index has 50 thousand
+LARGEST_JSON = 64 << 20  # bytes; the index of a 27B model has 50 thousand
 FILES = (".jsonl", ".json", ".parquet", ".npz", ".safetensors")  # no Hub repository's name ends so
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-REPO_TYPE = {
+PART = r"[A-Za-z0-9][\w.-]*"
+HUB_ID = re.compile(rf"{PART}(/{PART})?(@[\w./-]+)?")
+REPO_TYPE = {  # a flag that names a source -> what it is on the Hub
     "model": "model",
     "sae": "model",
     "data": "dataset",
@@ -29,7 +36,9 @@ REPO_TYPE = {
 
 
 class UserError(Exception):
-    """A person's mistake: one sentence naming the file, row or flag. Scripts print it and exit with 2."""
+    """A person's mistake: one sentence naming the file, row or flag. Scripts print it and exit with
+    2.
+    """
 
 
 class Source(NamedTuple):
@@ -37,31 +46,45 @@ class Source(NamedTuple):
     revision: str | None  # commit of a Hub download, None for local files
 
 
-def fetch(name: str | Path, kind: str, patterns: list[str], revision: str | None = None) -> Source:
+def fetch(name: str | Path, kind: str, patterns: list[str]) -> Source:
     """Make the files of `name` that match `patterns` available locally.
 
     kind: a key of REPO_TYPE; it is the flag's name, and picks the folder of the embedded `tiny`.
-    revision: branch, tag or commit on the Hub; ignored for local paths.
     Raises UserError when the name is neither a path nor a Hub id, or when the Hub cannot serve it.
     """
-    path = Path(name).expanduser()
-    if path.suffix in FILES and not path.exists():
-        raise UserError(f"--{kind} {name}: there is no such file.")
-    if str(name) == "tiny" and (TINY / kind).is_dir():
-        return Source(TINY / kind, None)
-    if path.exists():
+    path = local(name, kind)
+    if path is not None:
         return Source(path, None)
+    if Path(name).suffix in FILES:
+        raise UserError(f"--{kind} {name}: there is no such file.")
     if not HUB_ID.fullmatch(str(name)) or ".." in str(name):
         raise UserError(
             f"--{kind} {name}: no such file or folder, and not a Hub id of the form owner/name."
         )
-    return _download(str(name), kind, patterns, revision)
+    return _download(str(name), kind, patterns)
 
 
-def _download(repo: str, kind: str, patterns: list[str], revision: str | None) -> Source:
+def local(name: str | Path, kind: str) -> Path | None:
+    """The folder of `tiny` or the local path that a name means; None for a name to look up on the
+    Hub.
+    """
+    if str(name) == "tiny" and (TINY / kind).is_dir():
+        return TINY / kind
+    path = Path(name).expanduser()
+    return path if path.exists() else None
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """owner/name@revision -> (owner/name, revision); a name without one -> (name, None)."""
+    repo, at, revision = str(name).partition("@")
+    return repo, revision if at else None
+
+
+def _download(name: str, kind: str, patterns: list[str]) -> Source:
     from huggingface_hub import snapshot_download
 
-    with _hub_errors(repo, kind, revision):
+    repo, revision = split_revision(name)
+    with _hub_errors(name, kind):
         # A dead network falls back on the cached snapshot inside snapshot_download itself.
         folder = snapshot_download(
             repo, repo_type=REPO_TYPE[kind], revision=revision, allow_patterns=patterns
@@ -69,14 +92,16 @@ def _download(repo: str, kind: str, patterns: list[str], revision: str | None) -
     return Source(Path(folder), Path(folder).name)  # snapshots are stored under their commit hash
 
 
-def list_files(repo: str, kind: str, revision: str | None = None) -> list[str]:
-    """Paths of all files in a Hub repository; from the cache when the Hub is down and a download left them there.
+def list_files(name: str, kind: str) -> list[str]:
+    """Paths of all files in a Hub repository; from the cache when the Hub is down and a download
+    left them there.
 
     Raises UserError when it cannot be listed.
     """
     from huggingface_hub import errors, get_cached_repo_tree, list_repo_files, resolve_revision
 
-    with _hub_errors(repo, kind, revision):
+    repo, revision = split_revision(name)
+    with _hub_errors(name, kind):
         commit = resolve_revision(repo, repo_type=REPO_TYPE[kind], revision=revision)
         try:
             return [
@@ -88,10 +113,11 @@ def list_files(repo: str, kind: str, revision: str | None = None) -> list[str]:
 
 
 @contextmanager
-def _hub_errors(repo: str, kind: str, revision: str | None) -> Iterator[None]:
+def _hub_errors(name: str, kind: str) -> Iterator[None]:
     """What the Hub's client raises, as a UserError."""
     from huggingface_hub import errors
 
+    repo, revision = split_revision(name)
     try:
         yield
     except errors.GatedRepoError as e:
@@ -113,8 +139,12 @@ def _hub_errors(repo: str, kind: str, revision: str | None) -> Iterator[None]:
         errors.HTTPError,
         OSError,
         ValueError,
-    ) as e:  # a connection lost on the way, no Hub id, not a Hub's answer
+    ) as e:  # a lost connection, no Hub id, not a Hub's answer
         raise UserError(f"--{kind} {repo}: the Hub could not serve it ({_first_line(e)}).") from e
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def sha256(path: Path) -> str:
@@ -123,13 +153,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def read_json(path: Path) -> dict:
-    """The object in a small json file. Raises OSError, or ValueError for anything else: what comes from others may be
-    nested without end, or too large to be what it says.
+    """The object in a small json file. Raises OSError, or ValueError for anything else: what comes
+    from others may be nested without end, or too large to be what it says.
     """
     with open(path, "rb") as f:
         text = f.read(LARGEST_JSON + 1)
@@ -146,34 +172,54 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def writable(folder: Path, flag: str = "out") -> Path:
-    """The folder, which need not exist yet. Raises UserError, before any work, where it could not be written."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(
-            f"--{flag} {folder}: cannot be written ({there} is no folder, or not yours to write)."
-        )
-    return folder
+# --- the cache on disk ----------------------------------------------------------------------------
+
+Arrays = dict[str, np.ndarray]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all: under another name, then renamed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+def cached_arrays(name: str, make: Callable[[], Arrays]) -> Arrays:
+    """make()'s arrays, read from the cache folder where another call has left them there under this
+    name.
 
-
-@contextmanager
-def publish(folder: Path) -> Iterator[Path]:
-    """A new empty folder to write files into; at the end they are renamed into `folder`, over their namesakes there.
-
-    When the block raises, nothing in `folder` has changed. Raises UserError where it cannot be written.
+    Processes that ask at the same time make them once: the others wait. Where the folder cannot be
+    written, every call makes its own.
     """
+    folder = cache_folder()
+    path = folder / f"{name}.npz"
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(folder / f"{name}.lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        stored = _read_arrays(path)
+        if stored is None:
+            stored = make()
+            _write_arrays(path, stored)
+    return stored
+
+
+def cache_folder() -> Path:
+    """$FSRL_CACHE, or fsrl/ in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fsrl"
+    return Path(os.environ.get("FSRL_CACHE") or default)
+
+
+def _read_arrays(path: Path) -> Arrays | None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part:
-            yield Path(part)
-            for path in sorted(Path(part).iterdir()):
-                os.replace(path, folder / path.name)
-    except OSError as e:
-        raise UserError(f"{folder}: cannot be written ({e}).") from e
+        with np.load(path, allow_pickle=False) as npz:
+            return {name: npz[name] for name in npz.files}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # absent or damaged: it is made again
+
+
+def _write_arrays(path: Path, arrays: Arrays) -> None:
+    part = path.with_name(f"{path.stem}-{os.getpid()}.part.npz")
+    try:
+        np.savez(part, **arrays)
+        os.replace(part, path)
+    except OSError as e:  # a cache is a convenience: the run goes on without it
+        with contextlib.suppress(OSError):
+            part.unlink()
+        print(f"Tokens were not cached in {path.parent} ({e}).", file=sys.stderr)

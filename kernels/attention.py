@@ -1,0 +1,315 @@
+"""Attention over packed prompts with continuations, by a plain kernel (CPU, reference) and by
+FlexAttention (CUDA).
+
+Both compute, for the query at position i of branch b in a tree (branch 0 is the prompt, 1.. its
+continuations),
+
+    o_i = Σ_j softmax_j( c tanh(s q_i·k_j / c) ) v_j
+
+over the keys j of the same tree that stand in branch 0 or b, at a position up to i and, under a
+window w, above i - w. Without a softcap c the scores are s q_i·k_j.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+NEVER = 1 << 30  # a key position that no query reaches: marks padding inside a bucket
+TILE = (
+    128  # queries that share their keys; a longer tile would score more keys that causality hides
+)
+SCORES = 1 << 18  # scores of a bucket, per head: what keeps its products in the processor's cache
+
+# --- the plain kernel -----------------------------------------------------------------------------
+
+
+class Bucket(NamedTuple):
+    """Tiles of queries with the keys they may see, padded to one shape so that they share a
+    product.
+
+    A tile is up to TILE consecutive queries of a prompt (its keys: the prompt so far) or of a
+    continuation (its keys: its prompt, then itself so far). Padding repeats a tile's last query, or
+    gives a key the position NEVER.
+    """
+
+    queries: Tensor  # int64 [S, Lq], indices into the stream
+    keys: Tensor  # int64 [S, Lk], indices into the stream
+    query_position: Tensor  # int64 [S, Lq]
+    key_position: Tensor  # int64 [S, Lk]; padding has NEVER
+    real: Tensor  # bool [S, Lq], False for the padding among the queries
+
+
+class Stretch(NamedTuple):
+    """Consecutive queries of one prompt or one continuation."""
+
+    first: int  # index in the stream of the first query
+    length: int
+    prompt: int  # index in the stream of the prompt's first token
+    before: int  # prompt tokens before the queries: 0 for a prompt itself
+
+
+class _Tile(NamedTuple):
+    first: int  # index in the stream of the first query
+    queries: int
+    prompt: int  # index in the stream of the prompt's first token
+    before: int  # keys of the prompt before the stretch
+    own: int  # keys of the stretch before the tile
+
+    @property
+    def keys(self) -> int:
+        return self.before + self.own + self.queries
+
+
+def buckets(stretches: list[Stretch], position: Tensor) -> tuple[Bucket, ...]:
+    """Cut stretches into tiles and group tiles of like shape, so that many short ones cost one
+    product.
+    """
+    tiles = []
+    for first, length, prompt, before in stretches:
+        for own in range(0, length, TILE):
+            tiles.append(_Tile(first + own, min(TILE, length - own), prompt, before, own))
+    tiles.sort(key=lambda tile: (tile.keys, tile.queries))
+
+    groups: list[list[_Tile]] = []
+    longest, area = 0, 0  # of the newest group: its most queries, and its scores without padding
+    for tile in tiles:
+        scores = tile.queries * tile.keys
+        if groups:
+            # Keys only grow from tile to tile, so this one would set the group's number of keys.
+            padded = (len(groups[-1]) + 1) * max(longest, tile.queries) * tile.keys
+            # A third of padding, or 32k scores a head, costs less than another round of small
+            # products.
+            most = max(1.33 * (area + scores), area + scores + 32_768)
+            if padded <= min(SCORES, most):
+                groups[-1].append(tile)
+                longest, area = max(longest, tile.queries), area + scores
+                continue
+        groups.append([tile])
+        longest, area = tile.queries, scores
+    return tuple(_bucket(group, position) for group in groups)
+
+
+def _bucket(group: list[_Tile], position: Tensor) -> Bucket:
+    Lq, Lk = max(tile.queries for tile in group), max(tile.keys for tile in group)
+    queries = torch.empty(len(group), Lq, dtype=torch.int64)
+    keys = torch.zeros(len(group), Lk, dtype=torch.int64)
+    key_position = torch.full((len(group), Lk), NEVER, dtype=torch.int64)
+    real = torch.zeros(len(group), Lq, dtype=torch.bool)
+    for row, (first, n, prompt, before, own) in enumerate(group):
+        queries[row] = torch.arange(first, first + Lq).clamp(max=first + n - 1)
+        real[row, :n] = True
+        keys[row, :before] = torch.arange(prompt, prompt + before)
+        keys[row, before : before + own + n] = torch.arange(first - own, first + n)
+        key_position[row, : before + own + n] = torch.arange(before + own + n)
+    return Bucket(queries, keys, position[queries], key_position, real)
+
+
+def plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    buckets: tuple[Bucket, ...],
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """The attention of this file's head, bucket by bucket: q [T, H, hd], k and v [T, KV, hd] -> [T,
+    H, hd].
+
+    A softcap may be at most 80: capped scores are exponentiated as they are, and exp(80) times any
+    length fits float32.
+    """
+    return _Plain.apply(q, k, v, buckets, window, scale, softcap)
+
+
+class _Plain(torch.autograd.Function):
+    """With its own backward, so that each bucket's scores stay in cache and are worked on in place.
+
+        e = visible · exp(c tanh(s q kᵀ / c)),   n = Σ_keys e,   o = e v / n
+        δ = do / n;   dv = eᵀ δ;   dS = e (δ vᵀ - Σ δ o) (1 - tanh²);   dq = s dS k;   dk = s dSᵀ q
+
+    A capped score is at most c, so the exponentials need no maximum taken off; without a cap they
+    do.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, buckets, window, scale, softcap):
+        ctx.buckets, ctx.scale, ctx.softcap = buckets, scale, softcap
+        keep = any(ctx.needs_input_grad[:3])
+        KV, G = k.shape[1], q.shape[1] // k.shape[1]
+        out, kept = torch.empty_like(q), [q, k, v]
+        for bucket in buckets:
+            qb = _gather(q, bucket.queries, KV)  # [S, KV, G Lq, hd]
+            kb, vb = _keys(k, bucket), _keys(v, bucket)  # [S, KV, Lk, hd]
+            t = (qb * (scale / (softcap or 1.0))) @ kb.mT  # [S, KV, G Lq, Lk]
+            hidden = ~_visible(bucket, window).repeat(1, G, 1)[:, None]  # [S, 1, G Lq, Lk]
+            if softcap:
+                t.tanh_()
+                e = t * softcap if keep else t.mul_(softcap)
+                e = e.exp_().masked_fill_(hidden, 0)
+            else:
+                t.masked_fill_(hidden, -torch.inf)
+                e = t.sub_(t.amax(-1, keepdim=True)).exp_()
+            n = e.sum(-1, keepdim=True, dtype=torch.promote_types(e.dtype, torch.float32))
+            o = (e @ vb).div_(n)
+            out[bucket.queries] = _ungather(
+                o, bucket.queries
+            )  # padding repeats a query and its output
+            if keep:
+                kept += [e, n]
+                kept += [t.square_()] if softcap else []
+        if keep:
+            ctx.save_for_backward(out, *kept)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        out, q, k, v, *kept = ctx.saved_tensors
+        kept = iter(kept)
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        KV, G = k.shape[1], q.shape[1] // k.shape[1]
+        for bucket in ctx.buckets:
+            e, n = next(kept), next(kept)
+            qb, kb, vb = _gather(q, bucket.queries, KV), _keys(k, bucket), _keys(v, bucket)
+            real = bucket.real.repeat(1, G)[:, None, :, None]  # a repeated query counts once
+            delta = (_gather(grad, bucket.queries, KV) * (real / n)).to(q.dtype)
+            dS = delta @ vb.mT
+            dS.sub_((delta * _gather(out, bucket.queries, KV)).sum(-1, keepdim=True)).mul_(e)
+            if ctx.softcap:
+                dS.addcmul_(dS, next(kept), value=-1)  # times 1 - tanh²
+
+            queries, keys = bucket.queries.flatten(), bucket.keys.flatten()
+            dq_b = _ungather((dS @ kb).mul_(ctx.scale), bucket.queries)
+            dk_b = (dS.mT @ qb).mul_(ctx.scale).transpose(1, 2)
+            dv_b = (e.mT @ delta).transpose(1, 2)
+            dq.index_add_(0, queries, dq_b.flatten(0, 1))
+            dk.index_add_(0, keys, dk_b.flatten(0, 1))
+            dv.index_add_(0, keys, dv_b.flatten(0, 1))
+        return dq, dk, dv, None, None, None, None
+
+
+def _gather(x: Tensor, queries: Tensor, KV: int) -> Tensor:
+    """[T, H, hd] at queries [S, Lq] -> [S, KV, G Lq, hd]: the G query heads that share a key head
+    stand together.
+    """
+    (S, Lq), (_, H, hd) = queries.shape, x.shape
+    grouped = x[queries].view(S, Lq, KV, H // KV, hd)
+    return grouped.permute(0, 2, 3, 1, 4).reshape(S, KV, H // KV * Lq, hd)
+
+
+def _ungather(x: Tensor, queries: Tensor) -> Tensor:
+    """[S, KV, G Lq, hd] -> [S, Lq, H, hd]."""
+    (S, Lq), (_, KV, _, hd) = queries.shape, x.shape
+    return x.view(S, KV, -1, Lq, hd).permute(0, 3, 1, 2, 4).reshape(S, Lq, -1, hd)
+
+
+def _keys(x: Tensor, bucket: Bucket) -> Tensor:
+    return x[bucket.keys].transpose(1, 2)  # [T, KV, hd] -> [S, KV, Lk, hd]
+
+
+def _visible(bucket: Bucket, window: int | None) -> Tensor:
+    """Which keys each query of a bucket sees: bool [S, Lq, Lk]."""
+    distance = bucket.query_position[:, :, None] - bucket.key_position[:, None, :]
+    if window is None:
+        return distance >= 0
+    return (distance >= 0) & (distance < window)
+
+
+# --- FlexAttention --------------------------------------------------------------------------------
+
+
+def tree_mask(tree: Tensor, branch: Tensor, position: Tensor, window: int | None):
+    """The same visibility as a FlexAttention mask_mod over the whole stream; tree, branch, position
+    int64 [T].
+    """
+
+    def visible(b, h, q, k):
+        own_branch = (branch[k] == 0) | (branch[k] == branch[q])
+        ok = (tree[q] == tree[k]) & own_branch & (position[q] >= position[k])
+        return ok if window is None else ok & (position[q] - position[k] < window)
+
+    return visible
+
+
+def block_mask(tree: Tensor, branch: Tensor, position: Tensor, window: int | None) -> BlockMask:
+    """tree_mask as FlexAttention takes it, made on the device without writing out T x T entries."""
+    visible = tree_mask(tree, branch, position, window)
+    return _compiled_block_mask()(visible, len(tree), tree.device)
+
+
+def flexible(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, softcap: float | None
+) -> Tensor:
+    """The attention of this file's head by FlexAttention: q [T, H, hd], k and v [T, KV, hd] -> [T,
+    H, hd].
+    """
+
+    def cap(score, b, h, q_index, k_index):
+        return softcap * torch.tanh(score / softcap)
+
+    # Inside a compiled block the call is fused with the rest of it; outside it is compiled by
+    # itself.
+    alone = q.is_cuda and not torch.compiler.is_compiling()
+    kernel = _compiled_flex_attention() if alone else flex_attention
+    out = kernel(
+        *(x.transpose(0, 1)[None] for x in (q, k, v)),  # [T, H, hd] -> [1, H, T, hd]
+        score_mod=cap if softcap else None,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=True,
+        kernel_options=_tiles(q.device, q.dtype) if q.is_cuda else None,
+    )
+    return out[0].transpose(0, 1)
+
+
+def _tiles(device: torch.device, dtype: torch.dtype) -> dict | None:
+    """FlexAttention's tile sizes, where its own do not fit. With heads of 256, as Gemma-2-2B and 9B
+    have, its own take 115,000 to 155,000 bytes of shared memory; an RTX 3090, 4090 or 5090 offers
+    101,376, an A100 166,912.
+    """
+    if _shared_memory(device) > 150_000:
+        return None
+    if dtype == torch.float32:
+        return dict(fwd_BLOCK_M=32, fwd_BLOCK_N=16, fwd_num_stages=2)
+    backward = {f"bwd_BLOCK_{name}": 32 for name in ("M1", "N1", "M2", "N2")}
+    return dict(fwd_BLOCK_M=32, fwd_BLOCK_N=64, fwd_num_stages=2, **backward, bwd_num_stages=2)
+
+
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@functools.cache
+def _compiled_flex_attention():
+    limit_recompiles()
+    return torch.compile(flex_attention)
+
+
+@functools.cache
+def _compiled_block_mask():
+    limit_recompiles()
+
+    def make(
+        visible, T: int, device: torch.device
+    ) -> BlockMask:  # its block size is no symbol, as T is
+        return create_block_mask(visible, None, None, T, T, device=device)
+
+    return torch.compile(make, dynamic=True)
+
+
+@functools.cache
+def limit_recompiles() -> None:
+    """Fail where torch.compile would quietly go back to the unfused form, which writes out all T x
+    T scores.
+
+    One graph each is expected for a window or none, with gradients or without, under autocast or
+    not; lengths become symbolic the second time they differ. Only where something is compiled:
+    loading torch._dynamo takes 0.6 s.
+    """
+    torch.compiler.assume_constant_result(_shared_memory)  # torch.compile cannot look into it
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -1,0 +1,123 @@
+"""Keys and values of earlier tokens, so that in generation a new token computes only itself.
+
+The sequences of a batch stand flush right in slots 0, 1, 2, ... that all of them share:
+
+    slot        0 1 2 3 4 5 | 6 7
+    sequence 0  p p p p p p | n n        prompts of 6 and 3 tokens, two new tokens each
+    sequence 1  . . . p p p | n n
+
+Every newest token therefore has the same slot: it is written with a slice, a sliding window is read
+with one, and only the empty slots before a shorter prompt need a mask. What a cached step computes
+is what a forward over the whole sequence computes at its last position.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# (block, q, k, v) -> out; a block has index, window, scale and softcap.
+Attend = Callable[[object, Tensor, Tensor, Tensor], Tensor]
+
+
+class Cache:
+    """Keys and values of B sequences whose prompts have the given lengths. room: initial slots for
+    new tokens.
+    """
+
+    def __init__(self, lengths: list[int], room: int, device: torch.device | str):
+        self.end = max(lengths)  # slots in use
+        self.capacity = self.end + max(1, room)
+        # By block, [B, KV, capacity, hd], made when the block first writes: the dtype is that of
+        # what it computes, which under FSDP2 is not that of its weights.
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self.starts, self.device = (
+            [self.end - n for n in lengths],
+            device,
+        )  # first slot of each sequence
+        self._rows_changed()
+
+    def prefill(self, tree: Tensor, position: Tensor, first: int, attend: Attend) -> Attend:
+        """Attention for a packed stream of whole prompts, those of the sequences from `first` on,
+        that keeps their keys and values. tree, position int64 [T]; attend: how the stream's
+        positions see each other.
+        """
+        rows = tree + first
+        slots = self.start[rows] + position
+
+        def keep_and_attend(block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._write(block.index, rows, slots, k, v)
+            return attend(block, q, k, v)
+
+        return keep_and_attend
+
+    def step(self) -> tuple[Tensor, Attend]:
+        """Positions of one new token of each sequence, int64 [B], and the attention of their
+        forward.
+        """
+        if self.end == self.capacity:
+            self._double()
+        slot = slice(self.end, self.end + 1)
+        self.end += 1
+
+        def keep_and_attend(block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = k[:, :, None], v[:, :, None]  # [B, KV, hd] -> [B, KV, 1, hd]
+            self._write(block.index, slice(None), slot, k, v)
+            return self._attend(block, q)
+
+        return self.end - 1 - self.start, keep_and_attend
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these sequences alone."""
+        index = torch.tensor(rows, device=self.device)
+        for tensors in (self.keys, self.values):
+            for block, old in tensors.items():
+                tensors[block] = old[index]
+        self.starts = [self.starts[row] for row in rows]
+        self._rows_changed()
+
+    def _write(self, block: int, rows, slots, k: Tensor, v: Tensor) -> None:
+        if block not in self.keys:
+            # Zeros, because an empty slot's weight of 0 times whatever memory held could be NaN.
+            shape = (len(self.starts), k.shape[1], self.capacity, k.shape[-1])
+            self.keys[block], self.values[block] = k.new_zeros(shape), v.new_zeros(shape)
+        self.keys[block][rows, :, slots] = k
+        self.values[block][rows, :, slots] = v
+
+    def _attend(self, block, q: Tensor) -> Tensor:
+        """softmax(c tanh(s q kᵀ / c)) v of the newest tokens over their window: q [B, H, hd] -> [B,
+        H, hd].
+        """
+        B, H, hd = q.shape
+        first = max(self.first, self.end - block.window) if block.window else self.first
+        k = self.keys[block.index][:, :, first : self.end].flatten(0, 1)  # [B KV, n, hd]
+        v = self.values[block.index][:, :, first : self.end].flatten(0, 1)
+        grouped = q.reshape(len(k), -1, hd)  # [B KV, G, hd]
+        scores = torch.bmm(grouped * (block.scale / (block.softcap or 1.0)), k.mT)  # [B KV, G, n]
+        if block.softcap:
+            scores.tanh_().mul_(block.softcap)
+        if first < self.last:
+            scores.view(B, H, -1).masked_fill_(self.empty[:, None, first : self.end], -torch.inf)
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        weights = scores.softmax(-1, dtype=dtype).to(v.dtype)
+        return torch.bmm(weights, v).view(B, H, hd)
+
+    def _double(self) -> None:
+        for tensors in (
+            self.keys,
+            self.values,
+        ):  # in place, so that a block's old tensor goes before the next's
+            for block, old in tensors.items():
+                tensors[block] = torch.cat([old, torch.zeros_like(old)], dim=2)
+        self.capacity *= 2
+        self._rows_changed()
+
+    def _rows_changed(self) -> None:
+        self.start = torch.tensor(self.starts, device=self.device)  # [B]
+        slots = torch.arange(self.capacity, device=self.device)
+        self.empty = slots < self.start[:, None]  # [B, capacity]
+        self.first, self.last = (
+            min(self.starts),
+            max(self.starts),
+        )  # from `last` on every slot is filled

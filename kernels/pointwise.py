@@ -1,0 +1,133 @@
+"""Norm, gated activation, products of a few rows, and JumpReLU: what runs at every position by
+itself.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Below this many rows a forward is a memory-bound decoding step: it waits for weights, not for
+# arithmetic.
+FEW = 16
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y = x / sqrt(mean(x²) + eps) · (1 + weight), in float32 at least: x [T, d], weight [d] -> [T,
+    d].
+    """
+    if len(x) < FEW and not torch.is_grad_enabled():  # one operation instead of ten
+        dtype = at_least_float32(x.dtype)
+        return F.rms_norm(x.to(dtype), weight.shape, 1 + weight.to(dtype), eps)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """rms_norm with a third of the memory traffic that autograd's composed operations make.
+
+    r = (mean x² + eps)^(-1/2),  y = r x (1 + w);   with g = dy (1 + w):  dx = r g - x r³ (g · x) /
+    d
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        dtype = at_least_float32(x.dtype)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+        r = torch.rsqrt(norm.square_() / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, r)
+        return torch.mul(x, r).mul_(1 + weight.to(dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, r = ctx.saved_tensors
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * x * r).sum(0).to(weight.dtype)
+
+        g = grad * (1 + weight.to(grad.dtype))
+        x_wide = x.to(g.dtype)
+        along = torch.linalg.vecdot(g, x_wide)[..., None] * r.pow(3) / x.shape[-1]
+        grad_x = g.mul_(r).addcmul_(x_wide, along, value=-1)
+        return grad_x.to(x.dtype), grad_weight, None
+
+
+def geglu(a: Tensor, b: Tensor) -> Tensor:
+    """gelu(a) b with the tanh approximation of GELU: [T, ffn], [T, ffn] -> [T, ffn]."""
+    return _GeGLU.apply(a, b)
+
+
+class _GeGLU(torch.autograd.Function):
+    """geglu that keeps a and b alone, the widest tensors of a block: the backward computes gelu(a)
+    again.
+
+    da = gelu'(a) b dy,   db = gelu(a) dy
+    """
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return F.gelu(a, approximate="tanh").mul_(b)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        grad_a = torch.ops.aten.gelu_backward(grad * b, a, approximate="tanh")
+        grad_b = F.gelu(a, approximate="tanh").mul_(grad)
+        return grad_a, grad_b
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weightᵀ: x [T, in], weight [out, in] -> [T, out].
+
+    On a CPU, MKL multiplies a few rows by a slow kernel. The same product as a batch of small ones,
+    64 outputs each, is up to 2.5 times as fast.
+    """
+    if len(x) >= FEW or weight.dtype != torch.float32 or weight.is_cuda or len(weight) % 64:
+        return F.linear(x, weight)
+    blocks = weight.view(-1, 64, weight.shape[1]).mT  # [out / 64, in, 64]
+    products = torch.bmm(x.expand(len(blocks), *x.shape), blocks)  # [out / 64, T, 64]
+    return products.transpose(0, 1).reshape(len(x), -1)
+
+
+def softcap(logits: Tensor, cap: float | None) -> Tensor:
+    """c tanh(z / c), or z where there is no cap."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def jumprelu(z: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    """v = z 1[z > θ] and ‖v‖₀, with the straight-through estimator of arXiv 2407.14435 (equations
+    11 and 12).
+
+    z [T, F] not negative, threshold [F], bandwidth ε -> v [T, F], ‖v‖₀ [T].
+    """
+    return _JumpReLU.apply(z, threshold, bandwidth)
+
+
+class _JumpReLU(torch.autograd.Function):
+    """∂v/∂z = 1[z > θ],   ∂v/∂θ = -(θ/ε) K((z - θ)/ε),   ∂‖v‖₀/∂θ = -(1/ε) Σ K((z - θ)/ε),   K(u) =
+    1[|u| < 1/2]
+
+    This is the derivative of a mean over many z, with their density at θ estimated by a rectangle
+    of width ε. As in the paper cited, the estimate reaches θ alone, not z.
+    """
+
+    @staticmethod
+    def forward(ctx, z, threshold, bandwidth):
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        on = z > threshold  # a bfloat16 z is compared in float32
+        return z * on, on.sum(-1, dtype=threshold.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_v, grad_l0):
+        z, threshold = ctx.saved_tensors
+        near = (z - threshold).abs() < ctx.bandwidth / 2
+        grad_threshold = ((threshold * grad_v + grad_l0[:, None]) * near).sum(0) / -ctx.bandwidth
+        return grad_v * (z > threshold), grad_threshold, None
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float32 for narrower types; float64 stays float64, which tests use."""
+    return torch.promote_types(dtype, torch.float32)

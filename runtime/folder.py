@@ -1,0 +1,369 @@
+"""Files that a script writes: each whole or not at all; and the folder of a training run while the
+run writes it.
+
+    OUT/config.json      settings, versions, hardware, source revision, sha256 of inputs
+    OUT/metrics.jsonl    one object per optimiser step and per evaluation
+    OUT/checkpoints/     see checkpoint.py
+    OUT/loss.png
+
+A run is given plain values and what trains; it knows neither the settings nor the model.
+"""
+
+import fcntl
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from runtime import checkpoint
+from runtime.ranks import Interrupts, Ranks
+from runtime.sources import UserError, sha256
+
+PACKAGES = ("torch", "safetensors", "huggingface-hub", "tokenizers", "numpy", "pyarrow")
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def writable(folder: Path, flag: str = "out") -> Path:
+    """The folder, which need not exist yet. Raises UserError, before any work, where it could not
+    be written.
+    """
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--{flag} {folder}: cannot be written ({there} is no folder, or not yours to write)."
+        )
+    return folder
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """A full disk or a folder that may not be written is a sentence."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"--out {out}: cannot be written ({e}).") from e
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all: under another name, then renamed."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+@contextmanager
+def publish(folder: Path) -> Iterator[Path]:
+    """A new empty folder to write files into; at the end they are renamed into `folder`, over their
+    namesakes there.
+
+    When the block raises, nothing in `folder` has changed. Raises UserError where it cannot be
+    written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part:
+            yield Path(part)
+            for path in sorted(Path(part).iterdir()):
+                os.replace(path, folder / path.name)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written ({e}).") from e
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def choose_out(out: str | None, name: str, resume: bool) -> Path:
+    """The folder to write: --out, or runs/NAME with a number if taken.
+
+    Raises UserError, before anything loads, where it holds another run or cannot be made.
+    """
+    if not out:
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+            raise UserError(
+                "--out: torchrun --max-restarts needs a folder to find the run in again."
+            )
+        suffixes = ["", *(f"-{i}" for i in range(2, 10_000))]
+        folders = (Path("runs") / f"{name}{suffix}" for suffix in suffixes)
+        return next(folder for folder in folders if not (folder / "metrics.jsonl").exists())
+
+    folder = writable(Path(out))
+    if (folder / "metrics.jsonl").exists():
+        if not resume:
+            sentence = "holds a run already; choose another folder, remove it, or add --resume."
+            raise UserError(f"--out {folder}: {sentence}")
+        with writing(folder), open(folder / "metrics.jsonl", "ab") as file:
+            _lock(file, folder)
+    return folder
+
+
+def describe(settings: Mapping, files: Sequence[Path], device: str, processes: int) -> dict:
+    """config.json, but for what a run adds of its own: settings, versions, hardware, hashes of the
+    files it reads.
+    """
+    hardware = (
+        f"{platform.machine()} CPU" if device == "cpu" else torch.cuda.get_device_name(device)
+    )
+    return dict(
+        settings=dict(settings),
+        sha256={str(file): sha256(file) for file in files},
+        versions=dict(
+            python=platform.python_version(), **{name: version(name) for name in PACKAGES}
+        ),
+        hardware=hardware,
+        processes=processes,
+        threads=torch.get_num_threads(),
+        code=code_revision(),
+        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    )
+
+
+def code_revision() -> str | None:
+    """Commit of this checkout, with "+" when files differ from it; None outside git."""
+    here = str(Path(__file__).resolve().parents[1])
+    command = ["git", "-C", here, "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Run:
+    """A training run's folder while the run writes it: log, checkpoints, and the wish to stop. Rank
+    0 alone writes.
+
+    trained: the module that holds exactly what trains. every: steps between checkpoints, and
+    between evaluations; 0: none on the way.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        trained: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        checkpoint_every: int,
+        eval_every: int,
+        ranks: Ranks,
+    ):
+        self.out, self.trained, self.optimizer, self.steps, self.ranks = (
+            out,
+            trained,
+            optimizer,
+            steps,
+            ranks,
+        )
+        self.checkpoint_every, self.eval_every = checkpoint_every, eval_every
+        self.rows: list[dict] = []
+        self.saved = 0  # the step of the last checkpoint
+        self.file = None
+        self.interrupts = Interrupts(ranks)
+
+    def open(self, config: dict, free: Collection[str]) -> None:
+        """Lock the folder and write config.json; never over another run. One that is resumed keeps
+        its own.
+
+        free: settings that may differ when a run is resumed. Raises UserError where others do, or
+        where files differ.
+        """
+        if not self.ranks.first:
+            return
+        with writing(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.out / "metrics.jsonl", "ab+")
+            _lock(self.file, self.out)
+        if (self.out / "config.json").exists() and (self.out / "metrics.jsonl").stat().st_size:
+            _check_same_run(self.out, config, free)
+            return
+        with writing(self.out):
+            write_whole(self.out / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def resume(self, wanted: bool) -> int:
+        """Load the newest whole checkpoint; returns the number of steps done, 0 where there is
+        none.
+        """
+        folder = self.out / "checkpoints"
+        path = checkpoint.newest(folder, self.ranks) if wanted else None
+        if path is None:
+            if wanted and self.ranks.first:
+                print(
+                    f"--resume: {self.out} holds no checkpoint; starting at step 0.",
+                    file=sys.stderr,
+                )
+            step = 0
+        else:
+            step = checkpoint.load(path, self.trained, self.optimizer, self.ranks)
+        self.saved = step
+        self._keep_rows(step)
+        return step
+
+    def _keep_rows(self, step: int) -> None:
+        """Drop rows logged after this checkpoint, its own evaluation among them, and a torn last
+        line.
+        """
+        if self.file is None:
+            return
+        self.file.seek(0)
+        end = 0
+        for line in self.file:
+            row = _row(line)
+            if (
+                row is None
+                or row["step"] > step
+                or (row["step"] == step and row["split"] != "train")
+            ):
+                break
+            self.rows.append(row)
+            end += len(line)
+        missing = step - sum(row["split"] == "train" for row in self.rows)
+        if missing:
+            message = f"the rows of {missing} steps are lost; training goes on without them."
+            print(f"{self.out / 'metrics.jsonl'}: {message}", file=sys.stderr)
+        with writing(self.out):
+            self.file.truncate(end)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the state after `step` updates is evaluated: at the start, and every eval_every
+        steps.
+        """
+        return step == 0 or (self.eval_every > 0 and step % self.eval_every == 0)
+
+    def log(self, split: str, step: int, row: dict) -> None:
+        """Write a row of metrics.jsonl as soon as it is known."""
+        row = dict(split=split, step=step, **row)
+        self.rows.append(row)
+        if self.file is not None:
+            with writing(self.out):
+                self.file.write(json.dumps(row).encode() + b"\n")
+                self.file.flush()
+
+    def stop_unless_finite(
+        self, step: int, loss: float, grad_norm: float, pairs: Sequence[int]
+    ) -> None:
+        """End the run, with the step and the pairs in it, where its loss or gradient is not a
+        number any more.
+        """
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        message = (
+            f"Step {step + 1}: loss {loss}, gradient norm {grad_norm}, in pairs {list(pairs)}."
+        )
+        raise SystemExit(message if self.ranks.first else 1)
+
+    def checkpoint(self, step: int) -> None:
+        """Save the state after `step` updates where it is time, or where SIGTERM or Ctrl-C asked;
+        then, if asked, end.
+        """
+        asked = self.interrupts.asked()
+        due = self.checkpoint_every > 0 and step % self.checkpoint_every == 0
+        if step > self.saved and (asked or due):
+            if self.file is not None:
+                with writing(self.out):
+                    os.fsync(self.file.fileno())  # the checkpoint counts on these rows
+            checkpoint.save(
+                self.out / "checkpoints", step, self.trained, self.optimizer, self.ranks
+            )
+            self.saved = step
+        if asked:
+            self.interrupts.restore()
+            if self.ranks.first:
+                again = f"the same command with --resume --out {self.out} goes on from there."
+                print(f"Saved after step {step} of {self.steps}; {again}")
+            raise SystemExit(0)
+
+    def close(self) -> None:
+        """The steps are done: SIGTERM and Ctrl-C mean what they usually do again."""
+        self.interrupts.restore()
+
+
+def _row(line: bytes) -> dict | None:
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    whole = isinstance(row, dict) and isinstance(row.get("step"), int) and "split" in row
+    return row if whole else None
+
+
+def _lock(file, out: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise UserError(f"--out {out}: another run is writing there.") from e
+
+
+def _check_same_run(out: Path, config: dict, free: Collection[str]) -> None:
+    try:
+        before = json.loads((out / "config.json").read_text())
+        settings, hashes = dict(before["settings"]), dict(before["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{out}/config.json: not the config.json of a run ({e!r}).") from e
+    for name, value in config["settings"].items():
+        if name not in free and settings.get(name) != value:
+            flag = name.replace("_", "-")
+            theirs = settings.get(name)
+            raise UserError(
+                f"--resume: {out} was started with --{flag} {theirs}, now it is {value}."
+            )
+    changed = sorted(path for path, _ in config["sha256"].items() ^ hashes.items())
+    if changed:
+        raise UserError(f"--resume: {changed[0]} is not the file that {out} was started with.")
+
+
+# --- what a run shows -----------------------------------------------------------------------------
+
+
+AXES = {
+    "loss": "SimPO loss",
+    "l0": "L0: features steered per position",
+    "accuracy": "accuracy",
+}
+
+
+def draw_loss(rows: list[dict], path: Path, lower: str) -> None:
+    """loss.png: SimPO loss and, below, the metric `lower` against steps, train and eval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
+    for axes, key in zip(panels, ("loss", lower), strict=True):
+        for split, style in (
+            ("train", dict(color="C0", alpha=0.5)),
+            ("eval", dict(color="C1", marker="o")),
+        ):
+            of = [row for row in rows if row["split"] == split]
+            axes.plot([row["step"] for row in of], [row[key] for row in of], label=split, **style)
+        axes.set(ylim=(0, None), ylabel=AXES[key])
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False)
+    panels[1].set_xlabel("optimiser step")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def print_table(
+    rows: list[dict], names: Mapping[str, str], seconds: float, peak_bytes: int
+) -> None:
+    """Metrics before and after, of the evaluations or, without any, of the steps; names: key -> how
+    to call it.
+    """
+    evals = [row for row in rows if row["split"] == "eval"]
+    where, measured = ("eval", evals) if evals else ("train", rows)
+    print(f"\n{'':24}{'before':>9} {'after':>9}")
+    for key, name in names.items():
+        print(f"{f'{where} {name}':<24}{measured[0][key]:9.3f} {measured[-1][key]:9.3f}")
+    print(f"{'seconds':<33}{seconds:10.1f}")
+    print(f"{'peak memory (MiB)':<33}{peak_bytes / 2**20:10.0f}")
