@@ -9,6 +9,7 @@ from conftest import GOLDEN, load
 from safetensors.torch import load_file
 
 import fsrl
+from data import pack
 from fsrl import INIT_RANGE, Adapter, SteeredModel, steer_long_form
 from runtime.sources import UserError
 from sae import JumpReLUSAE
@@ -74,10 +75,8 @@ def test_steering_in_pieces_changes_nothing(monkeypatch):
 
 def test_only_the_adapter_has_gradients_and_trainable_parameters(expected):
     golden = load()
-    from packed import pack
-
-    out = golden.steered(pack([(expected["a_input_ids"][0].tolist(), [])]))
-    (out.hidden.sum() + out.l1.sum()).backward()
+    out = golden.steered(pack([(expected["a_input_ids"][0].tolist(), [[5]])]))
+    (out.logps.sum() + out.l1.sum()).backward()
     trained = {name for name, p in golden.steered.named_parameters() if p.requires_grad}
     assert trained == {"adapter.weight", "adapter.bias"}
     assert all(

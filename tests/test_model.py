@@ -4,17 +4,17 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import GOLDEN, load, ragged
 from safetensors.torch import load_file, save_file
-from torch.nn.attention.flex_attention import FlexKernelOptions
+from torch.nn.attention.flex_attention import create_block_mask
 
 import model as gemma
+from data import pack
+from kernels.attention import tree_mask
 from model import PUBLISHED, SLIDING, Gemma2, Gemma2Config
-from packed import TILE, pack
 from runtime.sources import UserError
 
 
@@ -111,60 +111,6 @@ def test_packed_trees_equal_separate_sequences_with_gradients(seed):
     torch.testing.assert_close(*gradients, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("softcap", [5.0, None])
-@pytest.mark.parametrize("window", [None, 3, 200])
-@pytest.mark.parametrize("seed", range(4))
-def test_plain_attention_equals_the_definition_with_gradients(seed, window, softcap):
-    """Against one masked softmax over the whole stream; stretches longer than a tile included."""
-    packed = pack(ragged(seed, longest=300))
-    T, g = len(packed.tokens), torch.Generator().manual_seed(seed)
-    q, k, v = (
-        torch.randn(T, heads, 8, generator=g, dtype=torch.float64, requires_grad=True)
-        for heads in (4, 2, 2)
-    )
-    probe = torch.randn(T, 4, 8, generator=g, dtype=torch.float64)
-    ours = gemma.plain_attention(q, k, v, packed, window, 0.7, softcap)
-
-    visible = gemma.tree_mask(packed, window)(0, 0, torch.arange(T)[:, None], torch.arange(T)[None])
-    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * 0.7
-    scores = gemma.softcap(scores, softcap).masked_fill(~visible, -torch.inf)
-    naive = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(2, 1))
-    torch.testing.assert_close(ours, naive, atol=1e-12, rtol=1e-12)
-    for a, b in zip(
-        *(torch.autograd.grad((y * probe).sum(), (q, k, v)) for y in (ours, naive)), strict=True
-    ):
-        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
-
-
-def test_rms_norm_equals_its_definition_with_gradients():
-    norm = gemma.RMSNorm(12, 1e-3).double()
-    g = torch.Generator().manual_seed(0)
-    torch.nn.init.normal_(norm.weight, generator=g)
-    x = torch.randn(7, 12, generator=g, dtype=torch.float64, requires_grad=True)
-    probe = torch.randn(7, 12, generator=g, dtype=torch.float64)
-    naive = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * (1 + norm.weight)
-    torch.testing.assert_close(norm(x), naive, atol=1e-12, rtol=1e-12)
-    for a, b in zip(
-        *(torch.autograd.grad((y * probe).sum(), (x, norm.weight)) for y in (norm(x), naive)),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
-
-
-@pytest.mark.parametrize("window", [None, 3, 16])
-@pytest.mark.parametrize("seed", range(3))
-def test_flex_attention_equals_plain_attention(seed, window):
-    packed = pack(ragged(seed))
-    T = len(packed.tokens)
-    g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(T, heads, 16, generator=g) for heads in (4, 2, 2))
-    mask = gemma.create_block_mask(gemma.tree_mask(packed, window), None, None, T, T, device="cpu")
-    flexible = gemma.flexible_attention(q, k, v, mask, 0.3, 5.0)
-    torch.testing.assert_close(
-        flexible, gemma.plain_attention(q, k, v, packed, window, 0.3, 5.0), atol=2e-6, rtol=1e-5
-    )
-
-
 def test_a_block_is_one_graph_as_torch_compile_sees_it():
     """On a GPU blocks run fused. They say the same fused or not, with FlexAttention or plain, windowed or full."""
     config = Gemma2Config(64, 64, 96, 2, 4, 2, 16, 16, sliding_window=9)
@@ -174,36 +120,17 @@ def test_a_block_is_one_graph_as_torch_compile_sees_it():
     for seed in range(2):
         packed = pack(ragged(seed))
         plan, T = model.plan(packed), len(packed.tokens)
-        visible = {
-            gemma.SLIDING: gemma.tree_mask(packed, 9),
-            gemma.FULL: gemma.tree_mask(packed, None),
-        }
-        masks = {
-            kind: gemma.create_block_mask(v, None, None, T, T, device="cpu")
-            for kind, v in visible.items()
-        }
+        tree = packed.tree, packed.branch, packed.position
+        masks = [
+            create_block_mask(tree_mask(*tree, window), None, None, T, T, device="cpu")
+            for window in (9, None)
+        ]
+        flexible = plan._replace(attend=gemma.Flexible(*masks))
         x = torch.randn(T, 64, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             for block in model.model.layers:
-                ours = fused(block, x, plan._replace(masks=masks))
+                ours = fused(block, x, flexible)
                 torch.testing.assert_close(ours, block(x, plan), atol=1e-5, rtol=1e-5)
-
-
-def test_buckets_keep_padding_low_and_few():
-    """Many short trees share a few products; a stream of unlike ones stays within a third of padding or 32k scores."""
-    alike = pack([([1] * 20, [[1] * 30, [1] * 28])] * 64)
-    assert len(alike.buckets) <= 4
-    for seed in range(20):
-        trees = ragged(seed, trees=12, longest=400)
-        stretches = [(0, len(p)) for p, _ in trees] + [
-            (len(p), len(c)) for p, branches in trees for c in branches
-        ]
-        tiles = [(b + i, min(TILE, n - i)) for b, n in stretches for i in range(0, n, TILE)]
-        seen = sum(n * (before + n) for before, n in tiles)
-        buckets = pack(trees).buckets
-        padded = sum(bucket.queries.numel() * bucket.keys.shape[1] for bucket in buckets)
-        assert seen <= padded <= 1.33 * seen + 32_768 * len(buckets)
-        assert sum(int(bucket.real.sum()) for bucket in buckets) == sum(n for _, n in tiles)
 
 
 @pytest.mark.parametrize(
@@ -305,25 +232,11 @@ def test_another_architecture_is_refused(tmp_path, change):
     raw = json.loads((GOLDEN / "model/config.json").read_text())
     with pytest.raises(UserError, match=next(iter(change))):
         Gemma2Config.from_json(_config(raw, change))
-    with pytest.raises(UserError, match="softcap beyond 80"):
+    with pytest.raises(UserError, match="a softcap of 100"):
         Gemma2Config.from_json(_config(raw, dict(attn_logit_softcapping=100.0)))
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(UserError, match="a config.json was expected"):
         Gemma2Config.from_json(tmp_path / "config.json")
-
-
-@pytest.mark.parametrize(
-    "shared, fits", [(101_376, False), (166_912, True), (232_448, True)]
-)  # RTX 4090, A100, H100
-def test_small_gpus_get_small_tiles(monkeypatch, shared, fits):
-    """What FlexAttention takes by itself for heads of 256, 154,624 bytes forward, is more than consumer GPUs have."""
-    properties = SimpleNamespace(shared_memory_per_block_optin=shared)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    for dtype in (torch.bfloat16, torch.float32):
-        options = gemma._tiles(torch.device("cuda:0"), dtype)
-        assert (options is None) == fits
-        unknown = {name.removeprefix("fwd_").removeprefix("bwd_") for name in options or {}}
-        assert unknown <= FlexKernelOptions.__annotations__.keys()
 
 
 def test_rms_norm_of_bfloat16_is_computed_in_float32_and_cast_last():

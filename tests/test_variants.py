@@ -9,26 +9,21 @@ from safetensors.torch import load_file, save_file
 
 import fsrl
 import train
+from data import pack
 from fsrl import Adapter, SteeredModel
-from packed import pack
 from runtime.sources import UserError
 
-VARIANTS = [
-    ("relu", "direct"),
-    ("jumprelu", "direct"),
-    ("jumprelu", "log"),
-    ("soft-threshold", "direct"),
-]
+VARIANTS = fsrl.KINDS
 
 
-def made(activation, parametrisation="direct", bandwidth=0.3, seed=0, d=64, d_sae=256) -> Adapter:
+def made(kind, bandwidth=0.3, seed=0, d=64, d_sae=256) -> Adapter:
     """A random float64 adapter of the golden model's shape, a third of whose features pass."""
     g = torch.Generator().manual_seed(seed)
-    adapter = Adapter(d, d_sae, activation, parametrisation, bandwidth).double()
+    adapter = Adapter(d, d_sae, kind, bandwidth).double()
     with torch.no_grad():
         adapter.weight.copy_(torch.randn(d_sae, d, generator=g) * 0.1)
         adapter.bias.copy_(torch.randn(d_sae, generator=g) * 0.1)
-    if activation != "relu":
+    if kind != "relu":
         adapter.set_threshold(torch.rand(d_sae, generator=g, dtype=torch.float64) * 0.5 + 0.05)
     return adapter
 
@@ -37,65 +32,23 @@ def residual(seed=0, rows=20, d=64):
     return torch.randn(rows, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_jumprelu_and_step_equal_saelens():
-    want = load_file(GOLDEN / "jumprelu.safetensors")
-    z, threshold = want["z"].requires_grad_(), want["threshold"].requires_grad_()
-    v, l0 = fsrl._JumpReLU.apply(z, threshold, want["bandwidth"].item())
-    assert torch.equal(v, want["v"]) and torch.equal(l0, want["l0"])
-    grad_z, grad_threshold = torch.autograd.grad(
-        (v * want["grad_v"]).sum(), (z, threshold), retain_graph=True
-    )
-    torch.testing.assert_close(grad_z, want["jumprelu_grad_z"], atol=0, rtol=0)
-    torch.testing.assert_close(
-        grad_threshold, want["jumprelu_grad_threshold"], atol=1e-12, rtol=1e-12
-    )
-    grad_z, grad_threshold = torch.autograd.grad((l0 * want["grad_l0"]).sum(), (z, threshold))
-    torch.testing.assert_close(grad_threshold, want["step_grad_threshold"], atol=1e-12, rtol=1e-12)
-    assert not grad_z.any() and want["step_grad_threshold"].any()
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_estimator_is_the_derivative_of_the_smoothed_objective(seed):
-    """Each z smeared over a rectangle of width ε gives v and ‖v‖₀ a true derivative in θ: theirs, by differences."""
-    g = torch.Generator().manual_seed(seed)
-    bandwidth = 0.1 + 0.2 * seed
-    z = torch.randn(30, 8, generator=g, dtype=torch.float64).relu()
-    threshold = torch.rand(8, generator=g, dtype=torch.float64)
-    probe, weight = torch.randn(30, 8, generator=g).double(), torch.randn(30, generator=g).double()
-
-    def smoothed(threshold):
-        """∫ t 1[t > θ] dt and ∫ 1[t > θ] dt, both over |t - z| < ε/2 and divided by ε."""
-        low, high = (z - bandwidth / 2).maximum(threshold), (z + bandwidth / 2).maximum(threshold)
-        v, on = (high.square() - low.square()) / (2 * bandwidth), (high - low) / bandwidth
-        return ((v * probe) + on * weight[:, None]).sum(0)
-
-    step = 1e-7
-    numeric = (smoothed(threshold + step) - smoothed(threshold - step)) / (2 * step)
-    threshold.requires_grad_()
-    v, l0 = fsrl._JumpReLU.apply(z, threshold, bandwidth)
-    (ours,) = torch.autograd.grad((v * probe).sum() + (l0 * weight).sum(), threshold)
-    assert numeric.abs().max() > 0.1
-    torch.testing.assert_close(ours, numeric, atol=1e-6, rtol=1e-6)
-
-
 def test_the_log_parametrisation_follows_the_chain_rule():
-    direct, log = made("jumprelu"), made("jumprelu", "log")
+    direct, log = made("jumprelu"), made("jumprelu-log")
     torch.testing.assert_close(direct.threshold, log.threshold, atol=1e-12, rtol=1e-12)
     gradients = []
     for adapter in (direct, log):
-        v, norms = adapter(residual(), norms=True)
-        gradients.append(
-            torch.autograd.grad(v.square().sum() + norms.l0.sum(), adapter.raw_threshold)[0]
-        )
+        v, _, l0 = adapter.steering(residual())
+        loss = v.square().sum() + l0.sum()
+        gradients.append(torch.autograd.grad(loss, adapter.raw_threshold)[0])
     torch.testing.assert_close(gradients[1], gradients[0] * direct.threshold, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("activation, parametrisation", VARIANTS)
-def test_activations_and_norms_are_the_equations(activation, parametrisation):
-    adapter, x = made(activation, parametrisation), residual()
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_activations_and_norms_are_the_equations(kind):
+    adapter, x = made(kind), residual()
     z, threshold = (
         x @ adapter.weight.T + adapter.bias,
-        adapter.threshold if activation != "relu" else None,
+        adapter.threshold if kind != "relu" else None,
     )
     naive = {
         "relu": lambda: z.clamp(min=0),
@@ -103,13 +56,14 @@ def test_activations_and_norms_are_the_equations(activation, parametrisation):
         "soft-threshold": lambda: torch.where(
             z > threshold, z - threshold, (z + threshold).clamp(max=0)
         ),
-    }[activation]()
-    v, norms = adapter(x, norms=True)
+    }[adapter.activation]()
+    v, l1, l0 = adapter.steering(x)
+    assert torch.equal(adapter(x), v)
     torch.testing.assert_close(v, naive, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(norms.l1, naive.abs().sum(1), atol=1e-12, rtol=1e-12)
-    assert torch.equal(norms.l0, (naive != 0).sum(1).double()) and 0 < norms.l0.mean() < 200
-    assert norms.l0.requires_grad == (activation == "jumprelu")
-    if activation == "soft-threshold":
+    torch.testing.assert_close(l1, naive.abs().sum(1), atol=1e-12, rtol=1e-12)
+    assert torch.equal(l0, (naive != 0).sum(1).double()) and 0 < l0.mean() < 200
+    assert l0.requires_grad == (adapter.activation == "jumprelu")
+    if kind == "soft-threshold":
         assert (naive < 0).any() and (naive > 0).any()
         for loss in (
             lambda v: v.square().sum(),
@@ -123,9 +77,9 @@ def test_activations_and_norms_are_the_equations(activation, parametrisation):
                 torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("activation, parametrisation", VARIANTS)
-def test_steering_is_the_long_form_with_the_clamp(monkeypatch, activation, parametrisation):
-    golden, adapter, x = load(torch.float64), made(activation, parametrisation), residual()
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_steering_is_the_long_form_with_the_clamp(monkeypatch, kind):
+    golden, adapter, x = load(torch.float64), made(kind), residual()
     steered = SteeredModel(golden.model, golden.sae, adapter, 1)
     monkeypatch.setitem(fsrl.STEER_ELEMENTS, "cpu", 3 * 256)
     monkeypatch.setattr(fsrl, "STEER_ROWS", 1)
@@ -137,7 +91,7 @@ def test_steering_is_the_long_form_with_the_clamp(monkeypatch, activation, param
     )
     torch.testing.assert_close(ours, clamped, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(l1, v.abs().sum(1), atol=1e-12, rtol=1e-12)
-    assert ((clamped - free).abs().max() > 0.01) == (activation == "soft-threshold")
+    assert ((clamped - free).abs().max() > 0.01) == (kind == "soft-threshold")
     probe = residual(1)
     parameters = list(adapter.parameters())
     a, b = (
@@ -172,29 +126,28 @@ def test_under_bfloat16_thresholds_stay_float32():
     before = adapter.raw_threshold.clone()
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-5, weight_decay=0.0)
     with torch.autocast("cpu", torch.bfloat16):
-        v, norms = adapter(residual().float(), norms=True)
-    assert (
-        v.dtype == torch.bfloat16 and norms.l0.dtype == adapter.raw_threshold.dtype == torch.float32
-    )
+        v, _, l0 = adapter.steering(residual().float())
+    assert v.dtype == torch.bfloat16
+    assert l0.dtype == adapter.raw_threshold.dtype == torch.float32
     assert (v[v != 0] >= 0.25).all() and (v != 0).any()  # rounded only after it has passed
-    norms.l0.mean().backward()
+    l0.mean().backward()
     optimizer.step()
     moved = adapter.raw_threshold.detach() - before
     learning = adapter.raw_threshold.grad != 0
     assert learning.any() and torch.allclose(moved[learning], torch.tensor(1e-5), rtol=0.01)
 
 
-@pytest.mark.parametrize("activation, parametrisation", VARIANTS)
-def test_adapter_files_round_trip(tmp_path, activation, parametrisation):
-    adapter = made(activation, parametrisation).float()
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_adapter_files_round_trip(tmp_path, kind):
+    adapter = made(kind).float()
     adapter.save_pretrained(tmp_path, dict(layer=1))
-    names = {"weight", "bias"} | ({"threshold"} if activation != "relu" else set())
+    names = {"weight", "bias"} | ({"threshold"} if kind != "relu" else set())
     assert set(load_file(tmp_path / "adapter.safetensors")) == names
-    again = Adapter.from_pretrained(tmp_path, "direct")
-    assert again.activation == activation and again.identity["layer"] == 1
+    again = Adapter.from_pretrained(tmp_path)
+    assert again.activation == adapter.activation and again.identity["layer"] == 1
     assert torch.equal(again(residual().float()), adapter(residual().float()))
-    if activation != "relu":
-        log = Adapter.from_pretrained(tmp_path, "log")
+    if adapter.activation == "jumprelu":
+        log = Adapter.from_pretrained(tmp_path, "jumprelu-log")
         torch.testing.assert_close(log.threshold, adapter.threshold, atol=0, rtol=1e-6)
 
 
@@ -246,7 +199,7 @@ def test_impossible_thresholds_are_refused(tmp_path, bad):
 
 
 def test_thresholds_below_zero_are_set_to_zero_and_logarithms_are_not_touched():
-    direct, log = made("jumprelu"), made("jumprelu", "log")
+    direct, log = made("jumprelu"), made("jumprelu-log")
     with torch.no_grad():
         direct.raw_threshold[::2] = -1.0
     kept = log.raw_threshold.clone()
@@ -261,8 +214,8 @@ def test_thresholds_below_zero_are_set_to_zero_and_logarithms_are_not_touched():
 @pytest.fixture(autouse=True)
 def no_samples_nor_pictures(monkeypatch):
     """The runs below are about the optimiser: spare them what other tests look at."""
-    monkeypatch.setattr(train.decoding, "greedy", lambda *_: "")
-    monkeypatch.setattr(train, "draw", lambda *_: None)
+    monkeypatch.setattr(train, "greedy", lambda *_: "")
+    monkeypatch.setattr(train, "draw_loss", lambda *_: None)
 
 
 def run(out, **settings):
@@ -275,22 +228,25 @@ def run(out, **settings):
     return metrics(out)
 
 
-@pytest.mark.parametrize("activation, parametrisation", VARIANTS[1:])
+@pytest.mark.parametrize("kind", VARIANTS[1:])
 def test_groups_partition_the_parameters_and_each_has_its_learning_rate(
-    tmp_path, activation, parametrisation
+    tmp_path, monkeypatch, kind
 ):
     """The first AdamW step moves a parameter with a gradient by its learning rate."""
     lr = dict(lr=1e-3, threshold_lr=1e-5, schedule="constant", max_grad_norm=0.0, max_steps=1)
-    start = made(activation, parametrisation).float()
+    start = made(kind).float()
     start.save_pretrained(tmp_path / "start", {})
-    penalty = dict(l0=0.1) if activation == "jumprelu" else dict(l1=0.1)
-    flags = (
-        dict(adapter=activation, threshold_parametrisation=parametrisation, bandwidth=0.3) | penalty
+    if start.activation == "jumprelu":
+        monkeypatch.setitem(fsrl.BANDWIDTH, kind, 0.3)
+    penalty = dict(l0=0.1) if start.activation == "jumprelu" else dict(l1=0.1)
+    run(
+        tmp_path / "run",
+        adapter=kind,
+        init_adapter=str(tmp_path / "start"),
+        **penalty,
+        **lr,
     )
-    if activation != "jumprelu":
-        flags.pop("bandwidth")
-    run(tmp_path / "run", init_adapter=str(tmp_path / "start"), **flags, **lr)
-    end = Adapter.from_pretrained(tmp_path / "run" / "adapter", parametrisation)
+    end = Adapter.from_pretrained(tmp_path / "run" / "adapter", kind)
     for name, rate in (("weight", 1e-3), ("bias", 1e-3), ("raw_threshold", 1e-5)):
         moved = (getattr(end, name) - getattr(start, name)).abs().max().item()
         assert moved == pytest.approx(rate, rel=0.05), name
@@ -305,15 +261,9 @@ def test_a_run_keeps_its_thresholds_above_zero(tmp_path):
     assert (thresholds >= 0).all() and (thresholds == 0).any()
 
 
-def test_the_total_includes_the_l0_penalty_and_thresholds_follow_it(tmp_path):
-    flags = dict(
-        adapter="jumprelu",
-        threshold_lr=0.1,
-        schedule="constant",
-        max_steps=6,
-        lr=1e-4,
-        bandwidth=0.3,
-    )
+def test_the_total_includes_the_l0_penalty_and_thresholds_follow_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(fsrl.BANDWIDTH, "jumprelu", 0.3)
+    flags = dict(adapter="jumprelu", threshold_lr=0.1, schedule="constant", max_steps=6, lr=1e-4)
     made("jumprelu").float().save_pretrained(tmp_path / "start", {})
     rows = {}
     for l0 in (0.0, 1.0):
@@ -339,30 +289,24 @@ def test_packing_changes_nothing_for_jumprelu(tmp_path):
 
 def test_defaults_that_depend_on_the_adapter():
     s = train.Settings()
-    assert (s.l1, s.l0, s.threshold_init, s.threshold_lr, s.bandwidth) == (
-        0.02,
-        0.0,
-        None,
-        None,
-        None,
-    )
+    assert (s.l1, s.l0, s.threshold_lr) == (0.02, 0.0, 5e-4)
     s = train.Settings(adapter="jumprelu", lr=1e-6)
-    assert (s.l1, s.threshold_init, s.threshold_lr, s.bandwidth) == (0.0, 0.001, 1e-3, 0.05)
-    assert train.Settings(adapter="jumprelu", threshold_parametrisation="log").bandwidth == 0.001
+    assert (s.l1, s.threshold_lr) == (0.0, 1e-3)
     assert train.Settings(adapter="soft-threshold").l1 == 0.02
+    assert Adapter(2, 3, "jumprelu").bandwidth == 0.05
+    assert Adapter(2, 3, "jumprelu-log").bandwidth == 0.001
 
 
 @pytest.mark.parametrize(
     "settings, words",
     [
         (dict(l0=0.1), "--l0 0.1: only --adapter jumprelu"),
-        (dict(adapter="jumprelu", bandwidth=0.0), "--bandwidth 0"),
         (dict(adapter="jumprelu", threshold_lr=-1.0), "--threshold-lr -1.0"),
         (
             dict(adapter="jumprelu", init_adapter=str(GOLDEN / "adapter_mid")),
             "a relu adapter, --adapter jumprelu",
         ),
-        (dict(adapter="soft-threshold", threshold_parametrisation="log"), "positive"),
+        (dict(adapter="softplus"), "--adapter softplus: one of relu"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, settings, words):
@@ -374,8 +318,8 @@ def test_what_cannot_be_is_refused(tmp_path, settings, words):
 def test_a_new_jumprelu_adapter_steers_in_bfloat16_too():
     """It starts with the bias at the threshold, which bfloat16 would round below it: then nothing ever passed."""
     adapter = Adapter(32, 64, "jumprelu")
-    adapter.init_weights(torch.Generator().manual_seed(0), 0.001)
+    adapter.init_weights(torch.Generator().manual_seed(0))
     x = torch.randn(200, 32, generator=torch.Generator().manual_seed(1)) * 10
     with torch.autocast("cpu", torch.bfloat16):
-        counted = [adapter(rows, norms=True)[1].l0.mean().item() for rows in (x, x[:4])]
+        counted = [adapter.steering(rows).l0.mean().item() for rows in (x, x[:4])]
     assert all(10 < l0 < 54 for l0 in counted), counted
