@@ -142,7 +142,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                 unpacked += math.prod(shape) * dtype.itemsize
             if unpacked > 20 * path.stat().st_size + 65_536:
                 raise UserError(
-                    f"{path}: would unpack to {unpacked:,} bytes, over 20 times its size."
+                    f"{path}: would unpack to {unpacked:,} bytes, 20 times its size; not loaded."
                 )
             arrays = {}
             for name in ARRAYS:

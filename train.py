@@ -346,9 +346,8 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
     run = Run(out, trained, optimizer, steps, s.checkpoint_every, s.eval_every, who)
     ranks.together(who, lambda: run.open(job.config, FREE))
     started = time.perf_counter()
-    prompts = [
-        list(prompt) for prompt in dict.fromkeys(tuple(p.prompt) for p in eval_pairs or pairs)
-    ]
+    distinct = dict.fromkeys(tuple(pair.prompt) for pair in eval_pairs or pairs)
+    prompts = [list(prompt) for prompt in distinct][:SAMPLES]
     before = [greedy(model, policy.tokenizer, prompt) for prompt in prompts]
 
     step = run.resume(s.resume or who.restarts > 0)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from runtime import checkpoint
 from runtime.ranks import Interrupts, Ranks
@@ -168,6 +169,7 @@ class Run:
         self.rows: list[dict] = []
         self.saved = 0  # the step of the last checkpoint
         self.file = None
+        self.bar = None
         self.interrupts = Interrupts(ranks)
 
     def open(self, config: dict, free: Collection[str]) -> None:
@@ -206,6 +208,8 @@ class Run:
             step = checkpoint.load(path, self.trained, self.optimizer, self.ranks)
         self.saved = step
         self._keep_rows(step)
+        how = dict(total=self.steps, initial=step, unit="step", disable=not self.ranks.first)
+        self.bar = tqdm(desc="training", **how)
         return step
 
     def _keep_rows(self, step: int) -> None:
@@ -243,6 +247,10 @@ class Run:
         """Write a row of metrics.jsonl as soon as it is known."""
         row = dict(split=split, step=step, **row)
         self.rows.append(row)
+        if split == "train":
+            shown = dict(loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.2f}")
+            self.bar.set_postfix(**shown, L0=f"{row['l0']:.0f}", refresh=False)
+            self.bar.update()
         if self.file is not None:
             with writing(self.out):
                 self.file.write(json.dumps(row).encode() + b"\n")
@@ -276,14 +284,15 @@ class Run:
             )
             self.saved = step
         if asked:
-            self.interrupts.restore()
+            self.close()
             if self.ranks.first:
                 again = f"the same command with --resume --out {self.out} goes on from there."
                 print(f"Saved after step {step} of {self.steps}; {again}")
             raise SystemExit(0)
 
     def close(self) -> None:
-        """The steps are done: SIGTERM and Ctrl-C mean what they usually do again."""
+        """No step follows: SIGTERM and Ctrl-C mean what they usually do again."""
+        self.bar.close()
         self.interrupts.restore()
 
 

@@ -12,8 +12,7 @@ from conftest import GOLDEN, ROOT, SHARED, ragged
 from tokenizers import Tokenizer
 
 import data
-from data import Pair, load_pairs
-from packed import pack
+from data import Pair, load_pairs, pack
 from runtime.sources import UserError
 
 CASES = json.loads((GOLDEN / "tokenize.json").read_text())
@@ -301,7 +300,7 @@ def test_tokens_are_cached_by_content_and_a_damaged_cache_is_made_again(
     monkeypatch.setenv("FSRL_CACHE", str(tmp_path / "cache"))
     source = shutil.copy(REAL, tmp_path / "rows.jsonl")
     first = load_pairs(source, tokenizer)
-    (cached,) = (tmp_path / "cache").iterdir()
+    (cached,) = (tmp_path / "cache").glob("*.npz")
     monkeypatch.setattr(data, "_tokenise", None)  # would be called if the cache were missed
     assert load_pairs(source, tokenizer) == first
     assert load_pairs(source, tokenizer, 64, 32) == [data.truncate(pair, 64, 32) for pair in first]
@@ -311,7 +310,7 @@ def test_tokens_are_cached_by_content_and_a_damaged_cache_is_made_again(
     assert load_pairs(source, tokenizer) == first
     (tmp_path / "rows.jsonl").write_text(REAL.read_text().replace("the", "thee"))
     assert load_pairs(source, tokenizer) != first
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").glob("*.npz"))) == 2
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(
         "FSRL_CACHE", str(tmp_path / "file" / "below")

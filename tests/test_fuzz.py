@@ -92,8 +92,8 @@ def parquet() -> bytes:
 def read_data(folder: Path):
     for name in ("rows.jsonl", "rows.parquet"):
         if (folder / name).exists():
-            for where, row in data.read_rows([data.DataFile(folder / name, None)], None):
-                data.parse_row(where, row)
+            for where, row in data.read_rows(folder / name):
+                data.parse_row(where, data.decode_row(where, row))
 
 
 def small_model() -> dict[str, bytes]:
@@ -110,11 +110,15 @@ def read_model(folder: Path):
     Gemma2.from_pretrained(folder)
 
 
+def small() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    module = torch.nn.Linear(4, 3, bias=False)
+    return module, torch.optim.AdamW(module.parameters())
+
+
 def a_checkpoint() -> dict[str, bytes]:
-    held = {"trained.weight": torch.arange(12.0).view(3, 4)}
     folder = Path(os.environ["FSRL_CACHE"]) / "checkpoints"
     if not folder.exists():
-        checkpoint.save(folder, 1, held, ALONE)
+        checkpoint.save(folder, 1, *small(), ALONE)
     return {p.name: p.read_bytes() for p in (folder / "step-00000001").iterdir()}
 
 
@@ -123,9 +127,8 @@ def read_checkpoint(folder: Path):
     inner.mkdir(parents=True)
     for path in folder.glob("*.*"):
         shutil.move(path, inner)
-    held = {"trained.weight": torch.zeros(3, 4)}
     checkpoint.newest(folder / "checkpoints", ALONE)
-    checkpoint.load(inner, held, ALONE)  # also where the hashes were made to agree
+    checkpoint.load(inner, *small(), ALONE)  # also where the hashes were made to agree
 
 
 NPZ = ("params.npz",)
