@@ -58,11 +58,9 @@ def test_imports_point_one_way(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_an_import_inside_a_function_says_why(path):
-    text = (ROOT / path).read_text()
-    lines = text.splitlines()
-    outside = ast.parse(text).body
+    lines = (ROOT / path).read_text().splitlines()
     for name, node in imported(path):
-        if node in outside:
+        if node.col_offset == 0:
             continue
         said = "#" in lines[node.lineno - 1] or lines[node.lineno - 2].strip().startswith("#")
         assert said, f"{path}:{node.lineno} imports {name} inside a block without a comment"
