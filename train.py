@@ -6,11 +6,16 @@
     torchrun --nproc-per-node 8 train.py ...      # the same run on 8 GPUs; --shard for large models
     python train.py ... --out OUT --resume        # goes on where OUT's last checkpoint is
 
-Deviations from the paper and the authors' code (all of them: docs/paper.md): 1. The headline loss,
-train and eval, is SimPO alone; the L1 penalty is reported beside it. 2. The penalty averages over
-real positions; the authors' also counts padding. 3. Logits are float32 before the log-softmax, and
-the residual stream is float32 throughout. 4. The pairs left over when an epoch does not divide by
---batch-size are left out of it; each shuffle leaves out others.
+Deviations from the paper and the authors' code (all of them: docs/paper.md):
+
+1. The headline loss, train and eval, is SimPO alone; the L1 penalty is reported beside it.
+
+2. The penalty averages over real positions; the authors' also counts padding.
+
+3. Logits are float32 before the log-softmax, and the residual stream is float32 throughout.
+
+4. An epoch whose pairs do not divide by --batch-size leaves the rest out; each shuffle leaves out
+   others.
 """
 
 import functools
@@ -105,24 +110,12 @@ class Settings:
                 object.__setattr__(self, name, value)  # so that config.json says what the run used
 
         cli.at_least(self, 1, "epochs", "batch_size", "tokens_per_microbatch", "max_steps")
-        cli.at_least(
-            self,
-            0,
-            "l1",
-            "l0",
-            "beta",
-            "gamma_ratio",
-            "lr",
-            "threshold_lr",
-            "max_grad_norm",
-            "timeout",
-        )
-        cli.at_least(self, 0, "eval_every", "checkpoint_every", "seed", "layer")
+        cli.at_least(self, 0, "l1", "l0", "beta", "gamma_ratio", "lr", "threshold_lr")
+        cli.at_least(self, 0, "max_grad_norm", "timeout", "eval_every", "checkpoint_every")
+        cli.at_least(self, 0, "seed", "layer")
         cli.at_least(self, 0, "warmup_ratio", "penalty_warmup_ratio", most=1)
         if self.l0 and not jumprelu:
-            raise UserError(
-                f"--l0 {self.l0}: only --adapter jumprelu has a gradient for the L0 penalty."
-            )
+            raise UserError(f"--l0 {self.l0}: only --adapter jumprelu can follow an L0 penalty.")
         if self.full and self.adapter != "relu":
             raise UserError(f"--full and --adapter {self.adapter} exclude each other.")
         for other in ("init_adapter", "mask_features"):
@@ -186,12 +179,12 @@ def micro_batches(pairs: Sequence[Pair], tokens: int, who: Ranks = ALONE) -> lis
 
 
 def backward(model: nn.Module, pairs: Sequence[Pair], penalty: Penalty, how: Pass) -> Sums:
-    """Add the gradients of one whole step: mean SimPO over pairs + mean over positions of α ‖v‖₁ +
-    λ ‖v‖₀.
+    """Add the gradients of one whole step; returns the sums over all processes.
 
-    The weights of the means are those of the step, so that neither packing nor the number of
-    processes matters: each adds its share, times their number, since DDP and FSDP2 average. Returns
-    the sums over all processes.
+        mean over pairs of SimPO + mean over positions of α ‖v‖₁ + λ ‖v‖₀
+
+    The means are those of the whole step, so that neither packing nor the number of processes
+    matters: each process adds its share, times their number, since DDP and FSDP2 average.
     """
     sums, positions = Sums.zero(how.device.name), data.positions(pairs)
     with how.device.autocast():
@@ -210,15 +203,15 @@ def backward(model: nn.Module, pairs: Sequence[Pair], penalty: Penalty, how: Pas
 def evaluate(
     model: nn.Module, pairs: Sequence[Pair], how: Pass, pause: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Means over a whole evaluation set, whatever the packing. pause: called after each
-    micro-batch; may end the run.
+    """Means over a whole evaluation set, whatever the packing.
+
+    pause: called after each micro-batch; it may end the run.
     """
     sums = Sums.zero(how.device.name)
     # FSDP2 could not train on weights that it gathered in inference mode.
     no_gradient = torch.inference_mode() if how.ranks.world == 1 else torch.no_grad()
-    bar = tqdm(
-        total=len(pairs), desc="evaluating", unit="pair", leave=False, disable=not how.ranks.first
-    )
+    shown = dict(unit="pair", leave=False, disable=not how.ranks.first)
+    bar = tqdm(total=len(pairs), desc="evaluating", **shown)
     with no_gradient, how.device.autocast(), bar:
         for batch in micro_batches(pairs, how.tokens, how.ranks):
             scores = how.score(model, batch.packed)
@@ -228,8 +221,8 @@ def evaluate(
             pause()
     found = simpo.means(how.total(sums), len(pairs), data.positions(pairs), how.beta)
     tokens = sum(pair.tokens for pair in pairs)
-    shown = ("loss", "accuracy", "margin", "l1", "l0")
-    return {name: getattr(found, name) for name in shown} | dict(pairs=len(pairs), tokens=tokens)
+    kept = ("loss", "accuracy", "margin", "l1", "l0")
+    return {name: getattr(found, name) for name in kept} | dict(pairs=len(pairs), tokens=tokens)
 
 
 def batch_indices(step: int, pairs: int, size: int, seed: int, shuffle: bool) -> list[int]:
@@ -240,9 +233,7 @@ def batch_indices(step: int, pairs: int, size: int, seed: int, shuffle: bool) ->
 
 
 def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> float:
-    """Share of the peak learning rate at step 0, 1, ...: rises linearly from 0, then falls as a
-    half cosine.
-    """
+    """Share of the peak learning rate at step 0, 1, ...; a cosine rises linearly from 0 first."""
     if schedule == "constant":
         return 1.0
     warmup = math.ceil(warmup_ratio * steps)
@@ -259,9 +250,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def clip(trained: nn.Module, most: float) -> float:
     """Scale the gradients down to norm `most` (0: leave them); returns the norm that they had."""
     norm = nn.utils.clip_grad_norm_(trained.parameters(), most or math.inf)
-    return float(
-        norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    )  # in slices under --shard
+    if hasattr(norm, "full_tensor"):  # in slices, under --shard
+        norm = norm.full_tensor()
+    return float(norm)
 
 
 def make_optimizer(trained: nn.Module, lr: float, threshold_lr: float) -> torch.optim.Optimizer:
@@ -309,7 +300,7 @@ def prepare(s: Settings, device: Device, who: Ranks) -> Job:
     # What will be sharded stays on the CPU until then: it need not fit one device.
     place = device._replace(name="cpu") if s.shard else device
     new = (s.full, s.adapter, s.init_adapter, s.mask_features, s.seed)
-    policy = new_policy(recorded, place, *new)
+    policy = new_policy(recorded, place, *new)._replace(device=device)
     pairs, eval_pairs, files, revision = load_preferences(recorded, policy.tokenizer, who.first)
     if len(pairs) < s.batch_size:
         short = f"{len(pairs)} training pairs, fewer than --batch-size {s.batch_size}"
