@@ -35,8 +35,9 @@ LARGEST_SOFTCAP = 80.0  # attention.plain and logps exponentiate capped scores a
 
 @dataclass(frozen=True)
 class Gemma2Config:
-    """Names as in config.json. layer_types: SLIDING or FULL per block; None means SLIDING on even
-    blocks.
+    """Names as in config.json.
+
+    layer_types: SLIDING or FULL per block; None means SLIDING on even blocks.
     """
 
     vocab_size: int
@@ -62,16 +63,12 @@ class Gemma2Config:
             if field.name != "layer_types":
                 _check_number(field, getattr(self, field.name))
         if self.head_dim % 2:
-            raise UserError(
-                f"config: head_dim is {self.head_dim}; rotary embedding needs an even number."
-            )
+            raise UserError(f"config: head_dim is {self.head_dim}, an even number was expected.")
         for cap in (self.attn_logit_softcapping, self.final_logit_softcapping):
             if cap and cap > LARGEST_SOFTCAP:
                 raise UserError(f"config: a softcap of {cap}; Gemma-2 has 50 and 30.")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                "config: num_attention_heads must be a multiple of num_key_value_heads."
-            )
+            raise UserError("config: num_key_value_heads must divide num_attention_heads.")
 
         n = self.num_hidden_layers
         types = self.layer_types or [(SLIDING, FULL)[i % 2] for i in range(n)]
@@ -81,8 +78,9 @@ class Gemma2Config:
 
     @classmethod
     def from_json(cls, path: Path) -> "Gemma2Config":
-        """Read config.json as transformers 4 or 5 writes it. Raises UserError for any other
-        architecture.
+        """Read config.json as transformers 4 or 5 writes it.
+
+        Raises UserError for any other architecture.
         """
         try:
             raw = read_json(path)
@@ -92,13 +90,9 @@ class Gemma2Config:
             raise UserError(f"{path}: a config.json was expected ({e}).") from e
         for key, allowed in ONLY.items():
             if not isinstance(raw.get(key), str | bool | None) or raw.get(key) not in allowed:
-                raise UserError(
-                    f"{path}: {key} is {raw.get(key)!r}; this forward knows only Gemma-2's."
-                )
+                raise UserError(f"{path}: {key} is {raw.get(key)!r}; Gemma-2 alone is known here.")
         if rope_type != "default":
-            raise UserError(
-                f"{path}: rope_type is {rope_type!r}; this forward knows only 'default'."
-            )
+            raise UserError(f"{path}: rope_type is {rope_type!r}; 'default' was expected.")
 
         known = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
         if "rope_theta" in rope:
@@ -129,7 +123,7 @@ class Gemma2Config:
         path.write_text(json.dumps(raw, indent=2) + "\n")
 
 
-ONLY = {  # keys of config.json -> the values that this forward implements; None: the key is absent
+ONLY = {  # keys of config.json -> the values that this forward computes; None: the key is absent
     "model_type": {"gemma2"},
     "hidden_activation": {"gelu_pytorch_tanh", None},
     "attention_bias": {False, None},
@@ -149,40 +143,22 @@ def _check_number(field: dataclasses.Field, value: object) -> None:
         raise UserError(f"config: {field.name} is {value}, more than any Gemma-2 has; not loaded.")
 
 
-_SHARED = dict(vocab_size=256_000, head_dim=256, query_pre_attn_scalar=256)
+def _published(hidden, intermediate, layers, heads, kv_heads, head_dim=256, scalar=256):
+    sizes = hidden, intermediate, layers, heads, kv_heads, head_dim, scalar
+    return Gemma2Config(256_000, *sizes)
+
+
 PUBLISHED = {  # google/gemma-2-{2b,9b,27b}[-it]
-    "gemma-2-2b": Gemma2Config(
-        **_SHARED,
-        hidden_size=2304,
-        intermediate_size=9216,
-        num_hidden_layers=26,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-    ),
-    "gemma-2-9b": Gemma2Config(
-        **_SHARED,
-        hidden_size=3584,
-        intermediate_size=14336,
-        num_hidden_layers=42,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-    ),
-    "gemma-2-27b": Gemma2Config(
-        **_SHARED | dict(head_dim=128, query_pre_attn_scalar=144),
-        hidden_size=4608,
-        intermediate_size=36864,
-        num_hidden_layers=46,
-        num_attention_heads=32,
-        num_key_value_heads=16,
-    ),
+    "gemma-2-2b": _published(2304, 9216, 26, 8, 4),
+    "gemma-2-9b": _published(3584, 14336, 42, 16, 8),
+    "gemma-2-27b": _published(4608, 36864, 46, 32, 16, head_dim=128, scalar=144),
 }
 
 
 # --- what the blocks share ------------------------------------------------------------------------
 
-Attend = Callable[
-    ["Attention", Tensor, Tensor, Tensor], Tensor
-]  # (block, q, k, v) -> out, all [T, heads, hd]
+# (block, q, k, v) -> out, all [T, heads, hd]
+Attend = Callable[["Attention", Tensor, Tensor, Tensor], Tensor]
 
 
 class Plan(NamedTuple):
@@ -217,9 +193,7 @@ class Flexible(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """y = x / rms(x) · (1 + weight), in float32; the product is cast to the weights' dtype last, as
-    Gemma does.
-    """
+    """y = x / rms(x) · (1 + weight) in float32, cast to the weights' dtype last, as Gemma does."""
 
     def __init__(self, d: int, eps: float):
         super().__init__()
@@ -241,9 +215,7 @@ class Linear(nn.Linear):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [T, heads, head_dim]: component i turns with component i + head_dim /
-    2.
-    """
+    """Rotary embedding of x [T, heads, hd]: component i turns with component i + hd / 2."""
     a, b = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -268,8 +240,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(T, -1, hd)  # [T, d] -> [T, KV, hd]
         q = rotate(q, plan.cos, plan.sin)
         k = rotate(k, plan.cos, plan.sin)
-        # softmax(c tanh(s q kᵀ / c)) v over the keys that a position may see, G = H / KV query
-        # heads to a key head
+        # softmax(c tanh(s q kᵀ / c)) v over the keys that a position may see; H / KV query heads
+        # share a key head
         out = plan.attend(self, q, k, v)  # [T, H, hd]
         return self.o_proj(out.reshape(T, -1))  # [T, H hd] -> [T, d]
 
@@ -284,9 +256,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(
-            geglu(self.gate_proj(x), self.up_proj(x))
-        )  # [T, d] -> [T, ffn] -> [T, d]
+        gated = geglu(self.gate_proj(x), self.up_proj(x))  # [T, d] -> [T, ffn]
+        return self.down_proj(gated)  # [T, ffn] -> [T, d]
 
 
 class Block(nn.Module):
@@ -333,11 +304,10 @@ class Gemma2(nn.Module):
     def __init__(self, config: Gemma2Config):
         super().__init__()
         self.config = config
-        self.source, self.revision = (
-            None,
-            None,
-        )  # where the weights came from, set by from_pretrained
-        self.folder = None  # Path of the loaded checkpoint, for its tokenizer
+        # Where the weights came from; from_pretrained sets them.
+        self.source: str | None = None
+        self.revision: str | None = None  # commit of a Hub download
+        self.folder: Path | None = None
         # Activation checkpointing: keep a block's input alone, run the block again in the backward.
         self.recompute = False
         self.model = Body(config)
@@ -355,9 +325,7 @@ class Gemma2(nn.Module):
                 nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
 
     def plan(self, packed: Packed, attend: Attend | None = None) -> Plan:
-        """Rotary angles of a stream, and how its blocks attend; None: among the stream's own
-        positions.
-        """
+        """Rotary angles of a stream, and how its blocks attend: None for within the stream."""
         c, device = self.config, packed.position.device
         exponent = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim
         angle = packed.position[:, None, None] * c.rope_theta**-exponent  # [T, 1, hd / 2]
@@ -374,46 +342,36 @@ class Gemma2(nn.Module):
         return Flexible(attention.block_mask(*tree, window), attention.block_mask(*tree, None))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """int64 [T] -> residual stream [T, d]. The scale sqrt(d) is rounded to the weights' dtype,
-        as Gemma's is.
-        """
-        weight = self.model.embed_tokens.weight
-        scale = torch.tensor(math.sqrt(self.config.hidden_size), dtype=weight.dtype)
-        x = (
-            self.model.embed_tokens(tokens) * scale.item()
-        )  # made on the CPU, so that no GPU is waited for
+        """Token ids int64 [T] -> residual stream [T, d]."""
+        dtype = self.model.embed_tokens.weight.dtype
+        # Gemma rounds sqrt(d) to the weights' dtype. On the CPU, so that no GPU is waited for.
+        scale = torch.tensor(math.sqrt(self.config.hidden_size), dtype=dtype).item()
+        x = self.model.embed_tokens(tokens) * scale
         return x.to(at_least_float32(x.dtype))
 
     def blocks(self, x: Tensor, plan: Plan, start: int = 0, stop: int | None = None) -> Tensor:
         """Run blocks start..stop-1 on the residual stream [T, d]."""
         for block in self.model.layers[start:stop]:
-            x = (
-                checkpoint(block, x, plan, use_reentrant=False)
-                if self.recompute
-                else block(x, plan)
-            )
+            if self.recompute:
+                x = checkpoint(block, x, plan, use_reentrant=False)
+            else:
+                x = block(x, plan)
         return x
 
     def final_norm(self, x: Tensor) -> Tensor:
         return self.model.norm(x)
 
     def logps(self, x: Tensor, packed: Packed) -> Tensor:
-        """Normed states [T, d] of a packed stream -> log-probability of each of its targets,
-        float32 [N].
-        """
+        """Normed states [T, d] of a packed stream -> log-probability of each target [N]."""
         head = self.model.embed_tokens.weight
         device = head.device.type
-        if torch.is_autocast_enabled(
-            device
-        ):  # the largest product of all, also under float32 masters (--full)
+        if torch.is_autocast_enabled(device):  # float32 masters (--full) multiply in bfloat16 here
             head = head.to(torch.get_autocast_dtype(device))
         cap = self.config.final_logit_softcapping
         return token_logps(x[packed.source], head, packed.target, cap)  # [T, d] -> [N, d] -> [N]
 
     def head(self, x: Tensor) -> Tensor:
-        """Normed states [N, d] -> softcapped logits float32 [N, V], all of V; training takes logps
-        instead.
-        """
+        """Normed states [N, d] -> softcapped logits float32 [N, V]; training takes logps."""
         weight = self.model.embed_tokens.weight
         if weight.dtype == torch.bfloat16 and weight.is_cuda:
             logits = torch.mm(x.to(weight.dtype), weight.T, out_dtype=torch.float32)
@@ -437,18 +395,12 @@ class Gemma2(nn.Module):
     def from_pretrained(
         cls, source: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> "Gemma2":
-        """Load an HF folder or Hub repository (owner/name@revision): config.json and safetensors,
-        strictly.
+        """Load a Hugging Face folder or Hub repository, config.json and safetensors, strictly.
 
         The weights come frozen (requires_grad False). Raises UserError naming the file for a
         missing or truncated shard, and the tensor for a wrong name or shape.
         """
-        patterns = [
-            "config.json",
-            "*.safetensors",
-            "model.safetensors.index.json",
-            "tokenizer*.json",
-        ]
+        patterns = ["config.json", "*.safetensors", "*.index.json", "tokenizer*.json"]
         folder, commit = fetch(source, "model", patterns)
         config = Gemma2Config.from_json(folder / "config.json")
         with torch.device("meta"):
@@ -457,31 +409,25 @@ class Gemma2(nn.Module):
         state = {}
         for shard in _shards(folder):
             state.update(_read(shard, dtype, device))
-        head = state.pop(
-            "lm_head.weight", None
-        )  # tied: published checkpoints leave it out, some repeat it
-        if head is not None and not torch.equal(
-            head, state.get("model.embed_tokens.weight", head[:0])
-        ):
-            raise UserError(
-                f"{folder}: lm_head.weight differs from the embedding; Gemma-2 ties the two."
-            )
+        # The head is tied to the embedding: published checkpoints leave it out, some repeat it.
+        head = state.pop("lm_head.weight", None)
+        embedding = state.get("model.embed_tokens.weight")
+        if head is not None and (embedding is None or not torch.equal(head, embedding)):
+            raise UserError(f"{folder}: lm_head.weight differs from the embedding, its twin.")
 
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        for name in sorted(expected.keys() | found.keys()):
-            ours, theirs = expected.get(name, "nothing"), found.get(name, "nothing")
+        held = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        for name in sorted(expected.keys() | held.keys()):
+            ours, theirs = expected.get(name, "nothing"), held.get(name, "nothing")
             if ours != theirs:
-                raise UserError(
-                    f"{folder}: tensor {name}: config.json asks for {ours}, the file has {theirs}."
-                )
+                found = f"config.json asks for {ours}, the file has {theirs}"
+                raise UserError(f"{folder}: tensor {name}: {found}.")
         model.load_state_dict(state, strict=True, assign=True)
         model.source, model.revision, model.folder = str(source), commit, folder
         return model.requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-        """Write config.json and model.safetensors as transformers reads them (the tied head is not
-        repeated).
+        """Write config.json and model.safetensors as transformers reads them.
 
         state: the weights, where the model's own are spread over processes (ranks.gather).
         """
