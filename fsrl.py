@@ -6,8 +6,8 @@
 
 Two variants of v, each with a threshold per feature that trains too:
 
-    jumprelu         v = z 1[z > θ],  z = ReLU(x W_aᵀ + b_a)           Appendix C
-    soft-threshold   v = sign(z) ReLU(|z| - τ),  z = x W_aᵀ + b_a      signed, the authors' later work
+    jumprelu         v = z 1[z > θ],  z = ReLU(x W_aᵀ + b_a)          Appendix C
+    soft-threshold   v = sign(z) ReLU(|z| - τ),  z = x W_aᵀ + b_a     the authors' later work
 """
 
 import json
@@ -56,8 +56,7 @@ class Steering(NamedTuple):
 
 
 class Adapter(nn.Module):
-    """weight [F, d], bias [F] and, except for relu, raw_threshold [F]: float32 whatever the model's
-    dtype.
+    """weight [F, d], bias [F] and, except for relu, raw_threshold [F], all float32.
 
     kind: see KINDS. bandwidth: ε of jumprelu's straight-through estimator, None for the kind's own;
     it matters to training alone, not to v. identity: what adapter_config.json says of it.
@@ -100,9 +99,8 @@ class Adapter(nn.Module):
         raw = threshold.log() if self.kind == "jumprelu-log" else threshold
         if not (raw.isfinite() & (threshold >= 0)).all():
             least = "positive" if self.kind == "jumprelu-log" else "not negative"
-            raise UserError(
-                f"--init-adapter: thresholds must be finite and {least} for --adapter {self.kind}."
-            )
+            wanted = f"thresholds must be finite and {least} for --adapter {self.kind}"
+            raise UserError(f"--init-adapter: {wanted}.")
         self.raw_threshold.copy_(raw)
 
     @torch.no_grad()
@@ -113,9 +111,7 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def silence(self, features: list[int]) -> None:
-        """v = 0 for these features, now and under any training: a ReLU at 0 passes no gradient
-        on.
-        """
+        """v = 0 for these features, under training too: a ReLU at 0 passes no gradient on."""
         self.weight[features] = 0
         self.bias[features] = 0
 
@@ -140,9 +136,7 @@ class Adapter(nn.Module):
         if self.activation == "jumprelu":
             # The bias is added in float32: in bfloat16 it may stand below the threshold that it
             # starts at, for good.
-            product = (
-                linear(x, self.weight) if few else F.linear(x, self.weight)
-            )  # [T, d] -> [T, F]
+            product = linear(x, self.weight) if few else F.linear(x, self.weight)
             v, l0 = jumprelu((product + self.bias).relu_(), self.threshold, self.bandwidth)
             return v.to(product.dtype), l0
 
@@ -177,16 +171,14 @@ class Adapter(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, kind: str | None = None) -> "Adapter":
-        """Read an adapter folder, a run's folder or a Hub repository, ours or the authors' (see
-        ADAPTER_FILES).
+        """Read an adapter folder, a run's folder or a Hub repository, ours or the authors'.
 
         kind: how it trains on, where that is another than its file's activation (jumprelu-log).
         Raises UserError for anything missing or misshapen. Which SAE it belongs to is checked by
         SteeredModel.
         """
-        folder = fetch(
-            source, "init-adapter", [name for names in ADAPTER_FILES for name in names]
-        ).path
+        names = [name for pair in ADAPTER_FILES for name in pair]
+        folder = fetch(source, "init-adapter", names).path
         folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
         authors = (folder / ADAPTER_FILES[1][0]).is_file()
         config_name, weights_name = ADAPTER_FILES[authors]
@@ -194,9 +186,8 @@ class Adapter(nn.Module):
             identity = read_json(folder / config_name)
             weights = load_file(folder / weights_name)
         except (OSError, ValueError, SafetensorError) as e:
-            raise UserError(
-                f"{folder}: not an adapter folder ({config_name} + {weights_name}: {e})."
-            ) from e
+            files = f"{config_name} + {weights_name}"
+            raise UserError(f"{folder}: not an adapter folder ({files}: {e}).") from e
         if authors:
             weights, identity = _from_authors(weights, identity)
         elif identity.get("format") != FORMAT:
@@ -208,9 +199,8 @@ class Adapter(nn.Module):
         if len(shape) != 2 or any(weights[name].shape != shape[:1] for name in vectors):
             found = {name: tuple(w.shape) for name, w in weights.items()}
             wanted = "weight [F, d], " + ", ".join(f"{name} [F]" for name in vectors)
-            raise UserError(
-                f"{folder / weights_name}: holds {found}; a {activation} adapter has {wanted}."
-            )
+            path = folder / weights_name
+            raise UserError(f"{path}: holds {found}; a {activation} adapter has {wanted}.")
         if kind is not None and kind.removesuffix("-log") != activation:
             raise UserError(f"--init-adapter {source}: a {activation} adapter, --adapter {kind}.")
 
@@ -225,12 +215,10 @@ class Adapter(nn.Module):
 
 
 def _from_authors(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor], dict]:
-    """Their tensors under our names, and an identity; earlier files say use_jump_relu instead of
-    activation_type.
-    """
-    named = config.get("activation_type") or (
-        "jump_relu" if config.get("use_jump_relu") else "relu"
-    )
+    """Their tensors under our names, and an identity."""
+    named = config.get("activation_type")  # earlier files have use_jump_relu instead
+    if not named:
+        named = "jump_relu" if config.get("use_jump_relu") else "relu"
     activation = {"jump_relu": "jumprelu", "soft_threshold": "soft-threshold"}.get(named, named)
     weights = {name.removeprefix("adapter_linear."): w for name, w in weights.items()}
     if "log_threshold" in weights:
@@ -257,28 +245,12 @@ class Scored(NamedTuple):
     l0: Tensor  # [T]
 
 
-class SteeredModel(nn.Module):
-    """A frozen model whose residual stream, after block `layer`, has v W_dec added to it.
-
-    Raises UserError when layer, shapes, or the SAE recorded in the adapter do not fit.
-    """
+class PolicyModel(nn.Module):
+    """What training, generation and the audit call: a Gemma2, steered or not."""
 
     forward_methods = ("states",)  # beside forward, for FSDP2
-
-    def __init__(self, model: Gemma2, sae: JumpReLUSAE, adapter: Adapter, layer: int):
-        super().__init__()
-        _check_fit(model, sae, adapter, layer)
-        self.model, self.sae, self.adapter, self.layer = model, sae, adapter, layer
-
-    @property
-    def trained(self) -> nn.Module:
-        """The module that holds exactly what trains."""
-        return self.adapter
-
-    @torch.no_grad()  # nothing trainable lies below the adapter
-    def residual(self, packed: Packed, plan: Plan) -> Tensor:
-        """The residual stream that the adapter reads, [T, d]."""
-        return self.model.blocks(self.model.embed(packed.tokens), plan, 0, self.layer + 1)
+    model: Gemma2
+    trained: nn.Module  # holds exactly what trains
 
     def forward(self, packed: Packed) -> Scored:
         hidden, l1, l0 = self.states(packed)
@@ -287,16 +259,46 @@ class SteeredModel(nn.Module):
     def states(
         self, packed: Packed, attend: Attend | None = None, change: Change | None = None
     ) -> States:
-        """attend: how blocks attend, in generation with a cache (Gemma2.plan). change: see
-        steer.
-        """
+        """attend: how blocks attend (Gemma2.plan). change: see SteeredModel.steer."""
+        raise NotImplementedError
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits of one sequence: int64 [T] -> float32 [T, V]."""
+        packed = pack([(tokens.tolist(), [])]).to(self.model.device)
+        return self.model.head(self.states(packed).hidden)
+
+
+class SteeredModel(PolicyModel):
+    """A frozen model whose residual stream, after block `layer`, has v W_dec added to it.
+
+    Raises UserError when layer, shapes, or the SAE recorded in the adapter do not fit.
+    """
+
+    def __init__(self, model: Gemma2, sae: JumpReLUSAE, adapter: Adapter, layer: int):
+        super().__init__()
+        _check_fit(model, sae, adapter, layer)
+        self.model, self.sae, self.adapter, self.layer = model, sae, adapter, layer
+
+    @property
+    def trained(self) -> nn.Module:
+        return self.adapter
+
+    @torch.no_grad()  # nothing trainable lies below the adapter
+    def residual(self, packed: Packed, plan: Plan) -> Tensor:
+        """The residual stream that the adapter reads, [T, d]."""
+        return self.model.blocks(self.model.embed(packed.tokens), plan, 0, self.layer + 1)
+
+    def states(
+        self, packed: Packed, attend: Attend | None = None, change: Change | None = None
+    ) -> States:
         plan = self.model.plan(packed, attend)
         x, l1, l0 = self.steer(self.residual(packed, plan), change)
         return States(self.above(x, plan), l1, l0)
 
     def steer(self, x: Tensor, change: Change | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, d] -> x' [T, d], ‖v‖₁ and ‖v‖₀ [T]. change: what becomes of v before it is added,
-        piece by piece.
+        """x [T, d] -> x' [T, d], ‖v‖₁ and ‖v‖₀ [T].
+
+        change: what becomes of v before it is added, piece by piece.
         """
         parts = []
         for rows in self.pieces(x):
@@ -314,9 +316,8 @@ class SteeredModel(nn.Module):
     def add(self, x: Tensor, v: Tensor) -> Tensor:
         """x' = x + v W_dec for any steering: x [rows, d], v [rows, F] -> [rows, d].
 
-        A soft-threshold's v may be negative, and there f + v is clamped at 0, since no feature is
-        ever below 0: then x' = decode(ReLU(f + v)) + (x - decode(f)) = x + (ReLU(f + v) - f) W_dec,
-        which needs f.
+        A soft-threshold's v may be negative. There f + v is clamped at 0, since no feature is ever
+        below 0: x' = decode(ReLU(f + v)) + (x - decode(f)) = x + (ReLU(f + v) - f) W_dec.
         """
         if self.adapter.activation == "soft-threshold":
             f = self.sae.encode(x)
@@ -331,24 +332,12 @@ class SteeredModel(nn.Module):
         return x + v @ W_dec
 
     def above(self, x: Tensor, plan: Plan) -> Tensor:
-        """From the residual stream above the adapter, x' [T, d], to final states after the last
-        norm, [T, d].
-        """
+        """From the stream above the adapter, x' [T, d], to final states after the last norm."""
         return self.model.final_norm(self.model.blocks(x, plan, self.layer + 1))
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Steered logits of one sequence: int64 [T] -> float32 [T, V]."""
-        return self.model.head(
-            self.states(pack([(tokens.tolist(), [])]).to(self.model.device)).hidden
-        )
 
-
-class Unsteered(nn.Module):
-    """A Gemma2 called as a SteeredModel with v = 0: a base model, or one whose own weights train
-    (--full).
-    """
-
-    forward_methods = ("states",)
+class Unsteered(PolicyModel):
+    """A steered model with v = 0: a base model, or one whose own weights train (--full)."""
 
     def __init__(self, model: Gemma2):
         super().__init__()
@@ -358,10 +347,6 @@ class Unsteered(nn.Module):
     def trained(self) -> nn.Module:
         return self.model
 
-    def forward(self, packed: Packed) -> Scored:
-        hidden, l1, l0 = self.states(packed)
-        return Scored(self.model.logps(hidden, packed), l1, l0)
-
     def states(
         self, packed: Packed, attend: Attend | None = None, change: Change | None = None
     ) -> States:
@@ -369,45 +354,32 @@ class Unsteered(nn.Module):
         nothing = torch.zeros(len(hidden), device=hidden.device)
         return States(hidden, nothing, nothing)
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        return self.model.logits(tokens)
-
 
 def _check_fit(model: Gemma2, sae: JumpReLUSAE, adapter: Adapter, layer: int) -> None:
     n, d = model.config.num_hidden_layers, model.config.hidden_size
     if not 0 <= layer < n:
         raise UserError(f"--layer {layer}: {model.source or 'the model'} has blocks 0 to {n - 1}.")
-    named = re.match(
-        r"layer_(\d+)/", sae.sae_id or ""
-    )  # GemmaScope ids say which block's output they read
+    named = re.match(r"layer_(\d+)/", sae.sae_id or "")  # GemmaScope ids say which block they read
     if named and int(named[1]) != layer:
         raise UserError(f"--layer {layer}: the SAE {sae.sae_id} belongs to another layer.")
     if sae.d_model != d:
         raise UserError(f"--sae {sae.source}: made for d_model {sae.d_model}, the model's is {d}.")
     if tuple(adapter.weight.shape) != (sae.d_sae, d):
         has = tuple(adapter.weight.shape)
-        raise UserError(
-            f"--init-adapter: its weight has shape {has}, the SAE calls for {(sae.d_sae, d)}."
-        )
+        wanted = (sae.d_sae, d)
+        raise UserError(f"--init-adapter: its weight has shape {has}, the SAE calls for {wanted}.")
 
     recorded = adapter.identity
     # The authors' format records only the id of its SAE.
     which = "sae_sha256" if recorded.get("sae_sha256") else "sae_id"
     here = {"sae_sha256": sae.sha256, "sae_id": sae.sae_id, "layer": layer}
     for name in (which, "layer"):
-        if (
-            recorded.get(name) is not None
-            and here[name] is not None
-            and recorded[name] != here[name]
-        ):
-            raise UserError(
-                f"The adapter belongs to {name} {recorded[name]}; this run has {here[name]}."
-            )
+        theirs, ours = recorded.get(name), here[name]
+        if theirs is not None and ours is not None and theirs != ours:
+            raise UserError(f"The adapter belongs to {name} {theirs}; this run has {ours}.")
 
 
 def steer_long_form(x: Tensor, sae: JumpReLUSAE, v: Tensor) -> Tensor:
-    """x' as the paper writes it, SAE error term and all: for tests and analysis. x, x' [T, d], v
-    [T, F].
-    """
+    """x' as the paper writes it, for tests and analysis: x [T, d], v [T, F] -> x' [T, d]."""
     f = sae.encode(x)
     return sae.decode(f + v) + (x - sae.decode(f))

@@ -85,8 +85,7 @@ class Policy(NamedTuple):
         return self.device.autocast()
 
     def streams(self, pairs: list[Pair], what: str | None = None) -> Iterator[Stream]:
-        """Walk pairs a micro-batch at a time. what: shown with the progress; None: no progress is
-        shown.
+        """Walk pairs a micro-batch at a time. what: shown with the progress; None: none is shown.
 
         The caller enters autocast for its own products; the stream x is computed under it here.
         """
@@ -103,8 +102,7 @@ class Policy(NamedTuple):
     def eval_pairs(
         self, source: str | None = None, limit: int | None = None, split: str = "test"
     ) -> tuple[list[Pair], str]:
-        """The pairs to evaluate on, and the name of where they come from: `source`, or the run's
-        evaluation data.
+        """The pairs of `source`, or of the run's evaluation data, and the name of where they are.
 
         A source given for the purpose need not call its rows a test split: without one, all of it
         is used. Raises UserError where there is nothing to evaluate on.
@@ -115,9 +113,7 @@ class Policy(NamedTuple):
         if not pairs and given:
             pairs = read_pairs(name, self.tokenizer, self.run, None)
         if not pairs:
-            raise UserError(
-                f"--data {name}: it has no {split} split; name the data to evaluate on."
-            )
+            raise UserError(f"--data {name}: has no {split} split; name the data to evaluate on.")
         return pairs[:limit], split_revision(name)[0]
 
 
@@ -129,9 +125,8 @@ def load_base(model: str | Path, dtype: torch.dtype, device: str) -> tuple[Gemma
     base = Gemma2.from_pretrained(model, dtype, device)
     tokenizer = data.load_tokenizer(base.folder)
     if tokenizer.get_vocab_size(with_added_tokens=True) > base.config.vocab_size:
-        raise UserError(
-            f"--model {model}: its tokenizer knows more tokens than its embedding has rows."
-        )
+        more = "its tokenizer knows more tokens than its embedding has rows"
+        raise UserError(f"--model {model}: {more}.")
     return base, tokenizer
 
 
