@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,11 @@ LARGEST_SOFTCAP = 80.0  # attention.plain and logps exponentiate capped scores a
 
 @dataclass(frozen=True)
 class Gemma2Config:
-    """Names as in config.json.
+    """Names as in config.json. Gemma 3 (model_type gemma3_text) differs by values alone.
 
-    layer_types: SLIDING or FULL per block; None means SLIDING on even blocks.
+    layer_types: SLIDING or FULL per block; None means the family's pattern.
+    rope_theta: of FULL blocks. rope_local_base_freq: of SLIDING ones; None means the same.
+    rope_factor: FULL blocks divide their angles by it (4B and larger Gemma 3).
     """
 
     vocab_size: int
@@ -52,15 +55,18 @@ class Gemma2Config:
     attn_logit_softcapping: float | None = 50.0
     final_logit_softcapping: float | None = 30.0
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    rope_theta: float = 10_000.0
+    rope_local_base_freq: float | None = None
+    rope_factor: float = 1.0
     max_position_embeddings: int = 8192
     layer_types: tuple[str, ...] | None = None
     initializer_range: float = 0.02
+    model_type: str = "gemma2"
 
     def __post_init__(self):
-        """Fill in layer_types. Raises UserError for values that no Gemma-2 has."""
+        """Fill in layer_types. Raises UserError for values that no such model has."""
         for field in dataclasses.fields(self):
-            if field.name != "layer_types":
+            if field.name not in ("layer_types", "model_type"):
                 _check_number(field, getattr(self, field.name))
         if self.head_dim % 2:
             raise UserError(f"config: head_dim is {self.head_dim}, an even number was expected.")
@@ -70,33 +76,36 @@ class Gemma2Config:
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError("config: num_key_value_heads must divide num_attention_heads.")
 
-        n = self.num_hidden_layers
-        types = self.layer_types or [(SLIDING, FULL)[i % 2] for i in range(n)]
+        n, every = self.num_hidden_layers, 6 if self.qk_norm else 2
+        types = self.layer_types or [SLIDING if (i + 1) % every else FULL for i in range(n)]
         if len(types) != n or any(t not in (SLIDING, FULL) for t in types):
             raise UserError(f"config: layer_types must name {n} blocks as {SLIDING} or {FULL}.")
         object.__setattr__(self, "layer_types", tuple(types))
 
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normed per head, as Gemma 3's are."""
+        return self.model_type == "gemma3_text"
+
     @classmethod
     def from_json(cls, path: Path) -> "Gemma2Config":
-        """Read config.json as transformers 4 or 5 writes it.
+        """Read config.json as transformers 4 or 5 writes it; of a multimodal one its text part.
 
         Raises UserError for any other architecture.
         """
         try:
             raw = read_json(path)
-            rope = raw.get("rope_parameters") or {}
-            rope_type = rope.get("rope_type", "default")
-        except (OSError, ValueError, AttributeError) as e:
+            if raw.get("model_type") == "gemma3":
+                raw = {"model_type": "gemma3_text"} | raw["text_config"]
+            for key, allowed in ONLY.items():
+                if not isinstance(raw.get(key), str | bool | None) or raw.get(key) not in allowed:
+                    raise UserError(f"{path}: {key} is {raw.get(key)!r}; only Gemma 2 and 3 load.")
+            raw = (GEMMA3 if raw["model_type"] == "gemma3_text" else {}) | raw
+            rope = _rope(raw)
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
             raise UserError(f"{path}: a config.json was expected ({e}).") from e
-        for key, allowed in ONLY.items():
-            if not isinstance(raw.get(key), str | bool | None) or raw.get(key) not in allowed:
-                raise UserError(f"{path}: {key} is {raw.get(key)!r}; Gemma-2 alone is known here.")
-        if rope_type != "default":
-            raise UserError(f"{path}: rope_type is {rope_type!r}; 'default' was expected.")
 
-        known = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
-        if "rope_theta" in rope:
-            known["rope_theta"] = rope["rope_theta"]
+        known = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw} | rope
         try:
             return cls(**known)
         except TypeError as e:
@@ -105,15 +114,20 @@ class Gemma2Config:
     def to_json(self, path: Path, dtype: torch.dtype) -> None:
         """Write config.json with the keys of both transformers styles."""
         name = str(dtype).removeprefix("torch.")
+        rope = {"rope_type": "default", "rope_theta": self.rope_theta}
+        if self.qk_norm:
+            local = {"rope_type": "default", "rope_theta": self.rope_local_base_freq}
+            if self.rope_factor != 1:
+                rope |= {"rope_type": "linear", "factor": self.rope_factor}
+            rope = {FULL: rope, SLIDING: local}
         raw = dataclasses.asdict(self) | {
-            "architectures": ["Gemma2ForCausalLM"],
-            "model_type": "gemma2",
+            "architectures": ["Gemma3ForCausalLM" if self.qk_norm else "Gemma2ForCausalLM"],
             "hidden_act": "gelu_pytorch_tanh",
             "hidden_activation": "gelu_pytorch_tanh",
             "attention_bias": False,
             "attention_dropout": 0.0,
             "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "rope_parameters": rope,
             "bos_token_id": 2,
             "eos_token_id": 1,
             "pad_token_id": 0,
@@ -124,13 +138,41 @@ class Gemma2Config:
 
 
 ONLY = {  # keys of config.json -> the values that this forward computes; None: the key is absent
-    "model_type": {"gemma2"},
+    "model_type": {"gemma2", "gemma3_text"},
     "hidden_activation": {"gelu_pytorch_tanh", None},
     "attention_bias": {False, None},
     "tie_word_embeddings": {True, None},
     "use_bidirectional_attention": {False, None},
-    "rope_scaling": {None},
 }
+GEMMA3 = dict(  # what a config.json of Gemma 3 leaves out, as transformers fills it in
+    vocab_size=262_208,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=256,
+    query_pre_attn_scalar=256,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+    rope_theta=1_000_000.0,
+    rope_local_base_freq=10_000.0,
+    max_position_embeddings=131_072,
+)
+
+
+def _rope(raw: dict) -> dict:
+    """The rotary settings of a config.json: one base, or in Gemma 3 one for each kind of block."""
+    given = raw.get("rope_parameters") or {}
+    full, local = given.get(FULL, given), given.get(SLIDING, {})
+    scaling = raw.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", full.get("rope_type", "default"))
+    linear = kind == "linear" and raw["model_type"] == "gemma3_text"
+    if not linear and (scaling or kind != "default"):
+        raise ValueError(f"rope_scaling or rope_type {kind!r}")
+    if local.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_type {local['rope_type']!r}")
+    found = dict(rope_theta=full.get("rope_theta"), rope_local_base_freq=local.get("rope_theta"))
+    if linear:
+        found["rope_factor"] = scaling.get("factor", full.get("factor"))
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _check_number(field: dataclasses.Field, value: object) -> None:
@@ -140,18 +182,32 @@ def _check_number(field: dataclasses.Field, value: object) -> None:
     if not isinstance(value, number) or isinstance(value, bool) or not 0 < value < math.inf:
         raise UserError(f"config: {field.name} is {value!r}, a positive number was expected.")
     if number is int and value > (1024 if field.name == "num_hidden_layers" else 1 << 24):
-        raise UserError(f"config: {field.name} is {value}, more than any Gemma-2 has; not loaded.")
+        raise UserError(f"config: {field.name} is {value}, more than any Gemma has; not loaded.")
 
 
-def _published(hidden, intermediate, layers, heads, kv_heads, head_dim=256, scalar=256):
+def _gemma2(hidden, intermediate, layers, heads, kv_heads, head_dim=256, scalar=256):
     sizes = hidden, intermediate, layers, heads, kv_heads, head_dim, scalar
     return Gemma2Config(256_000, *sizes)
 
 
-PUBLISHED = {  # google/gemma-2-{2b,9b,27b}[-it]
-    "gemma-2-2b": _published(2304, 9216, 26, 8, 4),
-    "gemma-2-9b": _published(3584, 14336, 42, 16, 8),
-    "gemma-2-27b": _published(4608, 36864, 46, 32, 16, head_dim=128, scalar=144),
+def _gemma3(hidden, intermediate, layers, heads, kv_heads, head_dim=256, scalar=256, **more):
+    sizes = hidden, intermediate, layers, heads, kv_heads, head_dim, scalar
+    names = [field.name for field in dataclasses.fields(Gemma2Config)][1:8]
+    own = dict(zip(names, sizes, strict=True)) | more
+    return Gemma2Config(**GEMMA3 | own, model_type="gemma3_text")
+
+
+_SMALL = dict(vocab_size=262_144, sliding_window=512, max_position_embeddings=32_768)
+_LARGE = dict(sliding_window=1024, rope_factor=8.0)
+PUBLISHED = {  # google/gemma-2-{2b,9b,27b}[-it], google/gemma-3-{270m,1b,4b,12b,27b}-{pt,it}
+    "gemma-2-2b": _gemma2(2304, 9216, 26, 8, 4),
+    "gemma-2-9b": _gemma2(3584, 14336, 42, 16, 8),
+    "gemma-2-27b": _gemma2(4608, 36864, 46, 32, 16, head_dim=128, scalar=144),
+    "gemma-3-270m": _gemma3(640, 2048, 18, 4, 1, **_SMALL),
+    "gemma-3-1b": _gemma3(1152, 6912, 26, 4, 1, **_SMALL),
+    "gemma-3-4b": _gemma3(2560, 10240, 34, 8, 4, **_LARGE),
+    "gemma-3-12b": _gemma3(3840, 15360, 48, 16, 8, **_LARGE),
+    "gemma-3-27b": _gemma3(5376, 21504, 62, 32, 16, head_dim=128, scalar=168, **_LARGE),
 }
 
 
@@ -164,8 +220,7 @@ Attend = Callable[["Attention", Tensor, Tensor, Tensor], Tensor]
 class Plan(NamedTuple):
     """What every block needs to know of a stream; made once per forward by Gemma2.plan."""
 
-    cos: Tensor  # float32 [T, 1, head_dim / 2]
-    sin: Tensor  # float32 [T, 1, head_dim / 2]
+    angles: dict[str, tuple[Tensor, Tensor]]  # by layer type: cos and sin, float32 [T, 1, hd / 2]
     attend: Attend
 
 
@@ -226,20 +281,27 @@ class Attention(nn.Module):
         c = config
         self.index = index  # of the block, where the generation cache keeps its keys and values
         self.head_dim = c.head_dim
-        self.window = c.sliding_window if c.layer_types[index] == SLIDING else None
+        self.layer_type = c.layer_types[index]
+        self.window = c.sliding_window if self.layer_type == SLIDING else None
         self.scale, self.softcap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
         self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
         self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
         self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.qk_norm = c.qk_norm
 
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
         T, hd = len(x), self.head_dim
         q = self.q_proj(x).view(T, -1, hd)  # [T, d] -> [T, H, hd]
         k = self.k_proj(x).view(T, -1, hd)  # [T, d] -> [T, KV, hd]
         v = self.v_proj(x).view(T, -1, hd)  # [T, d] -> [T, KV, hd]
-        q = rotate(q, plan.cos, plan.sin)
-        k = rotate(k, plan.cos, plan.sin)
+        if self.qk_norm:  # Gemma 3
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = plan.angles[self.layer_type]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         # softmax(c tanh(s q kᵀ / c)) v over the keys that a position may see; H / KV query heads
         # share a key head
         out = plan.attend(self, q, k, v)  # [T, H, hd]
@@ -328,10 +390,17 @@ class Gemma2(nn.Module):
         """Rotary angles of a stream, and how its blocks attend: None for within the stream."""
         c, device = self.config, packed.position.device
         exponent = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim
-        angle = packed.position[:, None, None] * c.rope_theta**-exponent  # [T, 1, hd / 2]
         # Angles are float32 always; float64 weights (tests) take the cosines of those same angles.
-        angle = angle.to(at_least_float32(self.model.norm.weight.dtype))
-        return Plan(angle.cos(), angle.sin(), attend or self.attend(packed))
+        dtype = at_least_float32(self.model.norm.weight.dtype)
+        angles = {}
+        for kind, theta, factor in (
+            (FULL, c.rope_theta, c.rope_factor),
+            (SLIDING, c.rope_local_base_freq or c.rope_theta, 1.0),
+        ):
+            frequency = theta**-exponent / factor
+            angle = (packed.position[:, None, None] * frequency).to(dtype)  # [T, 1, hd / 2]
+            angles[kind] = angle.cos(), angle.sin()
+        return Plan(angles, attend or self.attend(packed))
 
     def attend(self, packed: Packed) -> Attend:
         """Attention among the positions of a stream, by the kernel that its device runs best."""
@@ -406,9 +475,10 @@ class Gemma2(nn.Module):
         with torch.device("meta"):
             model = cls(config)
 
+        rename = text_name if config.qk_norm else str
         state = {}
-        for shard in _shards(folder):
-            state.update(_read(shard, dtype, device))
+        for shard in _shards(folder, rename):
+            state.update(_read(shard, rename, dtype, device))
         # The head is tied to the embedding: published checkpoints leave it out, some repeat it.
         head = state.pop("lm_head.weight", None)
         embedding = state.get("model.embed_tokens.weight")
@@ -439,12 +509,26 @@ class Gemma2(nn.Module):
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _shards(folder: Path) -> list[Path]:
+def text_name(name: str) -> str:
+    """The name here of a tensor of a multimodal Gemma 3; "" for the vision tower's."""
+    if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name):
+        return ""
+    if name.endswith("lm_head.weight"):
+        return "lm_head.weight"
+    return re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", name)
+
+
+Rename = Callable[[str], str]  # of a tensor; "" leaves it out
+
+
+def _shards(folder: Path, rename: Rename) -> list[Path]:
+    """The files that hold a tensor to read."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
     try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        weights = read_json(index)["weight_map"].items()
+        names = sorted({shard for name, shard in weights if rename(name)})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"{index}: not an index of safetensors shards ({e!r}).") from e
     for name in names:
@@ -453,12 +537,13 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read(shard: Path, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def _read(shard: Path, rename: Rename, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     if not shard.exists():
         raise UserError(f"{shard}: this safetensors file is missing.")
     try:
         with safe_open(shard, framework="pt", device="cpu") as f:
-            names = list(f.keys())
-            return {name: f.get_tensor(name).to(device=device, dtype=dtype) for name in names}
+            names = {name: rename(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+            kept = {ours: f.get_tensor(name) for name, ours in names.items() if ours}
     except (SafetensorError, OSError) as e:
         raise UserError(f"{shard}: not a whole safetensors file ({e}).") from e
+    return {name: tensor.to(device=device, dtype=dtype) for name, tensor in kept.items()}

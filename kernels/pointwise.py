@@ -42,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, r = ctx.saved_tensors
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * x * r).sum(0).to(weight.dtype)
+            grad_weight = (grad * x * r).flatten(0, -2).sum(0).to(weight.dtype)
 
         g = grad * (1 + weight.to(grad.dtype))
         x_wide = x.to(g.dtype)
