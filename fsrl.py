@@ -6,8 +6,8 @@
 
 Two variants of v, each with a threshold per feature that trains too:
 
-    jumprelu         v = z 1[z > θ],  z = ReLU(x W_aᵀ + b_a)           Appendix C
-    soft-threshold   v = sign(z) ReLU(|z| - τ),  z = x W_aᵀ + b_a      signed, the authors' later work
+    jumprelu         v = z 1[z > θ],  z = x W_aᵀ + b_a,  θ ≥ 0       Appendix C
+    soft-threshold   v = sign(z) ReLU(|z| - τ),  z = x W_aᵀ + b_a    signed, the authors' later work
 """
 
 import json
@@ -118,6 +118,8 @@ class Adapter(nn.Module):
         """
         self.weight[features] = 0
         self.bias[features] = 0
+        if self.activation == "jumprelu":
+            self.bias[features] = -self.bandwidth  # out of the reach of its threshold's estimator
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual stream x [T, d] -> steering v [T, F]."""
@@ -143,7 +145,9 @@ class Adapter(nn.Module):
             product = (
                 linear(x, self.weight) if few else F.linear(x, self.weight)
             )  # [T, d] -> [T, F]
-            v, l0 = jumprelu((product + self.bias).relu_(), self.threshold, self.bandwidth)
+            # Not negative without the ReLU of the paper, since θ is not. The estimator of θ's
+            # gradient must not see a ReLU's zeros, see kernels/pointwise.py.
+            v, l0 = jumprelu(product + self.bias, self.threshold, self.bandwidth)
             return v.to(product.dtype), l0
 
         if few:
