@@ -133,9 +133,9 @@ class Run:
         theirs = json.loads((self.out / "config.json").read_text())["settings"]
         ours = dataclasses.asdict(self.settings)
         ours["dtype"] = dtype_on(theirs["device"], ours["dtype"])
-        for name in ours.keys() & theirs.keys() - train.FREE:
-            if ours[name] != theirs[name]:
-                differs = f"{name} {theirs[name]}, not {ours[name]}"
+        for name, value in ours.items():
+            if name not in train.FREE and theirs.get(name, value) != value:
+                differs = f"{name} {theirs[name]}, not {value}"
                 raise UserError(f"--out {self.out}: holds a run with {differs}.")
         return True
 
