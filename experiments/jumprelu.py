@@ -172,7 +172,7 @@ class Runs:
         self.results.append(found)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
-            file.write(json.dumps(found._asdict()) + "\n")
+            file.write(json.dumps(found._asdict(), ensure_ascii=False) + "\n")
         return found
 
 
