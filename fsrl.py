@@ -6,7 +6,7 @@
 
 Two variants of v, each with a threshold per feature that trains too:
 
-    jumprelu         v = z 1[z > θ],  z = ReLU(x W_aᵀ + b_a)          Appendix C
+    jumprelu         v = z 1[z > θ],  z = x W_aᵀ + b_a,  θ ≥ 0        Appendix C
     soft-threshold   v = sign(z) ReLU(|z| - τ),  z = x W_aᵀ + b_a     the authors' later work
 """
 
@@ -114,6 +114,8 @@ class Adapter(nn.Module):
         """v = 0 for these features, under training too: a ReLU at 0 passes no gradient on."""
         self.weight[features] = 0
         self.bias[features] = 0
+        if self.activation == "jumprelu":
+            self.bias[features] = -self.bandwidth  # out of the reach of its threshold's estimator
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual stream x [T, d] -> steering v [T, F]."""
@@ -137,7 +139,9 @@ class Adapter(nn.Module):
             # The bias is added in float32: in bfloat16 it may stand below the threshold that it
             # starts at, for good.
             product = linear(x, self.weight) if few else F.linear(x, self.weight)
-            v, l0 = jumprelu((product + self.bias).relu_(), self.threshold, self.bandwidth)
+            # v is that of the paper, which passes z through a ReLU first, since θ is not negative.
+            # The estimator of θ's gradient must not see a ReLU's zeros: kernels/pointwise.py.
+            v, l0 = jumprelu(product + self.bias, self.threshold, self.bandwidth)
             return v.to(product.dtype), l0
 
         if few:

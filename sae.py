@@ -197,20 +197,20 @@ PAPER_REPO = "google/gemma-scope-2b-pt-res"
 PAPER_L0 = {6: 17, 12: 21, 18: 21, 24: 19}  # average L0 of the paper's SAE at each layer, width 65k
 
 
-def default_id(source: str | Path, layer: int) -> str | None:
+def default_id(source: str | Path, layer: int, width: str | None = None) -> str | None:
     """The SAE of a layer when none was named: the one of lowest average L0, as in the paper.
 
-    Of a Hub repository among those of width 65k, of a local folder with GemmaScope's layer_N/
-    folders among all of that layer. None for another local path.
+    width: as GemmaScope's folders name it (16k, 65k). None: of a Hub repository 65k, of a local
+    folder with GemmaScope's layer_N/ folders any. Returns None for another local path.
     """
     folder = local(source, "sae")
     if folder is not None:
-        return lowest_l0(
-            [p.relative_to(folder).as_posix() for p in folder.glob(f"layer_{layer}/*/*/params.npz")]
-        )
-    if source == PAPER_REPO and layer in PAPER_L0:  # spares a question to the Hub
+        files = folder.glob(f"layer_{layer}/{f'width_{width}' if width else '*'}/*/params.npz")
+        return lowest_l0([path.relative_to(folder).as_posix() for path in files])
+    width = width or "65k"
+    if source == PAPER_REPO and width == "65k" and layer in PAPER_L0:  # spares asking the Hub
         return f"layer_{layer}/width_65k/average_l0_{PAPER_L0[layer]}"
-    prefix = f"layer_{layer}/width_65k/"
+    prefix = f"layer_{layer}/width_{width}/"
     found = lowest_l0([name for name in list_files(source, "sae") if name.startswith(prefix)])
     if found is None:
         raise UserError(f"--layer {layer}: {source} holds no {prefix[:-1]}; give --sae-id.")
