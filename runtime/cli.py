@@ -9,10 +9,12 @@ class Settings:
 import argparse
 import dataclasses
 import math
+import os
 import sys
 import types
 import typing
 from collections.abc import Callable
+from unicodedata import category
 
 from runtime.sources import UserError
 
@@ -92,15 +94,28 @@ def parse(
     return settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
+def shown(text: str) -> str:
+    """Foreign text as a terminal may show it: control characters, but for newline and tab, are
+    written out (\\x1b), so that they can neither move the cursor nor change what stands there.
+    """
+    return "".join(
+        ascii(c)[1:-1] if category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text
+    )
+
+
 def run(main: Callable[[], None]) -> None:
-    """Call main; end with exit code 2 and one sentence on stderr for a UserError, 130 for
-    Ctrl-C.
+    """Call main; end with exit code 2 and one sentence on stderr for a UserError, 130 for Ctrl-C,
+    and 0 where the reader of our output, such as head, has read enough.
     """
     try:
         main()
     except UserError as e:
         print(" ".join(str(e).split()), file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:
+        # Python writes what stdout still holds when it ends; that would fail a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
