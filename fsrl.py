@@ -12,7 +12,6 @@ Two variants of v, each with a threshold per feature that trains too:
 
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from data import Packed, pack
 from kernels.pointwise import FEW, at_least_float32, jumprelu, linear
 from model import Attend, Gemma2, Plan
 from runtime.sources import UserError, fetch, read_json
-from sae import JumpReLUSAE
+from sae import JumpReLUSAE, layer_of
 
 FORMAT = "fsrl-adapter-1"
 ADAPTER_FILES = (  # (config, weights): ours, and the authors'
@@ -363,8 +362,7 @@ def _check_fit(model: Gemma2, sae: JumpReLUSAE, adapter: Adapter, layer: int) ->
     n, d = model.config.num_hidden_layers, model.config.hidden_size
     if not 0 <= layer < n:
         raise UserError(f"--layer {layer}: {model.source or 'the model'} has blocks 0 to {n - 1}.")
-    named = re.match(r"layer_(\d+)/", sae.sae_id or "")  # GemmaScope ids say which block they read
-    if named and int(named[1]) != layer:
+    if layer_of(sae.sae_id) not in (None, layer):
         raise UserError(f"--layer {layer}: the SAE {sae.sae_id} belongs to another layer.")
     if sae.d_model != d:
         raise UserError(f"--sae {sae.source}: made for d_model {sae.d_model}, the model's is {d}.")

@@ -6,7 +6,6 @@ new_policy.
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -359,10 +358,8 @@ def _recorded(path: Path) -> Recorded:
 
 def _with_identity(recorded: Recorded, identity: dict) -> Recorded:
     """What an adapter file says about where it belongs goes before what the run's settings say."""
-    named = re.match(
-        r"layer_(\d+)/", identity.get("sae_id") or ""
-    )  # the authors' files state the layer only so
-    layer = int(named[1]) if named else recorded.layer
+    layer = saes.layer_of(identity.get("sae_id"))  # the authors' files state it only so
+    layer = recorded.layer if layer is None else layer
     if identity.get("layer") is not None:
         layer = identity["layer"]
     return recorded._replace(

@@ -48,6 +48,7 @@ from runtime.device import DTYPES, Device, peak_memory, resolve_device
 from runtime.folder import Run, choose_out, describe, draw_loss, print_table
 from runtime.ranks import ALONE, Ranks
 from runtime.sources import UserError
+from sae import default_source
 from simpo import Means, Scores, Sums
 
 # What --model tiny changes of the defaults below.
@@ -63,7 +64,7 @@ SAMPLES = 2  # prompts answered before and after
 @dataclass(frozen=True)
 class Settings:
     model: str = flag(DEFAULTS.model, "tiny, a Hugging Face folder, or a Hub id (name@revision)")
-    sae: str = flag(DEFAULTS.sae, "tiny, a params.npz, a folder, or a Hub id")
+    sae: str | None = flag(None, "tiny, a file, a folder, or a Hub id; unset: --model's GemmaScope")
     sae_id: str | None = flag(None, "folder within --sae; unset: the layer's 65k SAE of lowest L0")
     data: str = flag(DEFAULTS.data, "tiny, a parquet or jsonl file, a folder, or a Hub id")
     eval_data: str | None = flag(None, "as --data; unset: the test split of --data")
@@ -105,6 +106,8 @@ class Settings:
         jumprelu = self.adapter.startswith("jumprelu")
         lr = (2e-7 if self.full else 5e-7) if self.lr is None else self.lr
         defaults = dict(lr=lr, l1=0.0 if jumprelu else 0.02, threshold_lr=1000 * lr)
+        if not (self.sae or self.full):
+            defaults["sae"] = default_source(self.model)
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # so that config.json says what the run used
