@@ -1,6 +1,5 @@
 """A label file is read whole, belongs to the SAE in use, or is refused with a sentence."""
 
-import dataclasses
 import gzip
 import json
 from types import SimpleNamespace
@@ -9,12 +8,10 @@ import numpy as np
 import pytest
 
 import labels
-import policy
 from runtime import neuronpedia as table
 from runtime import rows
 from runtime.sources import UserError
 from sae import JumpReLUSAE
-from tests.conftest import GOLDEN, SAE_ID
 from tiny import LABELS_DIR
 
 RES = "google/gemma-scope-2b-pt-res"
@@ -121,33 +118,6 @@ def test_a_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "LARGEST", 1 << 10)
     with pytest.raises(UserError, match="unpacks to more"):
         labels.load_labels(neuronpedia(tmp_path, name="b.jsonl.gz", description="x" * 2000), sae())
-
-
-def test_a_run_opens_as_what_was_trained(tiny_run):
-    opened = policy.open_policy(str(tiny_run))
-    assert opened.steered and opened.model is opened.steered and opened.steered.layer == 2
-    assert opened.settings.lr == 2e-3 and opened.settings.device == "cpu"
-    pairs, name = policy.eval_pairs(opened, limit=5)
-    assert (len(pairs), name) == (5, "tiny")
-    bare = policy.open_policy(str(tiny_run / "adapter"))
-    assert (
-        bare.steered.sae.sha256 == opened.steered.sae.sha256 and bare.folder == tiny_run / "adapter"
-    )
-    base = policy.open_policy(None, model="tiny")
-    assert base.steered is None and base.model is base.base
-
-
-def test_moved_sources_are_named_on_the_way_in(tmp_path):
-    folder = (
-        GOLDEN / "adapter_mid"
-    )  # the authors' format: it names an SAE id, but neither model nor repository
-    opened = policy.open_policy(
-        str(folder), model=str(GOLDEN / "model"), sae=str(GOLDEN / "sae"), sae_id=SAE_ID
-    )
-    assert opened.steered.layer == 1
-    with pytest.raises(UserError, match="--run nowhere/at/all"):
-        policy.open_policy("nowhere/at/all")
-    assert dataclasses.is_dataclass(opened.settings)
 
 
 def test_a_persons_labels_are_read_alike_from_every_form(tmp_path):
