@@ -11,7 +11,6 @@ Two variants of v, each with a threshold per feature that trains too:
 """
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from data import Packed, pack
 from kernels.pointwise import FEW, at_least_float32, jumprelu, linear
 from model import Attend, Gemma2, Plan
+from runtime.output import publish
 from runtime.sources import UserError, fetch, read_json
 from sae import JumpReLUSAE, layer_of
 
@@ -159,7 +159,6 @@ class Adapter(nn.Module):
         identity: base_model, base_model_revision, layer, sae, sae_id, sae_revision, sae_sha256.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         d_sae, d_model = self.weight.shape
         own = dict(format=FORMAT, activation=self.activation, d_model=d_model, d_sae=d_sae)
         weights = {"weight": self.weight, "bias": self.bias}
@@ -167,10 +166,9 @@ class Adapter(nn.Module):
             weights["threshold"] = self.threshold
         weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
         config_name, weights_name = ADAPTER_FILES[0]
-        save_file(weights, folder / f"{weights_name}.part")
-        (folder / f"{config_name}.part").write_text(json.dumps(own | identity, indent=2) + "\n")
-        for name in ADAPTER_FILES[0]:
-            os.replace(folder / f"{name}.part", folder / name)
+        with publish(folder) as part:
+            save_file(weights, part / weights_name)
+            (part / config_name).write_text(json.dumps(own | identity, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, source: str | Path, kind: str | None = None) -> "Adapter":

@@ -5,7 +5,6 @@ new_policy.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -25,7 +24,7 @@ from kernels.cache import Cache
 from model import Gemma2, Plan
 from runtime import ranks
 from runtime.device import Device, resolve_device
-from runtime.folder import writing
+from runtime.output import replacing
 from runtime.ranks import Ranks
 from runtime.sources import UserError, fetch, local, split_revision
 
@@ -264,21 +263,16 @@ def save(out: Path, policy: Policy, who: Ranks) -> None:
     if not isinstance(policy.model, Unsteered):
         with ranks.whole(policy.model.adapter):
             if who.first:
-                with writing(out):
-                    policy.model.adapter.save_pretrained(out / "adapter", identity(policy))
+                policy.model.adapter.save_pretrained(out / "adapter", identity(policy))
         return
 
     state = ranks.gather(policy.base, who)
     if who.first:
-        part = out / "model.part"
-        with writing(out):
-            shutil.rmtree(part, ignore_errors=True)
+        with replacing(out / "model") as part:
             policy.base.save_pretrained(part, state)
             for path in policy.base.folder.iterdir():
                 if path.name in TOKENIZER_FILES:
                     shutil.copyfile(path, part / path.name)
-            shutil.rmtree(out / "model", ignore_errors=True)
-            os.replace(part, out / "model")
 
 
 # --- a run to read --------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from packed import Packed
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -23,7 +24,6 @@ from tqdm import tqdm
 import data
 import train
 from data import Pair
-from packed import Packed
 from policy import Policy
 
 # Where a feature steered. "first" is the first position: <bos>, or what stands first in a truncated prompt. Of a

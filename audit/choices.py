@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from packed import Packed
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,7 +32,6 @@ import simpo
 import train
 from audit.attribution import KINDS, position_kinds
 from data import Pair
-from packed import Packed
 from policy import Policy
 
 END, REST = "end", "rest"  # <end_of_turn>: how long a response is; tokens of no category

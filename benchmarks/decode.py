@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from packed import pack
 
 from benchmarks.compare import plain_model
 from benchmarks.throughput import SHAPES, build, synchronise
 from generation import decode as decoding
-from packed import pack
 from runtime import cli
 from runtime.cli import flag
 

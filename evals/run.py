@@ -34,7 +34,7 @@ from policy import DEFAULTS, Policy
 from runtime import cli
 from runtime.cli import flag
 from runtime.device import DTYPES
-from runtime.folder import write_whole, writing
+from runtime.output import write_whole, writing
 from runtime.sources import UserError, sha256
 from runtime.tables import csv_text, plain
 

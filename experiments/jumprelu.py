@@ -30,7 +30,7 @@ from experiments.fitting import fit, fresh, passes, tiny_policy
 from policy import load_preferences
 from runtime import cli
 from runtime.cli import flag
-from runtime.folder import writable, write_whole
+from runtime.output import writable, write_whole
 
 STEPS, PAIRS = 48, 16  # optimiser steps, and pairs in each
 SEEDS = (0, 1, 2)

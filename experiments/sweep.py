@@ -51,7 +51,7 @@ from fsrl import KINDS
 from runtime import cli
 from runtime.cli import flag
 from runtime.device import dtype_on, resolve_device
-from runtime.folder import write_whole
+from runtime.output import write_whole
 from runtime.sources import UserError
 from runtime.tables import csv_text
 

@@ -37,7 +37,7 @@ from policy import Policy, open_policy
 from runtime import cli
 from runtime.cli import flag
 from runtime.device import DTYPES
-from runtime.folder import writable
+from runtime.output import shown, writable
 from runtime.sources import UserError
 from tiny import LABELS_DIR
 
@@ -110,7 +110,7 @@ class Settings:
 
 def say(text: str, end: str = "\n") -> None:
     """Print text of a model, a label or a prompt: every print of such text goes through here."""
-    print(cli.shown(text), end=end, flush=True)
+    print(shown(text), end=end, flush=True)
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def side_by_side(left: str, right: str, width: int) -> str:
     column = max(20, (width - 3) // 2)
     columns = []
     for text in (left, right):
-        wrapped = [textwrap.wrap(line, column) or [""] for line in cli.shown(text).split("\n")]
+        wrapped = [textwrap.wrap(line, column) or [""] for line in shown(text).split("\n")]
         columns.append([line for lines in wrapped for line in lines])
     height = max(map(len, columns))
     rows = zip(*(lines + [""] * (height - len(lines)) for lines in columns), strict=True)

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from labels import Labels
-from runtime.folder import write_whole
+from runtime.output import write_whole
 from runtime.sources import UserError
 
 WHERE = "v stands at the token that it was computed at; it changes what the next token is."

@@ -23,7 +23,7 @@ from functools import partial
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from labels import shown
+from runtime.output import brief
 from runtime.sources import UserError
 
 WORDS = {"yes": True, "no": False}
@@ -85,7 +85,7 @@ class Endpoint:
             host = (None, None)
         if not host[0] or parts.scheme not in ("http", "https"):
             raise UserError(
-                f"--endpoint {shown(url)}: an address like http://localhost:8000/v1 was expected."
+                f"--endpoint {brief(url)}: an address like http://localhost:8000/v1 was expected."
             )
         if parts.username or parts.password or parts.query:
             raise UserError("--endpoint: must not hold a key; --key-env names a variable for it.")
@@ -258,7 +258,7 @@ class Endpoint:
         except MALFORMED:
             text = refused.data.decode(errors="replace")
         text = text.replace(self._key, "***") if self._key else text
-        return f"({shown(' '.join(text.split()))})"
+        return f"({brief(' '.join(text.split()))})"
 
 
 def read_answer(reply: dict) -> Answer:

@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 import numpy as np
 
 import labels
-from labels import sae_name, shown
+from labels import sae_name
 from runtime import rows
+from runtime.output import brief
 from runtime.sources import TINY, UserError, fetch
 from sae import JumpReLUSAE
 
@@ -48,7 +49,7 @@ def read_explanations(
         if header or found:
             of = labels.stated_sae(path, header, found)
             if stated is not None and of != stated:
-                one, other = shown(sae_name(of)), shown(sae_name(stated))
+                one, other = brief(sae_name(of)), brief(sae_name(stated))
                 raise UserError(f"{path}: is of the SAE {one}, {first} is of {other}.")
             stated, first, kind = of, first or path, header.get("kind") or kind
 
@@ -96,7 +97,7 @@ def _files(name: str) -> Iterator[tuple[str | Path, BinaryIO | None]]:
                     raise OSError("the connection was lost")
         except (OSError, ValueError, http.client.HTTPException) as e:
             why = getattr(e, "reason", None) or e
-            raise UserError(f"--explanations {name}: cannot be fetched ({shown(why)}).") from e
+            raise UserError(f"--explanations {name}: cannot be fetched ({brief(why)}).") from e
         yield urlsplit(name).path, io.BytesIO(data)
     else:
         for path in _folder(name):
@@ -109,7 +110,7 @@ def _folder(name: str) -> list[Path]:
     try:
         here, parent = path.exists(), path.parent.is_dir()
     except OSError as e:
-        raise UserError(f"--explanations {shown(name)}: cannot be read ({e.strerror}).") from e
+        raise UserError(f"--explanations {brief(name)}: cannot be read ({e.strerror}).") from e
     # A name whose folder exists is a path: do not ask the Hub for a misspelt one.
     if not here and parent:
         raise UserError(
@@ -139,7 +140,7 @@ def _bucket(url: str) -> Iterator[tuple[str, BinaryIO]]:
         for path in paths:
             yield f"s3://{path}", bucket.open_input_stream(path, compression=None)
     except (OSError, ValueError) as e:
-        raise UserError(f"--explanations {url}: cannot be fetched ({shown(e)}).") from e
+        raise UserError(f"--explanations {url}: cannot be fetched ({brief(e)}).") from e
 
 
 def _natural(path: str | Path) -> list[str | int]:
@@ -171,7 +172,7 @@ def _identity(
 
     hashed = given["sae_sha256"] and stated.get("sae_sha256")
     if not all(same(key) for key in (["sae_sha256"] if hashed else given)):
-        theirs, ours = shown(sae_name(stated)), sae_name(given)
+        theirs, ours = brief(sae_name(stated)), sae_name(given)
         raise UserError(
             f"--explanations {name}: are of the SAE {theirs}, --sae and --sae-id say {ours}."
         )

@@ -30,10 +30,10 @@ from labelling.endpoint import Answer, Endpoint, Question
 from labelling.explanations import Explanations, read_explanations
 from labelling.journal import Journal
 from labelling.sheets import Agreement, compare, report, write_sheet
-from labels import Given, read_given, sae_name, shown, write_labels
+from labels import Given, read_given, sae_name, write_labels
 from runtime import cli
 from runtime.cli import at_least_one, flag
-from runtime.folder import writable
+from runtime.output import brief, writable
 from runtime.sources import UserError
 
 OUTPUT_TOKENS = 8  # of one answer, for the estimate: {"label": "no"} and the end
@@ -106,7 +106,7 @@ class Settings:
         except (ValueError, RecursionError):
             fields = None
         if not isinstance(fields, dict):
-            raise UserError(f"--extra {shown(self.extra)}: a JSON object was expected.")
+            raise UserError(f"--extra {brief(self.extra)}: a JSON object was expected.")
         return fields
 
 
@@ -261,11 +261,11 @@ def _predict(
     judges = _judges()
     if len(held) < (needed := 4 * judges.FOLDS):
         raise UserError(
-            f"{shown(name)}: {len(held)} labelled features to check against, {needed} are needed."
+            f"{brief(name)}: {len(held)} labelled features to check against, {needed} are needed."
         )
     judge = judges.fit(kinds, *known, held, seed)
     expected = compare(judge.held_out >= 0.5, known[1][held])
-    print(f"{shown(name)}: {judge.chosen}; to expect of it elsewhere: {expected}")
+    print(f"{brief(name)}: {judge.chosen}; to expect of it elsewhere: {expected}")
     return judge.probability(new), expected
 
 
@@ -328,8 +328,8 @@ def write(
     for name, v in verdicts.items():
         yes, no = int((v.label == 1).sum()), int((v.label == 0).sum())
         share = yes / max(1, yes + no)
-        print(f"{shown(name)}: {yes:,} yes ({share:.1%}), {no:,} no, {missing[name]:,} unlabelled")
-    print(f"written to {s.out}, labels of {shown(sae_name(e.sae))}")
+        print(f"{brief(name)}: {yes:,} yes ({share:.1%}), {no:,} no, {missing[name]:,} unlabelled")
+    print(f"written to {s.out}, labels of {brief(sae_name(e.sae))}")
 
 
 def main(argv: Iterable[str] | None = None) -> None:
@@ -343,7 +343,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     e = read_explanations(s.explanations, s.source, s.sae, s.sae_id)
     c = e.counts
     print(
-        f"{len(e.texts):,} features with an explanation, of {shown(sae_name(e.sae))} "
+        f"{len(e.texts):,} features with an explanation, of {brief(sae_name(e.sae))} "
         f"({c['rows']:,} rows; {c['several']:,} features with several, rows: {c['repeated']:,} "
         f"repeated, {c['empty']:,} empty, {c['padded']:,} padded)"
     )

@@ -27,7 +27,7 @@ from policy import DEFAULTS, TINY, load_base, load_sae
 from runtime import cli
 from runtime.cli import at_least_one, flag
 from runtime.device import resolve_device
-from runtime.folder import writable
+from runtime.output import writable
 from runtime.sources import UserError
 
 LOGITS = 1 << 24  # at once: 64 MB in float32

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from labelling.explanations import Explanations
-from labels import SHEET, Given, read_given, sae_name, shown
-from runtime.folder import write_whole
+from labels import SHEET, Given, read_given, sae_name
+from runtime.output import brief, write_whole
 from runtime.sources import UserError
 
 
@@ -104,13 +104,13 @@ def report(path: Path, person: Given) -> None:
     machine = read_given(path)
     if machine.sae and person.sae and machine.sae != person.sae:
         raise UserError(
-            f"--human {person.path}: is of the SAE {shown(person.sae)}, "
-            f"{path} is of {shown(machine.sae)}."
+            f"--human {person.path}: is of the SAE {brief(person.sae)}, "
+            f"{path} is of {brief(machine.sae)}."
         )
     blind = person.unseen(machine.learned)
     names = [name for name in machine.labels if blind.labels.get(name)]
     if not names:
-        theirs, ours = (shown(", ".join(given.labels) or "none") for given in (person, machine))
+        theirs, ours = (brief(", ".join(given.labels) or "none") for given in (person, machine))
         raise UserError(
             f"--human {person.path}: has labels of the categories {theirs}, {path} of {ours}; "
             "one in common was expected."
@@ -126,7 +126,7 @@ def report(path: Path, person: Given) -> None:
             "that the judge learned from": len(person.labels[name]) - len(given),
         }
         more = "".join(f"; {n} more {why}" for why, n in left_out.items() if n)
-        print(f"{shown(name)}: {found[name]}{more}")
+        print(f"{brief(name)}: {found[name]}{more}")
     out = path.with_suffix(".agreement.json")
     counts = {name: a._asdict() if a.n else None for name, a in found.items()}
     write_whole(out, json.dumps(counts, indent=2) + "\n")

@@ -14,7 +14,6 @@ import sys
 import types
 import typing
 from collections.abc import Callable
-from unicodedata import category
 
 from runtime.sources import UserError
 
@@ -58,9 +57,8 @@ def parse(
 
     presets: value of --model -> defaults that fit it; flags given by the user win over them.
     """
-    parser = _Parser(
-        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(_command(), description=doc, allow_abbrev=False, formatter_class=form)
     hints = typing.get_type_hints(settings)
     for field in dataclasses.fields(settings):
         kind = hints[field.name]
@@ -94,13 +92,12 @@ def parse(
     return settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
-def shown(text: str) -> str:
-    """Foreign text as a terminal may show it: control characters, but for newline and tab, are
-    written out (\\x1b), so that they can neither move the cursor nor change what stands there.
-    """
-    return "".join(
-        ascii(c)[1:-1] if category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text
-    )
+def _command() -> str:
+    """How this script was started: python train.py, python -m audit."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return f"python {os.path.basename(sys.argv[0])}"
+    return f"python -m {spec.name.removesuffix('.__main__')}"
 
 
 def run(main: Callable[[], None]) -> None:

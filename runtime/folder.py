@@ -1,5 +1,4 @@
-"""Files that a script writes: each whole or not at all; and the folder of a training run while the
-run writes it.
+"""The folder of a training run, while the run writes it.
 
     OUT/config.json      settings, versions, hardware, source revision, sha256 of inputs
     OUT/metrics.jsonl    one object per optimiser step and per evaluation
@@ -16,10 +15,8 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,59 +25,11 @@ from torch import nn
 from tqdm import tqdm
 
 from runtime import checkpoint
+from runtime.output import writable, write_whole, writing
 from runtime.ranks import Interrupts, Ranks
 from runtime.sources import UserError, sha256
 
 PACKAGES = ("torch", "safetensors", "huggingface-hub", "tokenizers", "numpy", "pyarrow")
-
-# --- writing --------------------------------------------------------------------------------------
-
-
-def writable(folder: Path, flag: str = "out") -> Path:
-    """The folder, which need not exist yet. Raises UserError, before any work, where it could not
-    be written.
-    """
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(
-            f"--{flag} {folder}: cannot be written ({there} is no folder, or not yours to write)."
-        )
-    return folder
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """A full disk or a folder that may not be written is a sentence."""
-    try:
-        yield
-    except OSError as e:
-        raise UserError(f"--out {out}: cannot be written ({e}).") from e
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all: under another name, then renamed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
-@contextmanager
-def publish(folder: Path) -> Iterator[Path]:
-    """A new empty folder to write files into; at the end they are renamed into `folder`, over their
-    namesakes there.
-
-    When the block raises, nothing in `folder` has changed. Raises UserError where it cannot be
-    written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part:
-            yield Path(part)
-            for path in sorted(Path(part).iterdir()):
-                os.replace(path, folder / path.name)
-    except OSError as e:
-        raise UserError(f"{folder}: cannot be written ({e}).") from e
-
 
 # --- a run ----------------------------------------------------------------------------------------
 
