@@ -53,7 +53,7 @@ def choose_out(out: str | None, name: str, resume: bool) -> Path:
         if not resume:
             sentence = "holds a run already; choose another folder, remove it, or add --resume."
             raise UserError(f"--out {folder}: {sentence}")
-        with writing(folder), open(folder / "metrics.jsonl", "ab") as file:
+        with writing(folder, "out"), open(folder / "metrics.jsonl", "ab") as file:
             _lock(file, folder)
     return folder
 
@@ -130,14 +130,14 @@ class Run:
         """
         if not self.ranks.first:
             return
-        with writing(self.out):
+        with writing(self.out, "out"):
             self.out.mkdir(parents=True, exist_ok=True)
             self.file = open(self.out / "metrics.jsonl", "ab+")
             _lock(self.file, self.out)
         if (self.out / "config.json").exists() and (self.out / "metrics.jsonl").stat().st_size:
             _check_same_run(self.out, config, free)
             return
-        with writing(self.out):
+        with writing(self.out, "out"):
             write_whole(self.out / "config.json", json.dumps(config, indent=2) + "\n")
 
     def resume(self, wanted: bool) -> int:
@@ -183,7 +183,7 @@ class Run:
         if missing:
             message = f"the rows of {missing} steps are lost; training goes on without them."
             print(f"{self.out / 'metrics.jsonl'}: {message}", file=sys.stderr)
-        with writing(self.out):
+        with writing(self.out, "out"):
             self.file.truncate(end)
 
     def evaluates(self, step: int) -> bool:
@@ -201,7 +201,7 @@ class Run:
             self.bar.set_postfix(**shown, L0=f"{row['l0']:.0f}", refresh=False)
             self.bar.update()
         if self.file is not None:
-            with writing(self.out):
+            with writing(self.out, "out"):
                 self.file.write(json.dumps(row).encode() + b"\n")
                 self.file.flush()
 
@@ -226,7 +226,7 @@ class Run:
         due = self.checkpoint_every > 0 and step % self.checkpoint_every == 0
         if step > self.saved and (asked or due):
             if self.file is not None:
-                with writing(self.out):
+                with writing(self.out, "out"):
                     os.fsync(self.file.fileno())  # the checkpoint counts on these rows
             checkpoint.save(
                 self.out / "checkpoints", step, self.trained, self.optimizer, self.ranks

@@ -25,12 +25,13 @@ def writable(folder: Path, flag: str = "out") -> Path:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, flag: str = "") -> Iterator[None]:
     """A full disk, or a place that may not be written, is a UserError that names it."""
     try:
         yield
     except (OSError, SafetensorError) as e:  # the second is what safetensors makes of the first
-        raise UserError(f"{path}: cannot be written ({e}).") from e
+        named = f"--{flag} {path}" if flag else path
+        raise UserError(f"{named}: cannot be written ({e}).") from e
 
 
 @contextmanager
