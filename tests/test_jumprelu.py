@@ -141,7 +141,7 @@ def test_means_over_seeds_and_the_front():
 
 
 def test_runs_are_made_once_and_tabulated(tmp_path, monkeypatch, capsys):
-    """Of a made-up study in which sparser is worse; what is interrupted goes on where it stopped."""
+    """Of a made-up study; one that was interrupted goes on where it stopped."""
     made = []
 
     def runner():
