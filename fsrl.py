@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data import Packed, pack
@@ -26,6 +25,7 @@ from kernels.pointwise import FEW, at_least_float32, jumprelu, linear
 from model import Attend, Gemma2, Plan
 from runtime.output import publish
 from runtime.sources import UserError, fetch, read_json
+from runtime.weights import read_weights
 from sae import JumpReLUSAE, layer_of
 
 FORMAT = "fsrl-adapter-1"
@@ -185,10 +185,10 @@ class Adapter(nn.Module):
         config_name, weights_name = ADAPTER_FILES[authors]
         try:
             identity = read_json(folder / config_name)
-            weights = load_file(folder / weights_name)
-        except (OSError, ValueError, SafetensorError) as e:
+        except (OSError, ValueError) as e:
             files = f"{config_name} + {weights_name}"
             raise UserError(f"{folder}: not an adapter folder ({files}: {e}).") from e
+        weights = read_weights(folder / weights_name)
         if authors:
             weights, identity = _from_authors(weights, identity)
         elif identity.get("format") != FORMAT:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +28,7 @@ from kernels.attention import Bucket
 from kernels.logps import token_logps
 from kernels.pointwise import at_least_float32, geglu, linear, rms_norm, softcap
 from runtime.sources import UserError, fetch, read_json
+from runtime.weights import Rename, read_weights
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 LARGEST_SOFTCAP = 80.0  # attention.plain and logps exponentiate capped scores as they are
@@ -478,7 +478,7 @@ class Gemma2(nn.Module):
         rename = text_name if config.qk_norm else str
         state = {}
         for shard in _shards(folder, rename):
-            state.update(_read(shard, rename, dtype, device))
+            state.update(read_weights(shard, rename, dtype, device))
         # The head is tied to the embedding: published checkpoints leave it out, some repeat it.
         head = state.pop("lm_head.weight", None)
         embedding = state.get("model.embed_tokens.weight")
@@ -518,9 +518,6 @@ def text_name(name: str) -> str:
     return re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", name)
 
 
-Rename = Callable[[str], str]  # of a tensor; "" leaves it out
-
-
 def _shards(folder: Path, rename: Rename) -> list[Path]:
     """The files that hold a tensor to read."""
     index = folder / "model.safetensors.index.json"
@@ -535,15 +532,3 @@ def _shards(folder: Path, rename: Rename) -> list[Path]:
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{index}: shard name {name!r} leaves the folder.")
     return [folder / name for name in names]
-
-
-def _read(shard: Path, rename: Rename, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    if not shard.exists():
-        raise UserError(f"{shard}: this safetensors file is missing.")
-    try:
-        with safe_open(shard, framework="pt", device="cpu") as f:
-            names = {name: rename(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
-            kept = {ours: f.get_tensor(name) for name, ours in names.items() if ours}
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{shard}: not a whole safetensors file ({e}).") from e
-    return {name: tensor.to(device=device, dtype=dtype) for name, tensor in kept.items()}

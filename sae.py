@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from runtime.sources import UserError, fetch, list_files, local, read_json, sha256, split_revision
+from runtime.weights import check_weights, read_weights
 
 ARRAYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 # What zipfile raises on unsupported or damaged archives.
@@ -102,6 +102,8 @@ class JumpReLUSAE(nn.Module):
             file = folder / files[0]
             arrays = READERS[files](file)
         arrays = {name: torch.as_tensor(array) for name, array in arrays.items()}
+        for name, array in arrays.items():
+            check_weights(file, name, array)
         arrays = {name: array.to(device=device, dtype=dtype) for name, array in arrays.items()}
         sae = cls(arrays, str(source), sae_id, sha256(file))
         sae.revision = commit
@@ -203,11 +205,11 @@ def _settings(path: Path, architecture: str) -> dict:
 
 def _tensors(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
     """Our names -> tensors of a safetensors file, under the names that it has for them."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as f:
-            return {ours: f.get_tensor(theirs) for ours, theirs in names.items()}
-    except (OSError, ValueError, SafetensorError) as e:
-        raise UserError(f"{path}: not a readable SAE ({e}).") from e
+    found = read_weights(path)
+    missing = sorted(set(names.values()) - set(found))
+    if missing:
+        raise UserError(f"{path}: tensor {missing[0]} is missing.")
+    return {ours: found[theirs] for ours, theirs in names.items()}
 
 
 def save_gemmascope(path: Path, arrays: dict[str, Tensor]) -> None:
