@@ -19,7 +19,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from runtime import neuronpedia, rows
-from runtime.output import brief, publish
+from runtime.messages import brief
+from runtime.output import publish
 from runtime.sources import UserError, sha256
 from sae import JumpReLUSAE
 

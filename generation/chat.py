@@ -37,7 +37,8 @@ from policy import Policy, open_policy
 from runtime import cli
 from runtime.cli import flag
 from runtime.device import DTYPES
-from runtime.output import shown, writable
+from runtime.messages import shown
+from runtime.output import writable
 from runtime.sources import UserError
 from tiny import LABELS_DIR
 

@@ -23,7 +23,7 @@ from functools import partial
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from runtime.output import brief
+from runtime.messages import brief
 from runtime.sources import UserError
 
 WORDS = {"yes": True, "no": False}

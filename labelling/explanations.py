@@ -14,7 +14,7 @@ import numpy as np
 import labels
 from labels import sae_name
 from runtime import rows
-from runtime.output import brief
+from runtime.messages import brief
 from runtime.sources import TINY, UserError, fetch
 from sae import JumpReLUSAE
 

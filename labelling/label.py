@@ -33,7 +33,8 @@ from labelling.sheets import Agreement, compare, report, write_sheet
 from labels import Given, read_given, sae_name, write_labels
 from runtime import cli
 from runtime.cli import at_least_one, flag
-from runtime.output import brief, writable
+from runtime.messages import brief
+from runtime.output import writable
 from runtime.sources import UserError
 
 OUTPUT_TOKENS = 8  # of one answer, for the estimate: {"label": "no"} and the end

@@ -10,7 +10,8 @@ import numpy as np
 
 from labelling.explanations import Explanations
 from labels import SHEET, Given, read_given, sae_name
-from runtime.output import brief, write_whole
+from runtime.messages import brief
+from runtime.output import write_whole
 from runtime.sources import UserError
 
 

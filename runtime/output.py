@@ -1,4 +1,4 @@
-"""What a script writes: files whole or not at all, and foreign text as a terminal may show it."""
+"""Files that a script writes, each whole or not at all."""
 
 import os
 import shutil
@@ -6,13 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from unicodedata import category
 
 from safetensors import SafetensorError
 
 from runtime.sources import UserError
-
-LONGEST = 200  # characters of a stranger's text inside a message
 
 
 def writable(folder: Path, flag: str = "out") -> Path:
@@ -81,24 +78,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def shown(text: str) -> str:
-    """Foreign text for a terminal: control characters, but for newline and tab, written out.
-
-    They can then neither move the cursor nor change what stands there.
-    """
-    return "".join(
-        _escaped(c) if category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text
-    )
-
-
-def brief(text: object) -> str:
-    """Foreign text inside a message: on one line, without control characters, LONGEST at most."""
-    cut = str(text)[: LONGEST + 1]
-    cut = cut if len(cut) <= LONGEST else cut[: LONGEST - 1] + "…"
-    return "".join(c if c.isprintable() else _escaped(c) for c in cut)
-
-
-def _escaped(character: str) -> str:
-    return ascii(character)[1:-1]

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from runtime.output import brief
+from runtime.messages import brief
 from runtime.sources import UserError
 
 Rename = Callable[[str], str]  # a tensor's name in the file -> its name here; "" leaves it out
