@@ -24,7 +24,7 @@ from data import Packed, pack
 from kernels.pointwise import FEW, at_least_float32, jumprelu, linear
 from model import Attend, Gemma2, Plan
 from runtime.output import publish
-from runtime.sources import UserError, fetch, read_json
+from runtime.sources import UserError, fetch, read_json, sha256
 from runtime.weights import read_weights
 from sae import JumpReLUSAE, layer_of
 
@@ -58,7 +58,7 @@ class Adapter(nn.Module):
     """weight [F, d], bias [F] and, except for relu, raw_threshold [F], all float32.
 
     kind: see KINDS. bandwidth: ε of jumprelu's straight-through estimator, None for the kind's own;
-    it matters to training alone, not to v. identity: what adapter_config.json says of it.
+    it matters to training alone, not to v.
     """
 
     forward_methods = ("steering",)  # beside forward, for FSDP2
@@ -71,7 +71,8 @@ class Adapter(nn.Module):
             raise UserError(f"--adapter {kind}: one of {', '.join(KINDS)} was expected.")
         self.kind, self.activation = kind, kind.removesuffix("-log")
         self.bandwidth = BANDWIDTH.get(kind) if bandwidth is None else bandwidth
-        self.identity = {}
+        self.identity: dict = {}  # what adapter_config.json says
+        self.files: dict[str, str] = {}  # that it was read from, with their sha256
         self.weight = nn.Parameter(torch.zeros(d_sae, d_model))
         self.bias = nn.Parameter(torch.zeros(d_sae))
         # The trained parameter: θ or τ itself, or log θ. In bfloat16, what Adam adds to it would be
@@ -212,6 +213,7 @@ class Adapter(nn.Module):
         if "threshold" in weights:
             adapter.set_threshold(weights["threshold"].float())
         adapter.identity = identity
+        adapter.files = {str(folder / weights_name): sha256(folder / weights_name)}
         return adapter
 
 

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from data import Packed, pack
 from kernels import attention
 from kernels.attention import Bucket
-from kernels.logps import token_logps
+from kernels.logps import all_logits, token_logps
 from kernels.pointwise import at_least_float32, geglu, linear, rms_norm, softcap
 from runtime.sources import UserError, fetch, read_json
 from runtime.weights import Rename, read_weights
@@ -441,13 +441,9 @@ class Gemma2(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Normed states [N, d] -> softcapped logits float32 [N, V]; training takes logps."""
-        weight = self.model.embed_tokens.weight
-        if weight.dtype == torch.bfloat16 and weight.is_cuda:
-            logits = torch.mm(x.to(weight.dtype), weight.T, out_dtype=torch.float32)
-        else:
-            dtype = at_least_float32(weight.dtype)
-            logits = linear(x.to(dtype), weight.to(dtype))
-        return softcap(logits, self.config.final_logit_softcapping)
+        return softcap(
+            all_logits(x, self.model.embed_tokens.weight), self.config.final_logit_softcapping
+        )
 
     def forward(self, packed: Packed, attend: Attend | None = None) -> Tensor:
         """Normed final states [T, d] of a packed stream. attend: see plan."""
@@ -469,7 +465,7 @@ class Gemma2(nn.Module):
         The weights come frozen (requires_grad False). Raises UserError naming the file for a
         missing or truncated shard, and the tensor for a wrong name or shape.
         """
-        patterns = ["config.json", "*.safetensors", "*.index.json", "tokenizer*.json"]
+        patterns = ["config.json", "*.safetensors", "*.index.json", "tokenizer*.json", "*.jinja"]
         folder, commit = fetch(source, "model", patterns)
         config = Gemma2Config.from_json(folder / "config.json")
         with torch.device("meta"):

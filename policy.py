@@ -6,7 +6,7 @@ new_policy.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
@@ -180,14 +180,14 @@ def identity(policy: Policy) -> dict:
 
 @torch.no_grad()
 def greedy(
-    model: SteeredModel | Unsteered, tokenizer: Tokenizer, prompt: list[int], most: int = 96
+    policy: Policy, prompt: list[int], most: int, tick: Callable[[], object] = lambda: None
 ) -> str:
-    """A model's likeliest answer to a prompt that ends after a user turn (Pair.prompt), of at most
-    so many tokens.
+    """The likeliest answer to a prompt that ends after a user turn (Pair.prompt).
 
-    The plain loop; generation/ has batches, sampling and chat.
+    most: tokens at most. tick: called after each. The plain loop; generation/ has batches, sampling
+    and chat.
     """
-    base = model.model
+    model, base, tokenizer = policy.model, policy.base, policy.tokenizer
     stops = tokenizer.token_to_id("<end_of_turn>"), tokenizer.token_to_id("<eos>")
     tokens, new = [*prompt, *data.header_ids(tokenizer)], []
     room = min(most, base.config.max_position_embeddings - len(tokens))
@@ -197,6 +197,7 @@ def greedy(
     while len(new) < room:
         last = model.states(packed, attend).hidden[-1:]  # [1, d]
         new.append(int(base.head(last).argmax()))
+        tick()
         if new[-1] in stops:
             break
         position, attend = cache.step()

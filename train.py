@@ -45,9 +45,10 @@ from policy import DEFAULTS, TINY, Policy, greedy, identity, load_preferences, n
 from runtime import cli, ranks
 from runtime.cli import flag
 from runtime.device import DTYPES, Device, peak_memory, resolve_device
-from runtime.folder import Run, choose_out, describe, draw_loss, print_table
+from runtime.folder import Run, choose_out, describe, draw_loss, finished, print_table
+from runtime.messages import shown
 from runtime.ranks import ALONE, Ranks
-from runtime.sources import UserError
+from runtime.sources import UserError, sha256
 from sae import default_source
 from simpo import Means, Scores, Sums
 
@@ -56,9 +57,9 @@ PRESETS = {"tiny": dict(**TINY, lr=2e-3, threshold_lr=0.2, epochs=1, eval_every=
 # Settings that may differ when a run is resumed: they change neither losses nor weights, to float
 # tolerance at most.
 FREE = {"out", "resume", "eval_every", "checkpoint_every", "device", "timeout", "shard"}
-FREE |= {"tokens_per_microbatch"}
+FREE |= {"tokens_per_microbatch", "samples"}
 SCHEDULES = ("cosine", "constant")
-SAMPLES = 2  # prompts answered before and after
+SAMPLE_TOKENS = 96  # of an answer before or after training, at most
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Settings:
     full: bool = flag(False, "train every weight of the model instead of an adapter, without SAE")
     shuffle: bool = flag(True, "a new order each epoch, from --seed; --no-shuffle: file order")
     seed: int = flag(0, "seed of the order of the pairs and of the initial weights")
+    samples: int = flag(2, "prompts answered before and after training; 0: none")
     dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", DTYPES)
     device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
     eval_every: int = flag(200, "steps between evaluations; 0: only at start and end")
@@ -115,7 +117,7 @@ class Settings:
         cli.at_least(self, 1, "epochs", "batch_size", "tokens_per_microbatch", "max_steps")
         cli.at_least(self, 0, "l1", "l0", "beta", "gamma_ratio", "lr", "threshold_lr")
         cli.at_least(self, 0, "max_grad_norm", "timeout", "eval_every", "checkpoint_every")
-        cli.at_least(self, 0, "seed", "layer")
+        cli.at_least(self, 0, "seed", "layer", "samples")
         cli.at_least(self, 0, "warmup_ratio", "penalty_warmup_ratio", most=1)
         if self.l0 and not jumprelu:
             raise UserError(f"--l0 {self.l0}: only --adapter jumprelu can follow an L0 penalty.")
@@ -279,7 +281,12 @@ def throughput(batch: Sequence[Pair], seconds: float) -> dict[str, float]:
 
 def train(s: Settings) -> Path:
     """The whole run, alone or as one of torchrun's processes; returns the folder it wrote."""
-    device = resolve_device(s.device, s.dtype, ranks.ranks_here())
+    here = ranks.ranks_here()
+    if s.resume and finished(Path(s.out)):
+        if here.first:
+            print(f"--resume: the run in {s.out} is finished; nothing is left to do.")
+        return Path(s.out)
+    device = resolve_device(s.device, s.dtype, here)
     with ranks.joined(device.name, s.timeout) as who:
         job = ranks.together(who, lambda: prepare(s, device, who))
         return run_steps(s, job, device, who)
@@ -316,8 +323,11 @@ def prepare(s: Settings, device: Device, who: Ranks) -> Job:
         print(f"{source} has no test split: no evaluation (give --eval-data).", file=sys.stderr)
     read = [*sorted(policy.base.folder.glob("*.safetensors")), *(file.path for file in files)]
     read += [Path(s.mask_features)] if s.mask_features else []
+    digests = {str(path): sha256(path) for path in read}
+    if not s.full:
+        digests |= {"sae": policy.steered.sae.sha256, **policy.steered.adapter.files}
     settings = asdict(s) | dict(device=device.name, dtype=device.dtype_name)
-    config = describe(settings, read, device.name, who.world)
+    config = describe(settings, digests, device.name, who.world)
     config |= dict(adapter=None if s.full else identity(policy), data_revision=revision)
     return Job(policy, pairs, eval_pairs, out, config)
 
@@ -341,8 +351,8 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
     ranks.together(who, lambda: run.open(job.config, FREE))
     started = time.perf_counter()
     distinct = dict.fromkeys(tuple(pair.prompt) for pair in eval_pairs or pairs)
-    prompts = [list(prompt) for prompt in distinct][:SAMPLES]
-    before = [greedy(model, policy.tokenizer, prompt) for prompt in prompts]
+    prompts = [list(prompt) for prompt in distinct][: s.samples]
+    before = samples(policy, prompts, who)
 
     step = run.resume(s.resume or who.restarts > 0)
     while step < steps:
@@ -378,11 +388,21 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
         pause = functools.partial(run.checkpoint, steps)
         run.log("eval", steps, evaluate(wrapped, eval_pairs, how, pause))
     run.close()
-    ranks.together(who, lambda: save(out, policy, who))
-    after = [greedy(model, policy.tokenizer, prompt) for prompt in prompts]
+    if who.first:
+        draw_loss(run.rows, out / "loss.png", "accuracy" if s.full else "l0")
+    ranks.together(who, lambda: save(out, policy, who))  # last: it says that the run is finished
+    after = samples(policy, prompts, who)
     if who.first:
         show(run, policy, prompts, before, after, time.perf_counter() - started)
     return out
+
+
+def samples(policy: Policy, prompts: list[list[int]], who: Ranks) -> list[str]:
+    """What the policy answers now; every process computes it, since --shard spreads the model."""
+    total = len(prompts) * SAMPLE_TOKENS
+    shown = dict(unit="token", leave=False, disable=not (who.first and total))
+    with tqdm(total=total, desc="sampling", **shown) as bar:
+        return [greedy(policy, prompt, SAMPLE_TOKENS, bar.update) for prompt in prompts]
 
 
 def show(
@@ -393,15 +413,14 @@ def show(
     after: list[str],
     seconds: float,
 ) -> None:
-    """loss.png, and on the terminal the samples and the metrics before and after."""
-    names, lower, what = {"loss": "SimPO loss", "accuracy": "accuracy"}, "accuracy", "model"
+    """The samples and the metrics before and after."""
+    names, what = {"loss": "SimPO loss", "accuracy": "accuracy"}, "model"
     if not isinstance(policy.model, Unsteered):
         names |= {"l0": "L0 per position", "l1": "L1 per position"}
-        lower, what = "l0", "adapter"
-    draw_loss(run.rows, run.out / "loss.png", lower)
+        what = "adapter"
     for prompt, *answers in zip(prompts, before, after, strict=False):
-        print(f"\n--- prompt\n{policy.tokenizer.decode(prompt)}")
-        print("--- before\n{}\n--- after\n{}".format(*answers))
+        texts = [policy.tokenizer.decode(prompt), *answers]
+        print("\n--- prompt\n{}\n--- before\n{}\n--- after\n{}".format(*map(shown, texts)))
     print_table(run.rows, names, seconds, peak_memory(policy.device.name))
     print(f"Written to {run.out}: {what}/, metrics.jsonl, config.json, loss.png")
 

@@ -25,9 +25,10 @@ from torch import nn
 from tqdm import tqdm
 
 from runtime import checkpoint
-from runtime.output import writable, write_whole, writing
+from runtime.messages import brief
+from runtime.output import replacing, writable, write_whole, writing
 from runtime.ranks import Interrupts, Ranks
-from runtime.sources import UserError, sha256
+from runtime.sources import UserError
 
 PACKAGES = ("torch", "safetensors", "huggingface-hub", "tokenizers", "numpy", "pyarrow")
 
@@ -46,28 +47,46 @@ def choose_out(out: str | None, name: str, resume: bool) -> Path:
             )
         suffixes = ["", *(f"-{i}" for i in range(2, 10_000))]
         folders = (Path("runs") / f"{name}{suffix}" for suffix in suffixes)
-        return next(folder for folder in folders if not (folder / "metrics.jsonl").exists())
+        return next(folder for folder in folders if not holds_run(folder))
 
     folder = writable(Path(out))
+    if holds_run(folder) and not resume:
+        choice = "choose another folder, remove it, or add --resume"
+        raise UserError(f"--out {folder}: holds a run already; {choice}.")
     if (folder / "metrics.jsonl").exists():
-        if not resume:
-            sentence = "holds a run already; choose another folder, remove it, or add --resume."
-            raise UserError(f"--out {folder}: {sentence}")
         with writing(folder, "out"), open(folder / "metrics.jsonl", "ab") as file:
             _lock(file, folder)
     return folder
 
 
-def describe(settings: Mapping, files: Sequence[Path], device: str, processes: int) -> dict:
-    """config.json, but for what a run adds of its own: settings, versions, hardware, hashes of the
-    files it reads.
+def holds_run(folder: Path) -> bool:
+    """Whether a run that made a step has written there."""
+    if finished(folder) or any((folder / "checkpoints").glob("step-*")):
+        return True
+    try:
+        with open(folder / "metrics.jsonl", "rb") as file:
+            return any((row := _row(line)) and row["split"] == "train" for line in file)
+    except OSError:
+        return False
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run has come to its end there: what it trained is saved last."""
+    saved = (folder / "adapter" / "adapter.safetensors", folder / "model" / "model.safetensors")
+    return any(path.is_file() for path in saved)
+
+
+def describe(settings: Mapping, digests: Mapping[str, str], device: str, processes: int) -> dict:
+    """config.json, but for what a run adds of its own: settings, versions, hardware, inputs.
+
+    digests: sha256 of every file that the run reads.
     """
     hardware = (
         f"{platform.machine()} CPU" if device == "cpu" else torch.cuda.get_device_name(device)
     )
     return dict(
         settings=dict(settings),
-        sha256={str(file): sha256(file) for file in files},
+        sha256=dict(digests),
         versions=dict(
             python=platform.python_version(), **{name: version(name) for name in PACKAGES}
         ),
@@ -155,6 +174,8 @@ class Run:
             step = 0
         else:
             step = checkpoint.load(path, self.trained, self.optimizer, self.ranks)
+            if self.ranks.first:
+                print(f"--resume: going on after step {step} of {self.steps}.", file=sys.stderr)
         self.saved = step
         self._keep_rows(step)
         how = dict(total=self.steps, initial=step, unit="step", disable=not self.ranks.first)
@@ -223,7 +244,8 @@ class Run:
         then, if asked, end.
         """
         asked = self.interrupts.asked()
-        due = self.checkpoint_every > 0 and step % self.checkpoint_every == 0
+        # After the last step, too: what follows may find the disk full.
+        due = self.checkpoint_every and (step % self.checkpoint_every == 0 or step == self.steps)
         if step > self.saved and (asked or due):
             if self.file is not None:
                 with writing(self.out, "out"):
@@ -261,22 +283,27 @@ def _lock(file, out: Path) -> None:
         raise UserError(f"--out {out}: another run is writing there.") from e
 
 
+# Settings that name inputs: those are compared by content, since a checkout or its data may move.
+INPUTS = {"model", "sae", "data", "eval_data", "init_adapter", "mask_features"}
+
+
 def _check_same_run(out: Path, config: dict, free: Collection[str]) -> None:
     try:
         before = json.loads((out / "config.json").read_text())
         settings, hashes = dict(before["settings"]), dict(before["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{out}/config.json: not the config.json of a run ({e!r}).") from e
+        raise UserError(f"{out}/config.json: not the config.json of a run ({brief(e)}).") from e
     for name, value in config["settings"].items():
-        if name not in free and settings.get(name) != value:
-            flag = name.replace("_", "-")
-            theirs = settings.get(name)
-            raise UserError(
-                f"--resume: {out} was started with --{flag} {theirs}, now it is {value}."
-            )
-    changed = sorted(path for path, _ in config["sha256"].items() ^ hashes.items())
-    if changed:
-        raise UserError(f"--resume: {changed[0]} is not the file that {out} was started with.")
+        theirs = settings.get(name)
+        if name not in {*free, *INPUTS} and theirs != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"--resume: {out} was started with {flag} {theirs}, now it is {value}.")
+    known = {(Path(path).name, digest) for path, digest in hashes.items()}
+    for path, digest in config["sha256"].items():
+        if (Path(path).name, digest) not in known:
+            raise UserError(f"--resume: {path} is not the file that {out} was started with.")
+    if len(config["sha256"]) != len(hashes):
+        raise UserError(f"--resume: {out} was started with {len(hashes)} input files.")
 
 
 # --- what a run shows -----------------------------------------------------------------------------
@@ -308,7 +335,8 @@ def draw_loss(rows: list[dict], path: Path, lower: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
     panels[1].set_xlabel("optimiser step")
-    figure.savefig(path, dpi=150)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150, format="png")
     plt.close(figure)
 
 
