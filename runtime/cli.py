@@ -110,7 +110,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as e:
-        print(" ".join(str(e).split()), file=sys.stderr)
+        print(shown(" ".join(str(e).split())), file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:
         # Python writes what stdout still holds when it ends; that would fail a second time.

@@ -242,7 +242,8 @@ def shard(
     What stands outside the blocks (the embedding, which is the head too) stays whole from forward
     to backward, since the head is used between them. own: a module with a group of its own, always
     in the dtype of its weights (the adapter, float32). The forward_methods of both are called
-    beside their forward. dtype: what all other weights are gathered in; gradients are summed in float32.
+    beside their forward. dtype: what all other weights are gathered in; gradients are summed in
+    float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
