@@ -41,7 +41,7 @@ from labels import Labels, load_labels
 from policy import Policy
 from runtime import cli
 from runtime.cli import flag
-from runtime.folder import writable, write_whole
+from runtime.output import writable, write_whole
 from runtime.sources import UserError
 from tiny import LABELS_DIR, measure, world
 

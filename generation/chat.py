@@ -19,6 +19,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -248,7 +249,8 @@ def answers(
             kept([first + i for i in owners], v)
 
         arguments = (model, batch, s.max_new_tokens, ended, s.sampling, change)
-        for chosen in decode(*arguments, watch if kept else None):
+        steps = decode(*arguments, watch if kept else None)
+        for chosen in chain(steps, [{}]):  # after the last step every answer is complete
             for i, token in chosen.items():
                 new[first + i].append(token)
             while show and current < first + len(batch):
@@ -261,31 +263,26 @@ def answers(
                 if not complete:
                     break
                 current, length = current + 1, 0
-
-        # What is left was cut off: at --max-new-tokens, or where the model's positions end.
-        for i in range(current, first + len(batch) if show else current):
-            show(i, tokenizer.decode(new[i])[length:])
-            length = 0
     return new
 
 
 class Way(NamedTuple):
-    """One column of --compare."""
+    """One that answers: a column of --compare."""
 
     name: str
     model: SteeredModel | Unsteered
     change: Change | None = None
 
 
-def ways(s: Settings, policy: Policy, change: Change | None) -> Iterator[Way]:
+def ways(s: Settings, policy: Policy, own: Way) -> Iterator[Way]:
     """The columns of --compare, left and right. Raises UserError for a base model alone."""
     if not isinstance(policy.model, Unsteered):
         yield Way("base", Unsteered(policy.base))
-        yield Way("steered", policy.steered, change)
+        yield own
     elif policy.folder:
         base = open_policy(None, s.model or policy.run.model, device=s.device, dtype=s.dtype)
         yield Way("base", base.model)
-        yield Way("fine-tuned", policy.model)
+        yield own
     else:
         raise UserError(
             f"--compare: {policy.name} is a base model; there is nothing to compare it with."
@@ -314,7 +311,7 @@ class Session:
     s: Settings
     policy: Policy
     labels: Labels | None
-    change: Change | None
+    own: Way
     traces: list[list[Position]]
 
     def answer(self, way: Way, conversations: list[Turns], show: Show | None = None) -> list[str]:
@@ -329,9 +326,6 @@ class Session:
             for i, prompt in enumerate(prompts):
                 self.traces.append(kept.positions(i, prompt, new[i], tokenizer, self.labels))
         return [tokenizer.decode(tokens) for tokens in new]
-
-    def own_way(self) -> Way:
-        return Way(self.policy.name, self.policy.model, self.change)
 
     def about(self) -> dict[str, str]:
         """The settings that a trace depends on."""
@@ -361,7 +355,7 @@ class Session:
 
 def compare(session: Session, conversations: list[Turns]) -> None:
     columns = []
-    for way in ways(session.s, session.policy, session.change):
+    for way in ways(session.s, session.policy, session.own):
         columns.append((way.name, session.answer(way, conversations)))
     width = shutil.get_terminal_size().columns
     for i, turns in enumerate(conversations):
@@ -378,7 +372,7 @@ def answer_all(session: Session, conversations: list[Turns]) -> None:
         begun.add(i)
         say(piece, end="")
 
-    session.answer(session.own_way(), conversations, show)
+    session.answer(session.own, conversations, show)
     say("")
 
 
@@ -412,7 +406,7 @@ def chat(session: Session) -> None:
         history += turns(where, line)
         if not terminal:
             heading(line)
-        (text,) = session.answer(session.own_way(), [history], lambda i, piece: say(piece, end=""))
+        (text,) = session.answer(session.own, [history], lambda i, piece: say(piece, end=""))
         say("")
         session.leave_trace(session.traces[-1:])
         history.append(("model", text))
@@ -428,7 +422,9 @@ def main() -> None:
 
     policy = open_policy(s.run, s.model, s.sae, s.sae_id, s.device, s.dtype)
     labels = find_labels(s, policy)
-    session = Session(s, policy, labels, part(s, policy, labels), traces=[])
+    name = "fine-tuned" if isinstance(policy.model, Unsteered) else "steered"
+    own = Way(name, policy.model, part(s, policy, labels))
+    session = Session(s, policy, labels, own, traces=[])
     if not conversations:
         chat(session)
         return

@@ -9,19 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from labels import Labels
+from runtime import page
 from runtime.output import write_whole
 from runtime.sources import UserError
 
 WHERE = "v stands at the token that it was computed at; it changes what the next token is."
-SHADES = 10
 LONGEST = 72  # characters of an explanation
-DARKEST = 0.98  # quantile of ‖v‖₁ that gets the darkest shade; a few outliers share it
+TEMPLATE = Path(__file__).parent / "templates" / "trace.html"
 
 
 class Steered(NamedTuple):
@@ -121,7 +119,8 @@ def write(path: Path, traces: list[list[Position]], title: str, settings: dict[s
     Written whole or not at all. Raises UserError where it cannot be written.
     """
     try:
-        write_whole(path, page(traces, title, settings) if path.suffix == ".html" else rows(traces))
+        html = path.suffix == ".html"
+        write_whole(path, rendered(traces, title, settings) if html else rows(traces))
     except OSError as e:
         raise UserError(f"--trace {path}: cannot be written ({e.strerror}).") from e
 
@@ -135,21 +134,14 @@ def rows(traces: list[list[Position]]) -> str:
     return "".join(lines)
 
 
-def page(traces: list[list[Position]], title: str, settings: dict[str, str]) -> str:
-    l1 = [row.l1 for positions in traces for row in positions]
-    darkest = float(np.quantile(l1, DARKEST)) if l1 else 0.0
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    template = environment.get_template("trace.html")
-    return template.render(
-        traces=traces,
-        title=title,
-        settings=settings,
-        where=WHERE,
-        darkest=darkest or 1.0,
-        shades=SHADES,
-    )
+def rendered(traces: list[list[Position]], title: str, settings: dict[str, str]) -> str:
+    full = page.darkest([row.l1 for positions in traces for row in positions] or [0.0])
+    shaded = []
+    for positions in traces:
+        tokens = []
+        for row in positions:
+            note = "\n".join([f"‖v‖₁ {row.l1:.3g}, features: {row.l0}", *map(str, row.features)])
+            tokens.append(page.Token(row.token, page.shade(row.l1, full), note, row.part))
+        shaded.append(tokens)
+    about = dict(title=title, settings=settings, where=WHERE, darkest=full)
+    return page.render(TEMPLATE, traces=shaded, **about)

@@ -1,9 +1,10 @@
-"""Command lines: a frozen dataclass of settings becomes flags; a person's mistake becomes one
-sentence.
+"""Command lines: settings become flags, a person's mistake becomes one sentence.
 
-@dataclass(frozen=True)
-class Settings:
-    seed: int = flag(0, "seed of the data order and the initial weights")
+    @dataclass(frozen=True)
+    class Settings:
+        seed: int = flag(0, "seed of the data order and the initial weights")
+
+At the end of a script: cli.run(main), where main calls cli.parse(Settings).
 """
 
 import argparse
@@ -15,6 +16,7 @@ import types
 import typing
 from collections.abc import Callable
 
+from runtime.messages import shown
 from runtime.sources import UserError
 
 
@@ -67,9 +69,9 @@ def parse(
         default = (
             " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         )
-        shown = "" if default in (None, "") else f" (default: {default})"
+        known = "" if default in (None, "") else f" (default: {default})"
         options = dict(
-            default=field.default, help=f"{field.metadata['help']}{shown}".replace("%", "%%")
+            default=field.default, help=f"{field.metadata['help']}{known}".replace("%", "%%")
         )
         if (
             typing.get_origin(kind) is tuple
@@ -101,18 +103,43 @@ def _command() -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call main; end with exit code 2 and one sentence on stderr for a UserError, 130 for Ctrl-C,
-    and 0 where the reader of our output, such as head, has read enough.
+    """Call main and end as a command line should.
+
+    Exit code 2 and one sentence on stderr for a UserError and for what the system refuses, 130 for
+    Ctrl-C, 0 where the reader of our output, such as head, has read enough.
     """
+    _open_streams()
     try:
         main()
-    except UserError as e:
-        print(" ".join(str(e).split()), file=sys.stderr)
-        raise SystemExit(2) from None
+        sys.stdout.flush()
     except BrokenPipeError:
-        # Python writes what stdout still holds when it ends; that would fail a second time.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         raise SystemExit(0) from None
+    except (UserError, OSError) as e:
+        _discard(sys.stdout)
+        sentence = (
+            str(e) if isinstance(e, UserError) else f"{e.filename or 'output'}: {e.strerror}."
+        )
+        print(shown(" ".join(sentence.split())), file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _open_streams() -> None:
+    """Streams that the shell closed lead nowhere; text that a terminal cannot show is escaped."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)
+
+
+def _discard(stream) -> None:
+    """Python writes what a stream still holds when it ends; that would fail a second time."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
