@@ -113,10 +113,8 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except BrokenPipeError:
-        _discard(sys.stdout)
         raise SystemExit(0) from None
     except (UserError, OSError) as e:
-        _discard(sys.stdout)
         sentence = (
             str(e) if isinstance(e, UserError) else f"{e.filename or 'output'}: {e.strerror}."
         )
@@ -125,6 +123,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        _discard(sys.stdout)
 
 
 def _open_streams() -> None:
