@@ -132,9 +132,9 @@ def _open_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")
-    if sys.stdin is None:
-        sys.stdin = open(os.devnull)
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):  # not where a test has put a buffer
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _discard(stream) -> None:
