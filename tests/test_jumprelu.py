@@ -112,12 +112,11 @@ def test_a_run_in_memory_is_a_run_of_train(world, tmp_path, monkeypatch, flags):
     fitting.fit(fresh, pairs, settings)
     found = train.evaluate(fresh.model, eval_pairs[:8], fitting.passes(fresh, settings))
 
-    monkeypatch.setattr(train, "greedy", lambda *_: "")
     few = world[1]._replace(eval_pairs=eval_pairs[:8])
     monkeypatch.setattr(train, "load_preferences", lambda *_: few)
     out = tmp_path / "run"
-    place = dict(model="tiny", sae="tiny", data="tiny", layer=2, eval_every=0, out=str(out))
-    train.train(train.Settings(**flags, **place))
+    place = dict(model="tiny", sae="tiny", data="tiny", layer=2, eval_every=0, samples=0)
+    train.train(train.Settings(**flags, **place, out=str(out)))
     theirs = Adapter.from_pretrained(out)
     for name, parameter in fresh.steered.adapter.named_parameters():
         assert torch.equal(parameter, theirs.get_parameter(name)), name
