@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Callable
 
-from runtime.messages import shown
+from runtime.messages import brief, shown
 from runtime.sources import UserError
 
 
@@ -38,6 +38,17 @@ def at_least(settings, least: float, *names: str, most: float = math.inf) -> Non
             flag = name.replace("_", "-")
             bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise UserError(f"--{flag} {value}: a finite number, {bounds}, was expected.")
+
+
+def number(name: str, given: str) -> float:
+    """A positive finite number. Raises UserError for anything else."""
+    try:
+        value = float(given)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise UserError(f"--{name} {brief(given)}: a positive number was expected.")
+    return value
 
 
 def at_least_one(settings, *names: str) -> None:
