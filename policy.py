@@ -4,12 +4,11 @@ Every script but train.py takes --run OUT and reads it through open_policy; trai
 new_policy.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import torch
 from tokenizers import Tokenizer
@@ -24,9 +23,10 @@ from kernels.cache import Cache
 from model import Gemma2, Plan
 from runtime import ranks
 from runtime.device import Device, resolve_device
+from runtime.messages import brief
 from runtime.output import replacing
 from runtime.ranks import Ranks
-from runtime.sources import UserError, fetch, local, split_revision
+from runtime.sources import UserError, fetch, local, read_json, split_revision
 
 
 class Recorded(NamedTuple):
@@ -208,14 +208,11 @@ def greedy(
 def read_features(path: str, d_sae: int) -> list[int]:
     """A json list of feature indices. Raises UserError for anything else."""
     try:
-        features = json.loads(Path(path).read_text())
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(
-            f"--mask-features {path}: a json list of features was expected ({e})."
-        ) from e
-    if not isinstance(features, list) or not all(
-        type(k) is int and 0 <= k < d_sae for k in features
-    ):
+        features = read_json(path, list)
+    except (OSError, ValueError) as e:
+        why = f"a json list of features was expected ({brief(e)})"
+        raise UserError(f"--mask-features {path}: {why}.") from e
+    if not all(type(k) is int and 0 <= k < d_sae for k in features):
         raise UserError(
             f"--mask-features {path}: a json list of numbers from 0 to {d_sae - 1} was expected."
         )
@@ -335,16 +332,18 @@ def _recorded(path: Path) -> Recorded:
     if not path.is_file():
         return DEFAULTS
     try:
-        config = json.loads(path.read_text())
-        settings = config.get(
-            "settings", {}
-        )  # without them it is an adapter's or a model's own config.json
+        config = read_json(path)
+        settings = config.get("settings", {})  # without them it is an adapter's or a model's own
         kept = {name: settings[name] for name in Recorded._fields if name in settings}
+        for name, kind in get_type_hints(Recorded).items():
+            kind = float | int if kind is float else kind
+            if not isinstance(kept.get(name, getattr(DEFAULTS, name)), kind):
+                raise ValueError(f"{name} is {kept[name]!r}")
         commits = dict(data=config.get("data_revision"))
         # Runs of an earlier version named revisions apart.
         commits |= dict(model=settings.get("model_revision"), sae=settings.get("sae_revision"))
     except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: not the config.json of a run ({e!r}).") from e
+        raise UserError(f"{path}: not the config.json of a run ({brief(e)}).") from e
     for name, commit in commits.items():
         if commit and name in kept:
             kept[name] = _pinned(kept[name], commit, name)

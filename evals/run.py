@@ -35,7 +35,7 @@ from runtime import cli
 from runtime.cli import flag
 from runtime.device import DTYPES
 from runtime.output import write_whole, writing
-from runtime.sources import UserError, sha256
+from runtime.sources import UserError, read_json, sha256
 from runtime.tables import csv_text, plain
 
 # The paper's SimPO loss of Gemma-2-2B-it, steered and fully fine-tuned; the cells of its Table 1
@@ -232,7 +232,7 @@ def finished(path: Path, known: dict) -> dict | None:
     if not path.exists():
         return None
     try:
-        result = json.loads(path.read_text())
+        result = read_json(path)
         theirs, metrics = dict(result["identity"]), dict(result["metrics"])
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: not a result of this script ({e!r}).") from e
@@ -249,7 +249,7 @@ def scores_of(out: str, known: dict) -> list[Score]:
     """Another model's scores. Raises UserError unless they were made under the same settings."""
     path = Path(out) / "eval" / "benchmarks" / "results.json"
     try:
-        result = json.loads(path.read_text())
+        result = read_json(path)
         theirs = dict(result["identity"])
         found = [Score(**row) for row in result["results"]]
     except (OSError, ValueError, KeyError, TypeError) as e:

@@ -52,7 +52,7 @@ from runtime import cli
 from runtime.cli import flag
 from runtime.device import dtype_on, resolve_device
 from runtime.output import write_whole
-from runtime.sources import UserError
+from runtime.sources import UserError, read_json
 from runtime.tables import csv_text
 
 HERE = Path(__file__).resolve().parents[1]
@@ -131,7 +131,7 @@ class Run:
         """
         if not (self.out / "adapter" / "adapter.safetensors").is_file():
             return False
-        theirs = json.loads((self.out / "config.json").read_text())["settings"]
+        theirs = read_json(self.out / "config.json")["settings"]
         ours = dataclasses.asdict(self.settings)
         ours["dtype"] = dtype_on(theirs["device"], ours["dtype"])
         for name, value in ours.items():

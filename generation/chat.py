@@ -39,7 +39,7 @@ from runtime import cli
 from runtime.cli import flag
 from runtime.device import DTYPES
 from runtime.messages import shown
-from runtime.output import writable
+from runtime.output import writable_file
 from runtime.sources import UserError
 from tiny import LABELS_DIR
 
@@ -99,10 +99,10 @@ class Settings:
         if self.trace and self.trace != "-":
             path = Path(self.trace)
             named = path.suffix in (".jsonl", ".html")
-            if not named or not os.path.isdir(path.parent) or os.path.isdir(path):
+            if not named or not os.path.isdir(path.parent):
                 expected = "-, or a .jsonl or .html file in a folder that exists, was expected."
                 raise UserError(f"--trace {path}: {expected}")
-            writable(path.parent, "trace")
+            writable_file(path, "trace")
         self.sampling  # noqa: B018  raises for what it cannot mean
 
     @property

@@ -34,7 +34,7 @@ from labels import Given, read_given, sae_name, write_labels
 from runtime import cli
 from runtime.cli import at_least_one, flag
 from runtime.messages import brief
-from runtime.output import writable
+from runtime.output import writable_file
 from runtime.sources import UserError
 
 OUTPUT_TOKENS = 8  # of one answer, for the estimate: {"label": "no"} and the end
@@ -94,8 +94,7 @@ class Settings:
             raise UserError("--dry-run: tells what asking an endpoint takes; here none is asked.")
         if self.sample is None and self.judge == "local" and not self.train:
             raise UserError("--judge local: needs --train, a file of labelled features.")
-        if Path(self.out).exists() and not Path(self.out).is_file():
-            raise UserError(f"--out {self.out}: is not a regular file.")
+        writable_file(self.out)
         if self.out in (self.explanations, self.train, self.human):
             raise UserError(f"--out {self.out}: is read as well; another name was expected.")
         self.request_fields()
@@ -338,7 +337,6 @@ def main(argv: Iterable[str] | None = None) -> None:
     person = read_given(s.human) if s.human else None
     if s.labels:
         return report(Path(s.labels), person)
-    writable(Path(s.out).parent)
     local = s.judge == "local" and s.sample is None
     categories = [] if local else read_categories(s.categories)
     e = read_explanations(s.explanations, s.source, s.sae, s.sae_id)

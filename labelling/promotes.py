@@ -15,7 +15,6 @@ kind "promotes" (labels.py). tiny/measure.py runs the blocks as well, at many ti
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from policy import DEFAULTS, TINY, load_base, load_sae
 from runtime import cli
 from runtime.cli import at_least_one, flag
 from runtime.device import resolve_device
-from runtime.output import writable
+from runtime.output import writable_file
 from runtime.sources import UserError
 
 LOGITS = 1 << 24  # at once: 64 MB in float32
@@ -45,8 +44,7 @@ class Settings:
 
     def __post_init__(self):
         at_least_one(self, "tokens")
-        if not self.out or (Path(self.out).exists() and not Path(self.out).is_file()):
-            raise UserError(f"--out {self.out}: the name of a file to write was expected.")
+        writable_file(self.out or "")
 
 
 def promoted(model: Gemma2, W_dec: Tensor, n: int) -> Tensor:
@@ -61,7 +59,6 @@ def promoted(model: Gemma2, W_dec: Tensor, n: int) -> Tensor:
 def main() -> None:
     preset = dict(sae=TINY["sae"], layer=TINY["layer"])
     s = cli.parse(Settings, presets={"tiny": preset}, doc=__doc__)
-    writable(Path(s.out).parent)
     device = resolve_device(s.device, "float32")
     model, tokenizer = load_base(s.model, device.dtype, device.name)
     named = DEFAULTS._replace(sae=s.sae, sae_id=s.sae_id, layer=s.layer)

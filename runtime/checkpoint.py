@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.ranks import Ranks, forget_gathered, on_first, together
-from runtime.sources import UserError, sha256
+from runtime.sources import UserError, read_json, sha256
 
 # Saving without a process group is intended.
 warnings.filterwarnings(
@@ -199,7 +199,7 @@ def _damage(path: Path) -> str | None:
     of an old format.
     """
     try:
-        progress = json.loads((path / "progress.json").read_text())
+        progress = read_json(path / "progress.json")
         if progress["format"] in OLD_FORMATS:
             raise UserError(
                 f"--resume: {path} is of an earlier version, which alone can go on with it."

@@ -101,7 +101,10 @@ def parse(
         first = _Parser(add_help=False, allow_abbrev=False)
         first.add_argument("--model")
         parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].model, {}))
-    values = vars(parser.parse_args(argv))
+    given = sys.argv[1:] if argv is None else argv
+    if any("\0" in word for word in given):
+        raise UserError(f"{parser.prog}: an argument holds a zero byte.")
+    values = vars(parser.parse_args(given))
     return settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
@@ -126,9 +129,8 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         raise SystemExit(0) from None
     except (UserError, OSError) as e:
-        sentence = (
-            str(e) if isinstance(e, UserError) else f"{e.filename or 'output'}: {e.strerror}."
-        )
+        plain = isinstance(e, UserError) or not e.strerror
+        sentence = str(e) if plain else f"{e.filename or 'output'}: {e.strerror}."
         print(shown(" ".join(sentence.split())), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

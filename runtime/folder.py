@@ -28,7 +28,7 @@ from runtime import checkpoint
 from runtime.messages import brief
 from runtime.output import replacing, writable, write_whole, writing
 from runtime.ranks import Interrupts, Ranks
-from runtime.sources import UserError
+from runtime.sources import UserError, read_json
 
 FORMAT = "fsrl-run-2"  # of config.json; runs without one are of an earlier version
 PACKAGES = ("torch", "safetensors", "huggingface-hub", "tokenizers", "numpy", "pyarrow")
@@ -272,7 +272,7 @@ INPUTS = {"model", "sae", "data", "eval_data", "init_adapter", "mask_features"}
 
 def _check_same_run(out: Path, config: dict, free: Collection[str]) -> None:
     try:
-        before = json.loads((out / "config.json").read_text())
+        before = read_json(out / "config.json")
         if before.get("format") != FORMAT:
             raise UserError(
                 f"--resume: {out} is of an earlier version, which alone can go on with it."

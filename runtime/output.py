@@ -21,6 +21,15 @@ def writable(folder: Path, flag: str = "out") -> Path:
     return folder
 
 
+def writable_file(path: str | Path, flag: str = "out") -> Path:
+    """The file, which need not exist yet. Raises UserError where it could not be written."""
+    file = Path(path)
+    if not str(path) or (file.exists() and not file.is_file()):
+        raise UserError(f"--{flag} {path}: the name of a file to write was expected.")
+    writable(file.parent, flag)
+    return file
+
+
 @contextmanager
 def writing(path: Path, flag: str = "") -> Iterator[None]:
     """A full disk, or a place that may not be written, is a UserError that names it."""

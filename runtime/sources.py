@@ -6,6 +6,7 @@ the commit they resolved to, which the caller records.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -157,10 +158,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> dict:
-    """The object in a small json file. Raises OSError, or ValueError for anything else: what comes
-    from others may be nested without end, or too large to be what it says.
+def read_json(path: str | Path, kind: type = dict):
+    """The object, or the list, in a small json file. Raises OSError, or ValueError for anything
+    else: what comes from others may be nested without end, or too large to be what it says.
     """
+    if Path(path).exists() and not Path(path).is_file():  # a named pipe would block
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     with open(path, "rb") as f:
         text = f.read(LARGEST_JSON + 1)
     if len(text) > LARGEST_JSON:
@@ -171,8 +174,8 @@ def read_json(path: Path) -> dict:
         raise ValueError(str(e)) from e  # its repr holds the whole text
     except RecursionError as e:
         raise ValueError("nested too deeply") from e
-    if not isinstance(value, dict):
-        raise ValueError("not an object")
+    if not isinstance(value, kind):
+        raise ValueError(f"not {'an object' if kind is dict else 'a list'}")
     return value
 
 

@@ -38,7 +38,7 @@ class Run:
     """Processes that were started, as torchrun would start them when there are several."""
 
     def __init__(self, argv, processes: int = 1, env: dict | None = None, call=None):
-        context = _server()
+        context = server()
         self.folder, self.processes = Path(tempfile.mkdtemp()), []
         env = dict(env or {}, FSRL_CACHE=os.environ["FSRL_CACHE"])
         if processes > 1:
@@ -91,7 +91,7 @@ def good(ended: list[Ended]) -> Ended:
 
 
 @functools.cache
-def _server():
+def server():
     """The process that all are forked from, started with one thread each in mind; nothing of it
     stays in ours.
     """
