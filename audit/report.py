@@ -16,9 +16,9 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from labels import neuronpedia_source
 from runtime import cli
 from runtime.cli import flag
+from runtime.neuronpedia import page_of
 from runtime.sources import UserError, write_whole
 
 FEATURES = 15  # promoted, and suppressed, that are shown; features.parquet has them all
@@ -409,7 +409,7 @@ def _features(run: Run) -> str:
 
 def _link(run: Run, feature: int) -> str:
     """The feature's page on Neuronpedia, where the SAE has one: each SAE of a layer has pages of its own."""
-    place = neuronpedia_source(run.adapter.get("sae") or "", run.adapter.get("sae_id"))
+    place = page_of(run.adapter.get("sae") or "", run.adapter.get("sae_id"))
     if place is None:
         return str(feature)
     url = html.escape(f"https://www.neuronpedia.org/{place[0]}/{place[1]}/{feature}")

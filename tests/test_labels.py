@@ -10,6 +10,8 @@ import pytest
 
 import labels
 import policy
+from runtime import neuronpedia as table
+from runtime import rows
 from runtime.sources import UserError
 from tests.conftest import GOLDEN, SAE_ID
 from tiny import LABELS_DIR
@@ -47,14 +49,14 @@ def test_tiny_labels_have_one_category_a_feature():
 
 
 def test_neuronpedia_ids_map_to_the_sae_they_are_not_named_after():
-    assert labels.neuronpedia_sae("gemma-2-2b", "12-gemmascope-res-65k") == (RES, L0_72)
-    assert labels.neuronpedia_sae("gemma-2-2b", "12-gemmascope-res-65k__l0-21") == (RES, L0_21)
-    assert labels.neuronpedia_sae("gemma-2-2b", "6-gemmascope-mlp-65k") is None
-    assert labels.neuronpedia_sae("llama-3", "6-gemmascope-res-65k") is None
+    assert table.sae_of("gemma-2-2b", "12-gemmascope-res-65k") == (RES, L0_72)
+    assert table.sae_of("gemma-2-2b", "12-gemmascope-res-65k__l0-21") == (RES, L0_21)
+    assert table.sae_of("gemma-2-2b", "6-gemmascope-mlp-65k") is None
+    assert table.sae_of("llama-3", "6-gemmascope-res-65k") is None
     for sae_id in (L0_21, L0_72):
-        model_id, source = labels.neuronpedia_source(RES, sae_id)
-        assert labels.neuronpedia_sae(model_id, source) == (RES, sae_id)
-    assert [len(row.split()) for row in labels.NEURONPEDIA_L0.values()] == [
+        model_id, source = table.page_of(RES, sae_id)
+        assert table.sae_of(model_id, source) == (RES, sae_id)
+    assert [len(row.split()) for row in table.AVERAGE_L0.values()] == [
         26,
         26,
         42,
@@ -115,7 +117,7 @@ def test_unreadable_rows_are_named(tmp_path, content, words):
 
 
 def test_a_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(labels, "LARGEST", 1 << 10)
+    monkeypatch.setattr(rows, "LARGEST", 1 << 10)
     with pytest.raises(UserError, match="unpacks to more"):
         labels.load_labels(neuronpedia(tmp_path, name="b.jsonl.gz", description="x" * 2000), sae())
 

@@ -1,0 +1,61 @@
+"""Which SAE Neuronpedia's source ids name, and the way back to its pages.
+
+An id without `__l0-` stands for one average L0 per block, by SAELens's table of published SAEs. The
+paper's SAEs, of lowest L0, have suffixed ids: `12-gemmascope-res-65k` is average_l0_72, and
+average_l0_21 is `12-gemmascope-res-65k__l0-21`.
+"""
+
+import re
+from pathlib import Path
+
+SOURCE = re.compile(r"(\d+)-gemmascope-(res|transcoder)-(\d+[km])(?:__l0-(\d+))?")
+SAE_ID = re.compile(r"layer_(\d+)/width_(\w+)/average_l0_(\d+)")
+REPO = {
+    "gemma-2-2b": "google/gemma-scope-2b-pt-res",
+    "gemma-2-9b": "google/gemma-scope-9b-pt-res",
+    "gemma-2-9b-it": "google/gemma-scope-9b-it-res",
+}
+# (modelId, width) -> average L0 of the unsuffixed id, block by block.
+AVERAGE_L0 = {
+    ("gemma-2-2b", "16k"): (
+        "105 102 141 59 124 68 70 69 71 73 77 80 82 84 84 78 78 77 74 73 71 70 72 75 73 116"
+    ),
+    ("gemma-2-2b", "65k"): (
+        "73 121 77 89 89 105 107 107 111 118 128 70 72 75 73 127 128 125 116 115 114 111 116 123 "
+        "124 93"
+    ),
+    ("gemma-2-9b", "16k"): (
+        "129 69 67 90 91 77 93 92 99 100 113 118 130 132 67 131 75 73 71 132 68 129 123 120 114 "
+        "114 116 118 119 119 120 114 111 114 114 120 120 124 128 131 125 113"
+    ),
+    ("gemma-2-9b", "131k"): (
+        "41 56 70 103 101 94 120 119 72 75 84 88 96 99 105 103 121 117 113 110 114 109 105 101 97 "
+        "96 97 96 98 97 95 92 88 91 89 94 93 96 101 99 94 84"
+    ),
+}
+
+
+def sae_of(model_id: str, source: str) -> tuple[str, str] | None:
+    """("gemma-2-2b", "12-gemmascope-res-65k__l0-21") -> (Hub repository, SAE id); None: unknown."""
+    m = SOURCE.fullmatch(source)
+    if m is None or m[2] != "res" or model_id not in REPO:
+        return None
+    layer, width, l0 = int(m[1]), m[3], m[4]
+    if l0 is None:
+        known = AVERAGE_L0.get((model_id, width), "").split()
+        if layer >= len(known):
+            return None
+        l0 = known[layer]
+    return REPO[model_id], f"layer_{layer}/width_{width}/average_l0_{l0}"
+
+
+def page_of(repo: str, sae_id: str | None) -> tuple[str, str] | None:
+    """(Hub repository or its copy, SAE id) -> (modelId, source id) of its pages; None: unknown."""
+    m = SAE_ID.fullmatch(sae_id or "")
+    model_id = next((i for i, known in REPO.items() if Path(known).name == Path(repo).name), None)
+    if m is None or model_id is None:
+        return None
+    plain = f"{m[1]}-gemmascope-res-{m[2]}"
+    suffixed = f"{plain}__l0-{m[3]}"
+    same = sae_of(model_id, plain) == sae_of(model_id, suffixed)
+    return model_id, plain if same else suffixed
