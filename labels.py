@@ -19,7 +19,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from runtime import neuronpedia, rows
-from runtime.sources import UserError, publish, sha256
+from runtime.folder import publish
+from runtime.sources import UserError, sha256
 from sae import JumpReLUSAE
 
 FORMAT = "fsrl-labels-1"
@@ -42,7 +43,7 @@ class Labels(NamedTuple):
     path: Path
     sha256: str
     judge: str | None = None  # who gave them, as the file states it
-    learned: frozenset[int] = frozenset()  # features from which a person's labels taught the judge
+    learned: frozenset[int] = frozenset()  # features whose labels by a person trained the judge
 
 
 class Given(NamedTuple):
@@ -112,9 +113,10 @@ def read_given(path: str | Path) -> Given:
     without any label.
     """
     given = _given(Path(path), *read_rows(path))
-    if not any(given.labels.values()) and not given.counts:
+    labels = {name: of for name, of in given.labels.items() if of}
+    if not labels and not given.counts:
         raise UserError(f"{path}: holds no label, neither a yes nor a no.")
-    return given
+    return given._replace(labels=labels)
 
 
 def _given(path: Path, header: dict, rows: list[dict]) -> Given:
@@ -139,7 +141,7 @@ def _given(path: Path, header: dict, rows: list[dict]) -> Given:
         texts[k] = texts.get(k) or text.removeprefix("'")
         said = {}
         if category is None and row.keys() >= {*SHEET}:
-            saes.add(str(row["sae"]))
+            saes |= {str(row["sae"])} - {"", "None"}
             said = {name: _says(where, row, name) for name in row if name not in SHEET}
         elif category is not None and "label" in row:
             said = {category: _says(where, row, "label")}
@@ -173,7 +175,10 @@ def _counted(where: str, row: dict) -> np.ndarray:
     if "tp" in row:
         cells = {"tp": (1, 1), "fp": (1, 0), "fn": (0, 1), "tn": (0, 0)}
     else:
-        cells = {"count": tuple(int(_says(where, row, name) or 0) for name in ("machine", "human"))}
+        says = [_says(where, row, name) for name in ("machine", "human")]
+        if None in says:
+            raise UserError(f"{where}: machine and human must each be yes or no.")
+        cells = {"count": tuple(map(int, says))}
     table = np.zeros((2, 2), dtype=np.int64)
     for column, cell in cells.items():
         value = str(row.get(column)).strip()
@@ -236,10 +241,10 @@ def stated_sae(path: Path, header: dict, rows: list[dict]) -> dict[str, str | No
         if "modelId" in row and "layer" in row
     }
     if len(sources) > 1:
-        first, second = sorted(map("/".join, sources))[:2]
+        some = shown(", ".join(sorted(map("/".join, sources))))
         raise UserError(
-            f"{path}: describes features of {len(sources)} SAEs, "
-            f"{shown(first)} and {shown(second)} among them."
+            f"{path}: describes features of several SAEs, {some}; "
+            "labelling reads one, name one of them with --source."
         )
     if not sources:
         return {}
@@ -308,7 +313,8 @@ def _matches(path: Path, stated: dict, sae: JumpReLUSAE, assume_match: bool) -> 
     if not same and assume_match and not hashed:
         return False
     if not same:
-        digests = f" (sha256 {hashed[:12]}, {sae.sha256[:12]} in use)" if hashed else ""
+        both = hashed and sae.sha256
+        digests = f" (sha256 {hashed[:12]}, {sae.sha256[:12]} in use)" if both else ""
         theirs = shown(_name(stated))
         raise UserError(
             f"{path}: belongs to the SAE {theirs}, the run's is {_name(ours)}{digests}."

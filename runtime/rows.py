@@ -20,9 +20,8 @@ def read(path: str | Path, file: BinaryIO | None = None) -> list[dict]:
     A json file holds a list of objects, or one object of objects: then each is a row, and its key
     the row's `category`. Raises UserError naming the file and the line that cannot be read.
     """
-    path = Path(path)
     text = _text(path, file)
-    name = path.name.removesuffix(".gz")
+    name = str(path).removesuffix(".gz")
     number = 0
     try:
         if name.endswith(".csv"):
@@ -57,11 +56,11 @@ def open_file(path: str | Path) -> BinaryIO:
         raise UserError(f"{path}: cannot be read ({e.strerror}).") from e
 
 
-def _text(path: Path, file: BinaryIO | None) -> str:
+def _text(path: str | Path, file: BinaryIO | None) -> str:
     """The file unpacked, at most LARGEST bytes."""
     try:
         with file or open_file(path) as packed:
-            unpacked = gzip.open(packed) if path.suffix == ".gz" else packed
+            unpacked = gzip.open(packed) if str(path).endswith(".gz") else packed
             data = unpacked.read(LARGEST + 1)
         if len(data) > LARGEST:
             raise UserError(f"{path}: unpacks to more than {LARGEST >> 20:,} MB.")

@@ -1,6 +1,5 @@
 """A label file is read whole, belongs to the SAE in use, or is refused with a sentence."""
 
-import dataclasses
 import gzip
 import json
 from types import SimpleNamespace
@@ -9,11 +8,10 @@ import numpy as np
 import pytest
 
 import labels
-import policy
 from runtime import neuronpedia as table
 from runtime import rows
 from runtime.sources import UserError
-from tests.conftest import GOLDEN, SAE_ID
+from sae import JumpReLUSAE
 from tiny import LABELS_DIR
 
 RES = "google/gemma-scope-2b-pt-res"
@@ -40,7 +38,7 @@ def neuronpedia(tmp_path, source="12-gemmascope-res-65k", index="457", name="row
 
 
 def test_tiny_labels_have_one_category_a_feature():
-    tiny_sae = labels.JumpReLUSAE.from_pretrained("tiny")
+    tiny_sae = JumpReLUSAE.from_pretrained("tiny")
     for kind in ("fires", "promotes"):
         found = labels.load_labels(LABELS_DIR / f"{kind}.jsonl", tiny_sae)
         assert found.kind == kind and found.matched and len(found.explanations) == tiny_sae.d_sae
@@ -122,28 +120,61 @@ def test_a_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
         labels.load_labels(neuronpedia(tmp_path, name="b.jsonl.gz", description="x" * 2000), sae())
 
 
-def test_a_run_opens_as_what_was_trained(tiny_run):
-    opened = policy.open_policy(str(tiny_run))
-    assert opened.steered and opened.model is opened.steered and opened.steered.layer == 2
-    assert opened.settings.lr == 2e-3 and opened.settings.device == "cpu"
-    pairs, name = policy.eval_pairs(opened, limit=5)
-    assert (len(pairs), name) == (5, "tiny")
-    bare = policy.open_policy(str(tiny_run / "adapter"))
-    assert (
-        bare.steered.sae.sha256 == opened.steered.sae.sha256 and bare.folder == tiny_run / "adapter"
+def test_a_persons_labels_are_read_alike_from_every_form(tmp_path):
+    says = {1: True, 2: False, 7: True}
+    sheet = tmp_path / "sheet.csv"  # as a spreadsheet saves it, with a byte order mark
+    lines = [f"{k},tiny,'-x,{'Yes' if says[k] else 'no'}," for k in says]
+    sheet.write_text("\ufefffeature,sae,explanation,style,notes\n" + "\n".join(lines) + "\n")
+    rows_of = tmp_path / "rows.csv"
+    lines = [f"{k},style,{int(says[k])}" for k in says]
+    rows_of.write_text("feature,category,label\n" + "\n".join(lines) + "\n")
+    ours = tmp_path / "ours.jsonl"
+    labels.write_labels(
+        ours, {"kind": "fires"}, [dict(feature=k, category="style", label=says[k]) for k in says]
     )
-    base = policy.open_policy(None, model="tiny")
-    assert base.steered is None and base.model is base.base
+    for path in (sheet, rows_of, ours):
+        assert labels.read_given(path).labels["style"] == says
+    given = labels.read_given(sheet)
+    assert (given.sae, given.texts[1], [*given.labels]) == ("tiny", "-x", ["style"])
+    assert given.unseen({1}).labels["style"] == {2: False, 7: True}
+    with pytest.raises(UserError, match="sheet.csv: the judge learned from these labels"):
+        given.unseen(frozenset(says))
 
 
-def test_moved_sources_are_named_on_the_way_in(tmp_path):
-    folder = (
-        GOLDEN / "adapter_mid"
-    )  # the authors' format: it names an SAE id, but neither model nor repository
-    opened = policy.open_policy(
-        str(folder), model=str(GOLDEN / "model"), sae=str(GOLDEN / "sae"), sae_id=SAE_ID
-    )
-    assert opened.steered.layer == 1
-    with pytest.raises(UserError, match="--run nowhere/at/all"):
-        policy.open_policy("nowhere/at/all")
-    assert dataclasses.is_dataclass(opened.settings)
+def test_counts_are_read_from_rows_and_from_an_agreement_file(tmp_path):
+    table = [[201, 25], [5, 69]]  # [machine, person]: the paper's Table 6, formatting
+    rows_of, agreement = tmp_path / "counts.csv", tmp_path / "l.agreement.json"
+    lines = [f"style,{m},{h},{table[m][h]}" for m in (0, 1) for h in (0, 1)]
+    rows_of.write_text("category,machine,human,count\n" + "\n".join(lines) + "\n")
+    agreement.write_text(json.dumps({"style": dict(n=300, tp=69, fp=5, fn=25, tn=201), "x": None}))
+    for path in (rows_of, agreement):
+        given = labels.read_given(path)
+        assert {name: c.tolist() for name, c in given.counts.items()} == {"style": table}
+        assert given.labels == {}
+
+
+def test_a_row_without_a_label_names_the_one_category_of_its_feature(tmp_path):
+    path = tmp_path / "l.csv"
+    path.write_text("feature,category\n1,style\n2,alignment\n")
+    expected = {"style": {1: True, 2: False}, "alignment": {2: True, 1: False}}
+    assert labels.read_given(path).labels == expected
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("feature,category,label\n0,style,maybe\n", "row 1: label is 'maybe'"),
+        ("feature,category,label\n0,style,1\n0,style,0\n", "row 2: feature 0 is labelled both"),
+        ("category,machine,human,count\nstyle,1,1,many\n", "count is 'many'"),
+        ("category,machine,human,count\nstyle,1,,3\n", "machine and human must each be yes or no"),
+        ("feature,category,label\n0,style,\n", "holds no label"),
+        ("feature,sae,explanation,style\n0,a,x,yes\n1,b,x,no\n", "is of 2 SAEs"),
+        (f"feature,category,label\n{'9' * 5000},style,1\n", "row 1 has no feature index"),
+    ],
+)
+def test_labels_that_cannot_be_read_are_named(tmp_path, text, named):
+    path = tmp_path / "human.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=named) as e:
+        labels.read_given(path)
+    assert len(str(e.value)) < 500
