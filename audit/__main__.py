@@ -8,7 +8,7 @@ Each part leaves its tables in OUT/eval/, as csv, json and png of the same numbe
 tables are there already is left alone, unless they were made with another adapter, other data,
 labels or settings. --only makes the parts that it names again, and no other.
 
-    usage        which features are active where (features.py): composition (Table 2), top_usage and
+    usage        which features are active where (features.py): composition (Table 2), top_usage,
                  top_value (Tables 3 and 4), value_difference (Figure 3), usage_rank (Figure 5), l0,
                  l0_by_position, features.parquet, examples.json
     ablation     topk (Figure 2), ablation and masks/, as eval_ablation.py makes them
@@ -68,7 +68,7 @@ class Settings(eval_ablation.Settings):
     )
     rest: tuple[str, ...] = flag(("content", "chat"), "categories that choices counts as the rest")
     nodes: int = flag(
-        10, "nodes of attribution's integral, a forward and a backward pass each; 0: no attribution"
+        8, "nodes of attribution's integral, a forward and a backward pass each; 0: no attribution"
     )
     only: tuple[str, ...] = flag((), f"make these parts again and no other: {', '.join(PARTS)}")
 

@@ -7,7 +7,7 @@ baseline):
 
     share_k = Σ_positions v_k ∫₀¹ ∂L(s)/∂(s v_k) ds,      Σ_k share_k = L(1) - L(0)
 
-A negative share lowered the loss. The integral is a Gauss-Legendre sum, so that the equality holds
+A negative share lowered the loss. The integral is a sum over nodes (quadrature), so that the equality holds
 up to a residual, which is reported. A share says what a feature contributed along this path,
 together with all others; ablation (eval_ablation.py) says what the loss would be without it. The
 two differ wherever features can stand in for each other.
@@ -25,8 +25,8 @@ from eval_ablation import loss_above
 from policy import Policy, Stream
 
 # Where a feature steered. "first" is the first position: <bos>, or the first token of a truncated
-# prompt. Of a response, the header is `<start_of_turn>model` and its line break, the end is all from
-# <end_of_turn> on. Steering acts on later tokens: at the header it decides how an answer begins.
+# prompt. Of a response, the header is `<start_of_turn>model` and its line break, the end is all
+# from <end_of_turn> on. Steering acts on later tokens: at the header it decides how an answer begins.
 PARTS = ("header", "text", "end")
 KINDS = (
     "first",
@@ -115,11 +115,10 @@ def attribute(
 def gradients(policy: Policy, stream: Stream, push: Tensor, nodes: int) -> list[Node]:
     """∂L/∂x' along the path. push [T, d]: what the whole steering adds to the stream."""
     steered, x = policy.steered, stream.x
-    # Else add() is linear in v: x' moves along a straight line, and ∂x'/∂v is the same at each node.
+    # Else add() is linear in v: x' moves along a line, and ∂x'/∂v is the same at each node.
     clamped = steered.adapter.activation == "soft-threshold"
-    points, weights = np.polynomial.legendre.leggauss(nodes)  # on [-1, 1]
     path = []
-    for s, weight in zip((points + 1) / 2, weights / 2, strict=True):
+    for s, weight in quadrature(nodes):
         if clamped:
             moved = torch.cat(
                 [steered.add(rows, s * v_of(policy, rows)) for rows in steered.pieces(x)]
@@ -134,6 +133,21 @@ def gradients(policy: Policy, stream: Stream, push: Tensor, nodes: int) -> list[
         return path
     mean = sum(node.weight * node.gradient for node in path)
     return [Node(1.0, 1.0, mean)]
+
+
+def quadrature(nodes: int) -> list[tuple[float, float]]:
+    """(place, weight) of each node on [0, 1]: Gauss-Legendre on panels of equal width.
+
+    A panel has at most four nodes. L(s) of a strong policy falls within a small part of the path,
+    where panels err less than one polynomial over all of it.
+    """
+    panels = -(-nodes // 4)
+    found = []
+    for i, part in enumerate(np.array_split(np.arange(nodes), panels)):
+        points, weights = np.polynomial.legendre.leggauss(len(part))  # on [-1, 1]
+        places = (i + (points + 1) / 2) / panels
+        found += zip(places.tolist(), (weights / 2 / panels).tolist(), strict=True)
+    return found
 
 
 def integrated(policy: Policy, x: Tensor, path: list[Node]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The model card of an adapter folder: what it is, what it was trained on, how well, how to load it.
+"""An adapter's model card: what it is, what it was trained on, how well, and how to load it.
 
 write_card(OUT) writes OUT/adapter/README.md with the Hub's metadata, so that the folder can be
 uploaded as it is. templates/card.md is the text.
