@@ -24,6 +24,7 @@ import hashlib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -38,11 +39,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels.attention import Bucket, Stretch, buckets
-from runtime.sources import UserError, cached_arrays, fetch, sha256
+from runtime.messages import brief
+from runtime.sources import Arrays, UserError, cached_arrays, fetch, sha256
 
 ROLES = {"system": "system", "user": "user", "assistant": "model", "model": "model"}
-SPLIT = re.compile(r"(?:^|[/._-])(train|test|validation)(?=[/._-])")
-CACHE_FORMAT = "3"  # raise it when rendering or tokenising changes, so that old caches are not used
+SPLITS = ("train", "test")  # names that begin so, as train_prefs does, count as theirs
+NAMED_SPLIT = re.compile(r"(?:^|[/._-])(train|test|validation)(?=[/._-])", re.IGNORECASE)
+SUFFIXES = (".parquet", ".jsonl")
+LONGEST_TEXT = (
+    1 << 20
+)  # characters of one message; the tokenizer takes gigabytes for far longer ones
+LONGEST_LINE = 1 << 24  # bytes of one line of jsonl
+CACHE_FORMAT = "4"  # raise it when rendering or tokenising changes, so that old caches are not used
 
 
 class Pair(NamedTuple):
@@ -63,62 +71,87 @@ class Pair(NamedTuple):
 
 class DataFile(NamedTuple):
     path: Path
-    split: str | None  # that its name, or a folder's within the source, says all its rows belong to
+    split: str | None  # that its name, or a folder's within the source, says its rows belong to
 
 
-def data_files(source: str | Path, split: str | None = None) -> tuple[list[DataFile], str | None]:
-    """The parquet and jsonl files of a source that may hold rows of `split`, sorted, and the Hub
-    commit.
+def data_files(source: str | Path) -> tuple[list[DataFile], str | None]:
+    """The parquet and jsonl files of a source, sorted, and the Hub commit.
 
-    A file that names another split (data/test-00000-of-00001.parquet) is left out; one that names
-    none may carry a `split` column. Raises UserError when the source holds no such files at all.
+    Regular files alone, in folders of any depth; what begins with a dot or an underscore is left
+    out, as Spark and the Hub's client mean it. Raises UserError when there are none.
     """
-    root, commit = fetch(source, "data", ["*.parquet", "*.jsonl"])
+    root, commit = fetch(source, "data", [f"*{suffix}" for suffix in SUFFIXES])
     if root.is_file():
-        if root.suffix not in (".parquet", ".jsonl"):
-            raise UserError(f"{root}: a .parquet or .jsonl file was expected.")
-        found = {root: root.name}
+        paths = [root]
     else:
-        paths = sorted(p for p in root.rglob("*") if p.suffix in (".parquet", ".jsonl"))
-        found = {p: p.relative_to(root).as_posix() for p in paths}
-    if not found:
-        raise UserError(f"{root}: holds no .parquet or .jsonl file.")
-    files = [DataFile(path, (SPLIT.findall(name) or [None])[-1]) for path, name in found.items()]
-    return [file for file in files if split is None or file.split in (split, None)], commit
+        inside = (path.relative_to(root).parts for path in root.rglob("*"))
+        plain = (parts for parts in inside if not any(p.startswith((".", "_")) for p in parts))
+        paths = [root.joinpath(*parts) for parts in plain]
+        paths = sorted(path for path in paths if path.is_file())
+    files = []
+    for path in paths:
+        if path.suffix in SUFFIXES:
+            # A folder that Spark wrote is itself called NAME.parquet.
+            above = root.parent if root.suffix in SUFFIXES else root
+            named = NAMED_SPLIT.findall(path.relative_to(above).as_posix())
+            files.append(DataFile(path, split_name(named[-1]) if named else None))
+    if not files:
+        raise UserError(f"{root}: holds no {' or '.join(SUFFIXES)} file.")
+    return files, commit
+
+
+def split_name(given: object) -> str:
+    """What a row's `split` or a file's name means: train, test, or another by its own name."""
+    name = brief(given).strip().lower()
+    return next((split for split in SPLITS if re.match(rf"{split}(_|$)", name)), name)
+
+
+def split_of(row: dict, file: DataFile) -> str:
+    """A row's own column decides; without one, or where it is null, the file's name; else train."""
+    own = row.get("split")
+    return split_name(own) if own is not None else file.split or "train"
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict | bytes]]:
     """(where, row) for each row of a file: `where` names file and row for messages, a row of jsonl
-    is its bytes.
+    is its bytes, those of a longer line than LONGEST_LINE cut off.
 
     Raises UserError for a file that cannot be read.
     """
     try:
-        if path.suffix == ".parquet":
-            rows = _parquet(path)
-        else:
-            rows = open(path, "rb")
+        rows = _parquet(path) if path.suffix == ".parquet" else _lines(path)
         for number, row in enumerate(rows):
             yield f"{path.name} row {number}", row
     except (OSError, ValueError, pa.ArrowException) as e:  # ValueError: text that is not UTF-8
-        raise UserError(f"{path}: not a readable {path.suffix[1:]} file ({e}).") from e
+        raise UserError(f"{path}: not a readable {path.suffix[1:]} file ({brief(e)}).") from e
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while line := file.readline(LONGEST_LINE + 1):
+            rest = line
+            while len(rest) > LONGEST_LINE and not rest.endswith(b"\n"):
+                rest = file.readline(LONGEST_LINE + 1)
+            yield line
 
 
 def _parquet(path: Path) -> Iterator[dict]:
     with pq.ParquetFile(path) as file:
         columns = ("prompt", "chosen", "rejected", "split")
         there = [column for column in columns if column in file.schema_arrow.names]
-        for batch in file.iter_batches(columns=there):
+        for batch in file.iter_batches(batch_size=1024, columns=there):
             yield from batch.to_pylist()
 
 
 def decode_row(where: str, row: dict | bytes) -> dict:
     """A row of read_rows as an object. Raises UserError naming it."""
     if isinstance(row, bytes):
+        if len(row) > LONGEST_LINE:
+            raise UserError(f"{where}: a line of more than {LONGEST_LINE >> 20} MB.")
         try:
             row = json.loads(row.decode())
         except (ValueError, RecursionError) as e:
-            raise UserError(f"{where}: not a line of json ({e}).") from e
+            raise UserError(f"{where}: not a line of json ({brief(e)}).") from e
     if not isinstance(row, dict):
         raise UserError(f"{where}: an object with chosen and rejected was expected.")
     return row
@@ -136,41 +169,34 @@ class Conversation(NamedTuple):
 
 
 def parse_row(where: str, row: dict) -> Conversation:
-    """Validate one row. Raises UserError naming it for anything a training run should not guess
-    about.
+    """Validate one row. Three layouts are read:
+
+    - `chosen` and `rejected` are whole conversations that agree in all turns but the last; a
+      `prompt` beside them is ignored;
+    - `prompt` is a list of turns, `chosen` and `rejected` are lists of one message (TRL's);
+    - `prompt` is a string, one user turn, and so are `chosen` and `rejected`.
+
+    Raises UserError naming the row for anything a training run should not guess about.
     """
+    sides = []
     for column in ("chosen", "rejected"):
         if row.get(column) is None:
             raise UserError(f"{where}: has no `{column}`.")
-    chosen, rejected = row["chosen"], row["rejected"]
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if not isinstance(row.get("prompt"), str):
-            raise UserError(
-                f"{where}: chosen and rejected are strings, so a string `prompt` was expected."
-            )
-        conversation = Conversation([("user", row["prompt"])], chosen, rejected)
-    else:
-        conversation = _from_turns(
-            where, _turns(where, "chosen", chosen), _turns(where, "rejected", rejected)
-        )
-
-    prompt = [(role, content.strip()) for role, content in conversation.prompt]
-    conversation = Conversation(prompt, conversation.chosen.strip(), conversation.rejected.strip())
-    try:
-        "".join([*(content for _, content in prompt), *conversation[1:]]).encode()
-    except UnicodeEncodeError as e:
-        raise UserError(f"{where}: holds half of a character (a lone surrogate): {e}.") from e
-    return conversation
-
-
-def _from_turns(where: str, chosen: Turns, rejected: Turns) -> Conversation:
-    for column, turns in (("chosen", chosen), ("rejected", rejected)):
+        sides.append(_turns(where, column, row[column], "model"))
+    if isinstance(row["chosen"], str) is not isinstance(row["rejected"], str):
+        raise UserError(f"{where}: `chosen` and `rejected` must be two lists or two strings.")
+    if all(len(turns) == 1 and turns[0][0] == "model" for turns in sides):
+        if row.get("prompt") is None:
+            raise UserError(f"{where}: chosen and rejected are answers alone, without a `prompt`.")
+        prompt = _turns(where, "prompt", row["prompt"], "user")
+        sides = [prompt + turns for turns in sides]
+    for column, turns in zip(("chosen", "rejected"), sides, strict=True):
         if not turns or turns[-1][0] != "model":
             raise UserError(f"{where}: `{column}` does not end with an assistant turn.")
+    chosen, rejected = sides
     if chosen[:-1] != rejected[:-1]:
-        raise UserError(
-            f"{where}: chosen and rejected disagree on the prompt, which must be the same."
-        )
+        raise UserError(f"{where}: chosen and rejected disagree on the prompt.")
+
     prompt = chosen[:-1]
     if prompt and prompt[0][0] == "system":
         if len(prompt) < 2 or prompt[1][0] != "user":
@@ -178,25 +204,33 @@ def _from_turns(where: str, chosen: Turns, rejected: Turns) -> Conversation:
         # Gemma has no system role: the message is prefixed to the first user turn.
         prompt = [("user", f"{prompt[0][1].strip()}\n\n{prompt[1][1]}"), *prompt[2:]]
     if not prompt or prompt[-1][0] != "user" or any(role == "system" for role, _ in prompt):
-        raise UserError(
-            f"{where}: the prompt must end with a user turn, a system message may only come first."
-        )
-    return Conversation(prompt, chosen[-1][1], rejected[-1][1])
+        rule = "must end with a user turn, a system message may only come first"
+        raise UserError(f"{where}: the prompt {rule}.")
+    prompt = [(role, content.strip()) for role, content in prompt]
+    return Conversation(prompt, chosen[-1][1].strip(), rejected[-1][1].strip())
 
 
-def _turns(where: str, column: str, turns: object) -> Turns:
-    if not isinstance(turns, list):
-        raise UserError(
-            f"{where}: `{column}` must be a list of {{role, content}} or a string beside a `prompt`."
-        )
-    for turn in turns:
+def _turns(where: str, column: str, given: object, role: str) -> Turns:
+    """A column as turns; a string is one turn of the role."""
+    if isinstance(given, str):
+        given = [dict(role=role, content=given)]
+    if not isinstance(given, list):
+        raise UserError(f"{where}: `{column}` must be a list of {{role, content}} or a string.")
+    for turn in given:
         if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
             raise UserError(f"{where}: `{column}` holds a turn without text content.")
         if not isinstance(turn.get("role"), str) or turn["role"] not in ROLES:
+            named, known = brief(repr(turn.get("role"))), ", ".join(ROLES)
+            raise UserError(f"{where}: unknown role {named}; one of {known} was expected.")
+        if len(turn["content"]) > LONGEST_TEXT:
+            raise UserError(f"{where}: `{column}` holds more than {LONGEST_TEXT:,} characters.")
+        try:
+            turn["content"].encode()
+        except UnicodeEncodeError as e:
             raise UserError(
-                f"{where}: unknown role {turn.get('role')!r}; expected {', '.join(ROLES)}."
-            )
-    return [(ROLES[turn["role"]], turn["content"]) for turn in turns]
+                f"{where}: `{column}` holds half a character (a lone surrogate)."
+            ) from e
+    return [(ROLES[turn["role"]], turn["content"]) for turn in given]
 
 
 # --- token ids ------------------------------------------------------------------------------------
@@ -304,15 +338,16 @@ def load_pairs(
         raise UserError(
             f"--max-prompt-length {max_prompt_length}: must be less than --max-length {max_length}."
         )
-    files, _ = data_files(source, split)
+    files, _ = data_files(source)
     key = [CACHE_FORMAT, split, on_bad_row, tokenizer.to_str()]
     key += [f"{file.path.name} {file.split} {sha256(file.path)}" for file in files]
     digest = hashlib.sha256(repr(key).encode()).hexdigest()
     stored = cached_arrays(
-        f"pairs-{digest[:32]}", lambda: _tokenise(files, tokenizer, split, progress, on_bad_row)
+        f"pairs-{digest[:32]}",
+        lambda: _tokenise(files, tokenizer, split, progress, on_bad_row),
     )
     if progress:
-        _report(source, stored)
+        _report(source, stored, split)
 
     # Lists of shared int objects: 8 bytes a token, where fresh ones would take 36.
     shared = list(range(tokenizer.get_vocab_size(with_added_tokens=True)))
@@ -325,17 +360,19 @@ def load_pairs(
 
 def _tokenise(
     files: list[DataFile], tokenizer: Tokenizer, split: str | None, progress: bool, on_bad_row: str
-) -> dict[str, np.ndarray]:
-    """All rows as one flat array of ids with the lengths of prompt, chosen, rejected in turn; bad:
-    rows left out.
+) -> Arrays:
+    """Rows as one flat array of ids with the lengths of prompt, chosen, rejected in turn.
+
+    splits and counts: how many rows there are of which split. bad: rows left out as malformed.
     """
-    rows, bad = [], []
-    for path, named in files:
-        for where, raw in read_rows(path):
+    rows, bad, splits = [], [], Counter()
+    for file in files:
+        for where, raw in read_rows(file.path):
             try:
                 row = decode_row(where, raw)
-                # Files with neither a split in their name nor a `split` column count as train.
-                if split in (None, named or row.get("split", "train")):
+                own = split_of(row, file)
+                splits[own] += 1
+                if split in (None, own):
                     rows.append(parse_row(where, row))
             except UserError:
                 if on_bad_row == "error":
@@ -348,25 +385,29 @@ def _tokenise(
     encoder.learn([f"{role}\n{content}" for role, content in turns], progress)
     parts = []
     for row in rows:
-        parts += [
-            encoder.prompt(row.prompt),
-            encoder.response(row.chosen),
-            encoder.response(row.rejected),
-        ]
+        answers = [encoder.response(answer) for answer in (row.chosen, row.rejected)]
+        parts += [encoder.prompt(row.prompt), *answers]
     return {
         "ids": np.fromiter(chain.from_iterable(parts), dtype=np.int32),
         "lengths": np.array([len(part) for part in parts], dtype=np.int32),
         "empty": np.array(sum((not row.chosen) + (not row.rejected) for row in rows)),
+        "splits": np.array(list(splits), dtype=np.str_),
+        "counts": np.array(list(splits.values()), dtype=np.int64),
         "bad": np.array(bad, dtype=np.str_),
     }
 
 
-def _report(source: str | Path, stored: dict[str, np.ndarray]) -> None:
+def _report(source: str | Path, stored: Arrays, split: str | None) -> None:
+    """Say which rows are used and which are left out."""
+    splits = dict(zip(stored["splits"].tolist(), stored["counts"].tolist(), strict=True))
+    used = {name: n for name, n in splits.items() if split in (None, name)}
+    left = [f"{n:,} {name}" for name, n in splits.items() if name not in used]
+    said = ", ".join(f"{n:,} {name}" for name, n in used.items()) or f"0 {split or ''}".strip()
+    others = f"; left out: {', '.join(left)}" if left else ""
+    print(f"{source}: rows used: {said}{others}.", file=sys.stderr)
     if stored["empty"]:
-        print(
-            f"{source}: {stored['empty']} responses are empty; their markup alone is scored.",
-            file=sys.stderr,
-        )
+        markup = "responses are empty; their markup alone is scored"
+        print(f"{source}: {stored['empty']} {markup}.", file=sys.stderr)
     if len(bad := stored["bad"]):
         where = ", ".join(bad[:10].tolist()) + (", ..." if len(bad) > 10 else "")
         print(f"{source}: {len(bad)} malformed rows are left out: {where}.", file=sys.stderr)

@@ -46,7 +46,7 @@ from policy import Policy, Stream, described_run, open_policy, out_folder
 from runtime import cli
 from runtime.cli import flag
 from runtime.device import DTYPES
-from runtime.folder import publish
+from runtime.output import publish
 from runtime.sources import TINY, UserError
 from runtime.tables import interval, write_table
 from simpo import preference_losses

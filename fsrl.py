@@ -6,28 +6,27 @@
 
 Two variants of v, each with a threshold per feature that trains too:
 
-    jumprelu         v = z 1[z > θ],  z = ReLU(x W_aᵀ + b_a)           Appendix C
-    soft-threshold   v = sign(z) ReLU(|z| - τ),  z = x W_aᵀ + b_a      signed, the authors' later work
+    jumprelu         v = z 1[z > θ],  z = x W_aᵀ + b_a,  θ ≥ 0        Appendix C
+    soft-threshold   v = sign(z) ReLU(|z| - τ),  z = x W_aᵀ + b_a     the authors' later work
 """
 
 import json
-import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data import Packed, pack
 from kernels.pointwise import FEW, at_least_float32, jumprelu, linear
 from model import Attend, Gemma2, Plan
-from runtime.sources import UserError, fetch, read_json
-from sae import JumpReLUSAE
+from runtime.output import publish
+from runtime.sources import UserError, fetch, read_json, sha256
+from runtime.weights import read_weights
+from sae import JumpReLUSAE, layer_of
 
 FORMAT = "fsrl-adapter-1"
 ADAPTER_FILES = (  # (config, weights): ours, and the authors'
@@ -56,11 +55,10 @@ class Steering(NamedTuple):
 
 
 class Adapter(nn.Module):
-    """weight [F, d], bias [F] and, except for relu, raw_threshold [F]: float32 whatever the model's
-    dtype.
+    """weight [F, d], bias [F] and, except for relu, raw_threshold [F], all float32.
 
     kind: see KINDS. bandwidth: ε of jumprelu's straight-through estimator, None for the kind's own;
-    it matters to training alone, not to v. identity: what adapter_config.json says of it.
+    it matters to training alone, not to v.
     """
 
     forward_methods = ("steering",)  # beside forward, for FSDP2
@@ -73,7 +71,8 @@ class Adapter(nn.Module):
             raise UserError(f"--adapter {kind}: one of {', '.join(KINDS)} was expected.")
         self.kind, self.activation = kind, kind.removesuffix("-log")
         self.bandwidth = BANDWIDTH.get(kind) if bandwidth is None else bandwidth
-        self.identity = {}
+        self.identity: dict = {}  # what adapter_config.json says
+        self.files: dict[str, str] = {}  # that it was read from, with their sha256
         self.weight = nn.Parameter(torch.zeros(d_sae, d_model))
         self.bias = nn.Parameter(torch.zeros(d_sae))
         # The trained parameter: θ or τ itself, or log θ. In bfloat16, what Adam adds to it would be
@@ -100,9 +99,8 @@ class Adapter(nn.Module):
         raw = threshold.log() if self.kind == "jumprelu-log" else threshold
         if not (raw.isfinite() & (threshold >= 0)).all():
             least = "positive" if self.kind == "jumprelu-log" else "not negative"
-            raise UserError(
-                f"--init-adapter: thresholds must be finite and {least} for --adapter {self.kind}."
-            )
+            wanted = f"thresholds must be finite and {least} for --adapter {self.kind}"
+            raise UserError(f"--init-adapter: {wanted}.")
         self.raw_threshold.copy_(raw)
 
     @torch.no_grad()
@@ -113,11 +111,11 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def silence(self, features: list[int]) -> None:
-        """v = 0 for these features, now and under any training: a ReLU at 0 passes no gradient
-        on.
-        """
+        """v = 0 for these features, under training too: a ReLU at 0 passes no gradient on."""
         self.weight[features] = 0
         self.bias[features] = 0
+        if self.activation == "jumprelu":
+            self.bias[features] = -self.bandwidth  # out of the reach of its threshold's estimator
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual stream x [T, d] -> steering v [T, F]."""
@@ -140,10 +138,10 @@ class Adapter(nn.Module):
         if self.activation == "jumprelu":
             # The bias is added in float32: in bfloat16 it may stand below the threshold that it
             # starts at, for good.
-            product = (
-                linear(x, self.weight) if few else F.linear(x, self.weight)
-            )  # [T, d] -> [T, F]
-            v, l0 = jumprelu((product + self.bias).relu_(), self.threshold, self.bandwidth)
+            product = linear(x, self.weight) if few else F.linear(x, self.weight)
+            # v is that of the paper, which passes z through a ReLU first, since θ is not negative.
+            # The estimator of θ's gradient must not see a ReLU's zeros: kernels/pointwise.py.
+            v, l0 = jumprelu(product + self.bias, self.threshold, self.bandwidth)
             return v.to(product.dtype), l0
 
         if few:
@@ -162,7 +160,6 @@ class Adapter(nn.Module):
         identity: base_model, base_model_revision, layer, sae, sae_id, sae_revision, sae_sha256.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         d_sae, d_model = self.weight.shape
         own = dict(format=FORMAT, activation=self.activation, d_model=d_model, d_sae=d_sae)
         weights = {"weight": self.weight, "bias": self.bias}
@@ -170,33 +167,29 @@ class Adapter(nn.Module):
             weights["threshold"] = self.threshold
         weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
         config_name, weights_name = ADAPTER_FILES[0]
-        save_file(weights, folder / f"{weights_name}.part")
-        (folder / f"{config_name}.part").write_text(json.dumps(own | identity, indent=2) + "\n")
-        for name in ADAPTER_FILES[0]:
-            os.replace(folder / f"{name}.part", folder / name)
+        with publish(folder) as part:
+            save_file(weights, part / weights_name)
+            (part / config_name).write_text(json.dumps(own | identity, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, source: str | Path, kind: str | None = None) -> "Adapter":
-        """Read an adapter folder, a run's folder or a Hub repository, ours or the authors' (see
-        ADAPTER_FILES).
+        """Read an adapter folder, a run's folder or a Hub repository, ours or the authors'.
 
         kind: how it trains on, where that is another than its file's activation (jumprelu-log).
         Raises UserError for anything missing or misshapen. Which SAE it belongs to is checked by
         SteeredModel.
         """
-        folder = fetch(
-            source, "init-adapter", [name for names in ADAPTER_FILES for name in names]
-        ).path
+        names = [name for pair in ADAPTER_FILES for name in pair]
+        folder = fetch(source, "init-adapter", names).path
         folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
         authors = (folder / ADAPTER_FILES[1][0]).is_file()
         config_name, weights_name = ADAPTER_FILES[authors]
         try:
             identity = read_json(folder / config_name)
-            weights = load_file(folder / weights_name)
-        except (OSError, ValueError, SafetensorError) as e:
-            raise UserError(
-                f"{folder}: not an adapter folder ({config_name} + {weights_name}: {e})."
-            ) from e
+        except (OSError, ValueError) as e:
+            files = f"{config_name} + {weights_name}"
+            raise UserError(f"{folder}: not an adapter folder ({files}: {e}).") from e
+        weights = read_weights(folder / weights_name)
         if authors:
             weights, identity = _from_authors(weights, identity)
         elif identity.get("format") != FORMAT:
@@ -208,9 +201,8 @@ class Adapter(nn.Module):
         if len(shape) != 2 or any(weights[name].shape != shape[:1] for name in vectors):
             found = {name: tuple(w.shape) for name, w in weights.items()}
             wanted = "weight [F, d], " + ", ".join(f"{name} [F]" for name in vectors)
-            raise UserError(
-                f"{folder / weights_name}: holds {found}; a {activation} adapter has {wanted}."
-            )
+            path = folder / weights_name
+            raise UserError(f"{path}: holds {found}; a {activation} adapter has {wanted}.")
         if kind is not None and kind.removesuffix("-log") != activation:
             raise UserError(f"--init-adapter {source}: a {activation} adapter, --adapter {kind}.")
 
@@ -221,16 +213,15 @@ class Adapter(nn.Module):
         if "threshold" in weights:
             adapter.set_threshold(weights["threshold"].float())
         adapter.identity = identity
+        adapter.files = {str(folder / weights_name): sha256(folder / weights_name)}
         return adapter
 
 
 def _from_authors(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor], dict]:
-    """Their tensors under our names, and an identity; earlier files say use_jump_relu instead of
-    activation_type.
-    """
-    named = config.get("activation_type") or (
-        "jump_relu" if config.get("use_jump_relu") else "relu"
-    )
+    """Their tensors under our names, and an identity."""
+    named = config.get("activation_type")  # earlier files have use_jump_relu instead
+    if not named:
+        named = "jump_relu" if config.get("use_jump_relu") else "relu"
     activation = {"jump_relu": "jumprelu", "soft_threshold": "soft-threshold"}.get(named, named)
     weights = {name.removeprefix("adapter_linear."): w for name, w in weights.items()}
     if "log_threshold" in weights:
@@ -257,28 +248,12 @@ class Scored(NamedTuple):
     l0: Tensor  # [T]
 
 
-class SteeredModel(nn.Module):
-    """A frozen model whose residual stream, after block `layer`, has v W_dec added to it.
-
-    Raises UserError when layer, shapes, or the SAE recorded in the adapter do not fit.
-    """
+class PolicyModel(nn.Module):
+    """What training, generation and the audit call: a Gemma2, steered or not."""
 
     forward_methods = ("states",)  # beside forward, for FSDP2
-
-    def __init__(self, model: Gemma2, sae: JumpReLUSAE, adapter: Adapter, layer: int):
-        super().__init__()
-        _check_fit(model, sae, adapter, layer)
-        self.model, self.sae, self.adapter, self.layer = model, sae, adapter, layer
-
-    @property
-    def trained(self) -> nn.Module:
-        """The module that holds exactly what trains."""
-        return self.adapter
-
-    @torch.no_grad()  # nothing trainable lies below the adapter
-    def residual(self, packed: Packed, plan: Plan) -> Tensor:
-        """The residual stream that the adapter reads, [T, d]."""
-        return self.model.blocks(self.model.embed(packed.tokens), plan, 0, self.layer + 1)
+    model: Gemma2
+    trained: nn.Module  # holds exactly what trains
 
     def forward(self, packed: Packed) -> Scored:
         hidden, l1, l0 = self.states(packed)
@@ -287,16 +262,46 @@ class SteeredModel(nn.Module):
     def states(
         self, packed: Packed, attend: Attend | None = None, change: Change | None = None
     ) -> States:
-        """attend: how blocks attend, in generation with a cache (Gemma2.plan). change: see
-        steer.
-        """
+        """attend: how blocks attend (Gemma2.plan). change: see SteeredModel.steer."""
+        raise NotImplementedError
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits of one sequence: int64 [T] -> float32 [T, V]."""
+        packed = pack([(tokens.tolist(), [])]).to(self.model.device)
+        return self.model.head(self.states(packed).hidden)
+
+
+class SteeredModel(PolicyModel):
+    """A frozen model whose residual stream, after block `layer`, has v W_dec added to it.
+
+    Raises UserError when layer, shapes, or the SAE recorded in the adapter do not fit.
+    """
+
+    def __init__(self, model: Gemma2, sae: JumpReLUSAE, adapter: Adapter, layer: int):
+        super().__init__()
+        _check_fit(model, sae, adapter, layer)
+        self.model, self.sae, self.adapter, self.layer = model, sae, adapter, layer
+
+    @property
+    def trained(self) -> nn.Module:
+        return self.adapter
+
+    @torch.no_grad()  # nothing trainable lies below the adapter
+    def residual(self, packed: Packed, plan: Plan) -> Tensor:
+        """The residual stream that the adapter reads, [T, d]."""
+        return self.model.blocks(self.model.embed(packed.tokens), plan, 0, self.layer + 1)
+
+    def states(
+        self, packed: Packed, attend: Attend | None = None, change: Change | None = None
+    ) -> States:
         plan = self.model.plan(packed, attend)
         x, l1, l0 = self.steer(self.residual(packed, plan), change)
         return States(self.above(x, plan), l1, l0)
 
     def steer(self, x: Tensor, change: Change | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, d] -> x' [T, d], ‖v‖₁ and ‖v‖₀ [T]. change: what becomes of v before it is added,
-        piece by piece.
+        """x [T, d] -> x' [T, d], ‖v‖₁ and ‖v‖₀ [T].
+
+        change: what becomes of v before it is added, piece by piece.
         """
         parts = []
         for rows in self.pieces(x):
@@ -314,9 +319,8 @@ class SteeredModel(nn.Module):
     def add(self, x: Tensor, v: Tensor) -> Tensor:
         """x' = x + v W_dec for any steering: x [rows, d], v [rows, F] -> [rows, d].
 
-        A soft-threshold's v may be negative, and there f + v is clamped at 0, since no feature is
-        ever below 0: then x' = decode(ReLU(f + v)) + (x - decode(f)) = x + (ReLU(f + v) - f) W_dec,
-        which needs f.
+        A soft-threshold's v may be negative. There f + v is clamped at 0, since no feature is ever
+        below 0: x' = decode(ReLU(f + v)) + (x - decode(f)) = x + (ReLU(f + v) - f) W_dec.
         """
         if self.adapter.activation == "soft-threshold":
             f = self.sae.encode(x)
@@ -331,24 +335,12 @@ class SteeredModel(nn.Module):
         return x + v @ W_dec
 
     def above(self, x: Tensor, plan: Plan) -> Tensor:
-        """From the residual stream above the adapter, x' [T, d], to final states after the last
-        norm, [T, d].
-        """
+        """From the stream above the adapter, x' [T, d], to final states after the last norm."""
         return self.model.final_norm(self.model.blocks(x, plan, self.layer + 1))
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Steered logits of one sequence: int64 [T] -> float32 [T, V]."""
-        return self.model.head(
-            self.states(pack([(tokens.tolist(), [])]).to(self.model.device)).hidden
-        )
 
-
-class Unsteered(nn.Module):
-    """A Gemma2 called as a SteeredModel with v = 0: a base model, or one whose own weights train
-    (--full).
-    """
-
-    forward_methods = ("states",)
+class Unsteered(PolicyModel):
+    """A steered model with v = 0: a base model, or one whose own weights train (--full)."""
 
     def __init__(self, model: Gemma2):
         super().__init__()
@@ -358,10 +350,6 @@ class Unsteered(nn.Module):
     def trained(self) -> nn.Module:
         return self.model
 
-    def forward(self, packed: Packed) -> Scored:
-        hidden, l1, l0 = self.states(packed)
-        return Scored(self.model.logps(hidden, packed), l1, l0)
-
     def states(
         self, packed: Packed, attend: Attend | None = None, change: Change | None = None
     ) -> States:
@@ -369,45 +357,31 @@ class Unsteered(nn.Module):
         nothing = torch.zeros(len(hidden), device=hidden.device)
         return States(hidden, nothing, nothing)
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        return self.model.logits(tokens)
-
 
 def _check_fit(model: Gemma2, sae: JumpReLUSAE, adapter: Adapter, layer: int) -> None:
     n, d = model.config.num_hidden_layers, model.config.hidden_size
     if not 0 <= layer < n:
         raise UserError(f"--layer {layer}: {model.source or 'the model'} has blocks 0 to {n - 1}.")
-    named = re.match(
-        r"layer_(\d+)/", sae.sae_id or ""
-    )  # GemmaScope ids say which block's output they read
-    if named and int(named[1]) != layer:
+    if layer_of(sae.sae_id) not in (None, layer):
         raise UserError(f"--layer {layer}: the SAE {sae.sae_id} belongs to another layer.")
     if sae.d_model != d:
         raise UserError(f"--sae {sae.source}: made for d_model {sae.d_model}, the model's is {d}.")
     if tuple(adapter.weight.shape) != (sae.d_sae, d):
         has = tuple(adapter.weight.shape)
-        raise UserError(
-            f"--init-adapter: its weight has shape {has}, the SAE calls for {(sae.d_sae, d)}."
-        )
+        wanted = (sae.d_sae, d)
+        raise UserError(f"--init-adapter: its weight has shape {has}, the SAE calls for {wanted}.")
 
     recorded = adapter.identity
     # The authors' format records only the id of its SAE.
     which = "sae_sha256" if recorded.get("sae_sha256") else "sae_id"
     here = {"sae_sha256": sae.sha256, "sae_id": sae.sae_id, "layer": layer}
     for name in (which, "layer"):
-        if (
-            recorded.get(name) is not None
-            and here[name] is not None
-            and recorded[name] != here[name]
-        ):
-            raise UserError(
-                f"The adapter belongs to {name} {recorded[name]}; this run has {here[name]}."
-            )
+        theirs, ours = recorded.get(name), here[name]
+        if theirs is not None and ours is not None and theirs != ours:
+            raise UserError(f"The adapter belongs to {name} {theirs}; this run has {ours}.")
 
 
 def steer_long_form(x: Tensor, sae: JumpReLUSAE, v: Tensor) -> Tensor:
-    """x' as the paper writes it, SAE error term and all: for tests and analysis. x, x' [T, d], v
-    [T, F].
-    """
+    """x' as the paper writes it, for tests and analysis: x [T, d], v [T, F] -> x' [T, d]."""
     f = sae.encode(x)
     return sae.decode(f + v) + (x - sae.decode(f))

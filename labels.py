@@ -19,7 +19,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from runtime import neuronpedia, rows
-from runtime.folder import publish
+from runtime.messages import brief
+from runtime.output import publish
 from runtime.sources import UserError, sha256
 from sae import JumpReLUSAE
 
@@ -130,7 +131,7 @@ def _given(path: Path, header: dict, rows: list[dict]) -> Given:
         where = f"{path}: row {number}"
         category = row.get("category")
         if not isinstance(category, str | None):
-            raise UserError(f"{where}: category must be a name, found {shown(category)}.")
+            raise UserError(f"{where}: category must be a name, found {brief(category)}.")
         if category is not None and ("count" in row or "tp" in row):
             table = counts.setdefault(category, np.zeros((2, 2), dtype=np.int64))
             table += _counted(where, row)
@@ -166,7 +167,7 @@ def _says(where: str, row: dict, column: str) -> bool | None:
     cell = row.get(column)
     word = "" if cell is None else str(cell).strip().lower()
     if word not in SAYS:
-        raise UserError(f"{where}: {shown(column)} is {shown(cell)!r}, yes or no was expected.")
+        raise UserError(f"{where}: {brief(column)} is {brief(cell)!r}, yes or no was expected.")
     return SAYS[word]
 
 
@@ -183,7 +184,7 @@ def _counted(where: str, row: dict) -> np.ndarray:
     for column, cell in cells.items():
         value = str(row.get(column)).strip()
         if not value.isdecimal() or len(value) > 15:
-            raise UserError(f"{where}: {column} is {shown(value)!r}, a whole number was expected.")
+            raise UserError(f"{where}: {column} is {brief(value)!r}, a whole number was expected.")
         table[cell] = int(value)
     return table
 
@@ -196,7 +197,7 @@ def read_rows(path: str | Path, file: BinaryIO | None = None) -> tuple[dict, lis
     found = rows.read(path, file)
     header = found.pop(0) if found and "format" in found[0] else {}
     if header and header["format"] != FORMAT:
-        raise UserError(f"{path}: its format is {shown(header['format'])}, {FORMAT} was expected.")
+        raise UserError(f"{path}: its format is {brief(header['format'])}, {FORMAT} was expected.")
     for key in (*SAE_KEYS, "kind", "judge"):
         if not isinstance(header.get(key), str | None):
             raise UserError(f"{path}: {key} in its first line must be text.")
@@ -226,7 +227,7 @@ def feature_index(path: Path, number: int, row: dict) -> int:
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 10**9:
         raise UserError(
-            f"{path}: row {number} has no feature index (`feature` or `index`): {shown(value)!r}."
+            f"{path}: row {number} has no feature index (`feature` or `index`): {brief(value)!r}."
         )
     return value
 
@@ -241,7 +242,7 @@ def stated_sae(path: Path, header: dict, rows: list[dict]) -> dict[str, str | No
         if "modelId" in row and "layer" in row
     }
     if len(sources) > 1:
-        some = shown(", ".join(sorted(map("/".join, sources))))
+        some = brief(", ".join(sorted(map("/".join, sources))))
         raise UserError(
             f"{path}: describes features of several SAEs, {some}; "
             "labelling reads one, name one of them with --source."
@@ -288,12 +289,6 @@ def described(table: Labels) -> dict:
     )
 
 
-def shown(text: object) -> str:
-    """Foreign text for a terminal: control characters as escapes, at most 200 characters."""
-    cut = str(text)[:200]
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
-
-
 def _matches(path: Path, stated: dict, sae: JumpReLUSAE, assume_match: bool) -> bool:
     """Whether the file states this SAE: by hash where both have one, else by repository and id."""
     ours = dict(sae=sae.source, sae_id=sae.sae_id, sae_sha256=sae.sha256)
@@ -315,7 +310,7 @@ def _matches(path: Path, stated: dict, sae: JumpReLUSAE, assume_match: bool) -> 
     if not same:
         both = hashed and sae.sha256
         digests = f" (sha256 {hashed[:12]}, {sae.sha256[:12]} in use)" if both else ""
-        theirs = shown(_name(stated))
+        theirs = brief(_name(stated))
         raise UserError(
             f"{path}: belongs to the SAE {theirs}, the run's is {_name(ours)}{digests}."
         )

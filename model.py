@@ -11,13 +11,13 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -25,9 +25,10 @@ from torch.utils.checkpoint import checkpoint
 from data import Packed, pack
 from kernels import attention
 from kernels.attention import Bucket
-from kernels.logps import token_logps
+from kernels.logps import all_logits, token_logps
 from kernels.pointwise import at_least_float32, geglu, linear, rms_norm, softcap
 from runtime.sources import UserError, fetch, read_json
+from runtime.weights import Rename, read_weights
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 LARGEST_SOFTCAP = 80.0  # attention.plain and logps exponentiate capped scores as they are
@@ -35,8 +36,11 @@ LARGEST_SOFTCAP = 80.0  # attention.plain and logps exponentiate capped scores a
 
 @dataclass(frozen=True)
 class Gemma2Config:
-    """Names as in config.json. layer_types: SLIDING or FULL per block; None means SLIDING on even
-    blocks.
+    """Names as in config.json. Gemma 3 (model_type gemma3_text) differs by values alone.
+
+    layer_types: SLIDING or FULL per block; None means the family's pattern.
+    rope_theta: of FULL blocks. rope_local_base_freq: of SLIDING ones; None means the same.
+    rope_factor: FULL blocks divide their angles by it (4B and larger Gemma 3).
     """
 
     vocab_size: int
@@ -51,58 +55,57 @@ class Gemma2Config:
     attn_logit_softcapping: float | None = 50.0
     final_logit_softcapping: float | None = 30.0
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    rope_theta: float = 10_000.0
+    rope_local_base_freq: float | None = None
+    rope_factor: float = 1.0
     max_position_embeddings: int = 8192
     layer_types: tuple[str, ...] | None = None
     initializer_range: float = 0.02
+    model_type: str = "gemma2"
 
     def __post_init__(self):
-        """Fill in layer_types. Raises UserError for values that no Gemma-2 has."""
+        """Fill in layer_types. Raises UserError for values that no such model has."""
         for field in dataclasses.fields(self):
-            if field.name != "layer_types":
+            if field.name not in ("layer_types", "model_type"):
                 _check_number(field, getattr(self, field.name))
         if self.head_dim % 2:
-            raise UserError(
-                f"config: head_dim is {self.head_dim}; rotary embedding needs an even number."
-            )
+            raise UserError(f"config: head_dim is {self.head_dim}, an even number was expected.")
         for cap in (self.attn_logit_softcapping, self.final_logit_softcapping):
             if cap and cap > LARGEST_SOFTCAP:
                 raise UserError(f"config: a softcap of {cap}; Gemma-2 has 50 and 30.")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                "config: num_attention_heads must be a multiple of num_key_value_heads."
-            )
+            raise UserError("config: num_key_value_heads must divide num_attention_heads.")
 
-        n = self.num_hidden_layers
-        types = self.layer_types or [(SLIDING, FULL)[i % 2] for i in range(n)]
+        n, every = self.num_hidden_layers, 6 if self.qk_norm else 2
+        types = self.layer_types or [SLIDING if (i + 1) % every else FULL for i in range(n)]
         if len(types) != n or any(t not in (SLIDING, FULL) for t in types):
             raise UserError(f"config: layer_types must name {n} blocks as {SLIDING} or {FULL}.")
         object.__setattr__(self, "layer_types", tuple(types))
 
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normed per head, as Gemma 3's are."""
+        return self.model_type == "gemma3_text"
+
     @classmethod
     def from_json(cls, path: Path) -> "Gemma2Config":
-        """Read config.json as transformers 4 or 5 writes it. Raises UserError for any other
-        architecture.
+        """Read config.json as transformers 4 or 5 writes it; of a multimodal one its text part.
+
+        Raises UserError for any other architecture.
         """
         try:
             raw = read_json(path)
-            rope = raw.get("rope_parameters") or {}
-            rope_type = rope.get("rope_type", "default")
-        except (OSError, ValueError, AttributeError) as e:
+            if raw.get("model_type") == "gemma3":
+                raw = {"model_type": "gemma3_text"} | raw["text_config"]
+            for key, allowed in ONLY.items():
+                if not isinstance(raw.get(key), str | bool | None) or raw.get(key) not in allowed:
+                    raise UserError(f"{path}: {key} is {raw.get(key)!r}; only Gemma 2 and 3 load.")
+            raw = (GEMMA3 if raw["model_type"] == "gemma3_text" else {}) | raw
+            rope = _rope(raw)
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
             raise UserError(f"{path}: a config.json was expected ({e}).") from e
-        for key, allowed in ONLY.items():
-            if not isinstance(raw.get(key), str | bool | None) or raw.get(key) not in allowed:
-                raise UserError(
-                    f"{path}: {key} is {raw.get(key)!r}; this forward knows only Gemma-2's."
-                )
-        if rope_type != "default":
-            raise UserError(
-                f"{path}: rope_type is {rope_type!r}; this forward knows only 'default'."
-            )
 
-        known = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
-        if "rope_theta" in rope:
-            known["rope_theta"] = rope["rope_theta"]
+        known = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw} | rope
         try:
             return cls(**known)
         except TypeError as e:
@@ -111,15 +114,20 @@ class Gemma2Config:
     def to_json(self, path: Path, dtype: torch.dtype) -> None:
         """Write config.json with the keys of both transformers styles."""
         name = str(dtype).removeprefix("torch.")
+        rope = {"rope_type": "default", "rope_theta": self.rope_theta}
+        if self.qk_norm:
+            local = {"rope_type": "default", "rope_theta": self.rope_local_base_freq}
+            if self.rope_factor != 1:
+                rope |= {"rope_type": "linear", "factor": self.rope_factor}
+            rope = {FULL: rope, SLIDING: local}
         raw = dataclasses.asdict(self) | {
-            "architectures": ["Gemma2ForCausalLM"],
-            "model_type": "gemma2",
+            "architectures": ["Gemma3ForCausalLM" if self.qk_norm else "Gemma2ForCausalLM"],
             "hidden_act": "gelu_pytorch_tanh",
             "hidden_activation": "gelu_pytorch_tanh",
             "attention_bias": False,
             "attention_dropout": 0.0,
             "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "rope_parameters": rope,
             "bos_token_id": 2,
             "eos_token_id": 1,
             "pad_token_id": 0,
@@ -129,14 +137,42 @@ class Gemma2Config:
         path.write_text(json.dumps(raw, indent=2) + "\n")
 
 
-ONLY = {  # keys of config.json -> the values that this forward implements; None: the key is absent
-    "model_type": {"gemma2"},
+ONLY = {  # keys of config.json -> the values that this forward computes; None: the key is absent
+    "model_type": {"gemma2", "gemma3_text"},
     "hidden_activation": {"gelu_pytorch_tanh", None},
     "attention_bias": {False, None},
     "tie_word_embeddings": {True, None},
     "use_bidirectional_attention": {False, None},
-    "rope_scaling": {None},
 }
+GEMMA3 = dict(  # what a config.json of Gemma 3 leaves out, as transformers fills it in
+    vocab_size=262_208,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=256,
+    query_pre_attn_scalar=256,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+    rope_theta=1_000_000.0,
+    rope_local_base_freq=10_000.0,
+    max_position_embeddings=131_072,
+)
+
+
+def _rope(raw: dict) -> dict:
+    """The rotary settings of a config.json: one base, or in Gemma 3 one for each kind of block."""
+    given = raw.get("rope_parameters") or {}
+    full, local = given.get(FULL, given), given.get(SLIDING, {})
+    scaling = raw.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", full.get("rope_type", "default"))
+    linear = kind == "linear" and raw["model_type"] == "gemma3_text"
+    if not linear and (scaling or kind != "default"):
+        raise ValueError(f"rope_scaling or rope_type {kind!r}")
+    if local.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_type {local['rope_type']!r}")
+    found = dict(rope_theta=full.get("rope_theta"), rope_local_base_freq=local.get("rope_theta"))
+    if linear:
+        found["rope_factor"] = scaling.get("factor", full.get("factor"))
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _check_number(field: dataclasses.Field, value: object) -> None:
@@ -146,50 +182,45 @@ def _check_number(field: dataclasses.Field, value: object) -> None:
     if not isinstance(value, number) or isinstance(value, bool) or not 0 < value < math.inf:
         raise UserError(f"config: {field.name} is {value!r}, a positive number was expected.")
     if number is int and value > (1024 if field.name == "num_hidden_layers" else 1 << 24):
-        raise UserError(f"config: {field.name} is {value}, more than any Gemma-2 has; not loaded.")
+        raise UserError(f"config: {field.name} is {value}, more than any Gemma has; not loaded.")
 
 
-_SHARED = dict(vocab_size=256_000, head_dim=256, query_pre_attn_scalar=256)
-PUBLISHED = {  # google/gemma-2-{2b,9b,27b}[-it]
-    "gemma-2-2b": Gemma2Config(
-        **_SHARED,
-        hidden_size=2304,
-        intermediate_size=9216,
-        num_hidden_layers=26,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-    ),
-    "gemma-2-9b": Gemma2Config(
-        **_SHARED,
-        hidden_size=3584,
-        intermediate_size=14336,
-        num_hidden_layers=42,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-    ),
-    "gemma-2-27b": Gemma2Config(
-        **_SHARED | dict(head_dim=128, query_pre_attn_scalar=144),
-        hidden_size=4608,
-        intermediate_size=36864,
-        num_hidden_layers=46,
-        num_attention_heads=32,
-        num_key_value_heads=16,
-    ),
+def _gemma2(hidden, intermediate, layers, heads, kv_heads, head_dim=256, scalar=256):
+    sizes = hidden, intermediate, layers, heads, kv_heads, head_dim, scalar
+    return Gemma2Config(256_000, *sizes)
+
+
+def _gemma3(hidden, intermediate, layers, heads, kv_heads, head_dim=256, scalar=256, **more):
+    sizes = hidden, intermediate, layers, heads, kv_heads, head_dim, scalar
+    names = [field.name for field in dataclasses.fields(Gemma2Config)][1:8]
+    own = dict(zip(names, sizes, strict=True)) | more
+    return Gemma2Config(**GEMMA3 | own, model_type="gemma3_text")
+
+
+_SMALL = dict(vocab_size=262_144, sliding_window=512, max_position_embeddings=32_768)
+_LARGE = dict(sliding_window=1024, rope_factor=8.0)
+PUBLISHED = {  # google/gemma-2-{2b,9b,27b}[-it], google/gemma-3-{270m,1b,4b,12b,27b}-{pt,it}
+    "gemma-2-2b": _gemma2(2304, 9216, 26, 8, 4),
+    "gemma-2-9b": _gemma2(3584, 14336, 42, 16, 8),
+    "gemma-2-27b": _gemma2(4608, 36864, 46, 32, 16, head_dim=128, scalar=144),
+    "gemma-3-270m": _gemma3(640, 2048, 18, 4, 1, **_SMALL),
+    "gemma-3-1b": _gemma3(1152, 6912, 26, 4, 1, **_SMALL),
+    "gemma-3-4b": _gemma3(2560, 10240, 34, 8, 4, **_LARGE),
+    "gemma-3-12b": _gemma3(3840, 15360, 48, 16, 8, **_LARGE),
+    "gemma-3-27b": _gemma3(5376, 21504, 62, 32, 16, head_dim=128, scalar=168, **_LARGE),
 }
 
 
 # --- what the blocks share ------------------------------------------------------------------------
 
-Attend = Callable[
-    ["Attention", Tensor, Tensor, Tensor], Tensor
-]  # (block, q, k, v) -> out, all [T, heads, hd]
+# (block, q, k, v) -> out, all [T, heads, hd]
+Attend = Callable[["Attention", Tensor, Tensor, Tensor], Tensor]
 
 
 class Plan(NamedTuple):
     """What every block needs to know of a stream; made once per forward by Gemma2.plan."""
 
-    cos: Tensor  # float32 [T, 1, head_dim / 2]
-    sin: Tensor  # float32 [T, 1, head_dim / 2]
+    angles: dict[str, tuple[Tensor, Tensor]]  # by layer type: cos and sin, float32 [T, 1, hd / 2]
     attend: Attend
 
 
@@ -217,9 +248,7 @@ class Flexible(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """y = x / rms(x) · (1 + weight), in float32; the product is cast to the weights' dtype last, as
-    Gemma does.
-    """
+    """y = x / rms(x) · (1 + weight) in float32, cast to the weights' dtype last, as Gemma does."""
 
     def __init__(self, d: int, eps: float):
         super().__init__()
@@ -241,9 +270,7 @@ class Linear(nn.Linear):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [T, heads, head_dim]: component i turns with component i + head_dim /
-    2.
-    """
+    """Rotary embedding of x [T, heads, hd]: component i turns with component i + hd / 2."""
     a, b = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -254,22 +281,29 @@ class Attention(nn.Module):
         c = config
         self.index = index  # of the block, where the generation cache keeps its keys and values
         self.head_dim = c.head_dim
-        self.window = c.sliding_window if c.layer_types[index] == SLIDING else None
+        self.layer_type = c.layer_types[index]
+        self.window = c.sliding_window if self.layer_type == SLIDING else None
         self.scale, self.softcap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
         self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
         self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
         self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.qk_norm = c.qk_norm
 
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
         T, hd = len(x), self.head_dim
         q = self.q_proj(x).view(T, -1, hd)  # [T, d] -> [T, H, hd]
         k = self.k_proj(x).view(T, -1, hd)  # [T, d] -> [T, KV, hd]
         v = self.v_proj(x).view(T, -1, hd)  # [T, d] -> [T, KV, hd]
-        q = rotate(q, plan.cos, plan.sin)
-        k = rotate(k, plan.cos, plan.sin)
-        # softmax(c tanh(s q kᵀ / c)) v over the keys that a position may see, G = H / KV query
-        # heads to a key head
+        if self.qk_norm:  # Gemma 3
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = plan.angles[self.layer_type]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        # softmax(c tanh(s q kᵀ / c)) v over the keys that a position may see; H / KV query heads
+        # share a key head
         out = plan.attend(self, q, k, v)  # [T, H, hd]
         return self.o_proj(out.reshape(T, -1))  # [T, H hd] -> [T, d]
 
@@ -284,9 +318,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(
-            geglu(self.gate_proj(x), self.up_proj(x))
-        )  # [T, d] -> [T, ffn] -> [T, d]
+        gated = geglu(self.gate_proj(x), self.up_proj(x))  # [T, d] -> [T, ffn]
+        return self.down_proj(gated)  # [T, ffn] -> [T, d]
 
 
 class Block(nn.Module):
@@ -333,11 +366,10 @@ class Gemma2(nn.Module):
     def __init__(self, config: Gemma2Config):
         super().__init__()
         self.config = config
-        self.source, self.revision = (
-            None,
-            None,
-        )  # where the weights came from, set by from_pretrained
-        self.folder = None  # Path of the loaded checkpoint, for its tokenizer
+        # Where the weights came from; from_pretrained sets them.
+        self.source: str | None = None
+        self.revision: str | None = None  # commit of a Hub download
+        self.folder: Path | None = None
         # Activation checkpointing: keep a block's input alone, run the block again in the backward.
         self.recompute = False
         self.model = Body(config)
@@ -355,15 +387,20 @@ class Gemma2(nn.Module):
                 nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
 
     def plan(self, packed: Packed, attend: Attend | None = None) -> Plan:
-        """Rotary angles of a stream, and how its blocks attend; None: among the stream's own
-        positions.
-        """
+        """Rotary angles of a stream, and how its blocks attend: None for within the stream."""
         c, device = self.config, packed.position.device
         exponent = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim
-        angle = packed.position[:, None, None] * c.rope_theta**-exponent  # [T, 1, hd / 2]
         # Angles are float32 always; float64 weights (tests) take the cosines of those same angles.
-        angle = angle.to(at_least_float32(self.model.norm.weight.dtype))
-        return Plan(angle.cos(), angle.sin(), attend or self.attend(packed))
+        dtype = at_least_float32(self.model.norm.weight.dtype)
+        angles = {}
+        for kind, theta, factor in (
+            (FULL, c.rope_theta, c.rope_factor),
+            (SLIDING, c.rope_local_base_freq or c.rope_theta, 1.0),
+        ):
+            frequency = theta**-exponent / factor
+            angle = (packed.position[:, None, None] * frequency).to(dtype)  # [T, 1, hd / 2]
+            angles[kind] = angle.cos(), angle.sin()
+        return Plan(angles, attend or self.attend(packed))
 
     def attend(self, packed: Packed) -> Attend:
         """Attention among the positions of a stream, by the kernel that its device runs best."""
@@ -374,53 +411,39 @@ class Gemma2(nn.Module):
         return Flexible(attention.block_mask(*tree, window), attention.block_mask(*tree, None))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """int64 [T] -> residual stream [T, d]. The scale sqrt(d) is rounded to the weights' dtype,
-        as Gemma's is.
-        """
-        weight = self.model.embed_tokens.weight
-        scale = torch.tensor(math.sqrt(self.config.hidden_size), dtype=weight.dtype)
-        x = (
-            self.model.embed_tokens(tokens) * scale.item()
-        )  # made on the CPU, so that no GPU is waited for
+        """Token ids int64 [T] -> residual stream [T, d]."""
+        dtype = self.model.embed_tokens.weight.dtype
+        # Gemma rounds sqrt(d) to the weights' dtype. On the CPU, so that no GPU is waited for.
+        scale = torch.tensor(math.sqrt(self.config.hidden_size), dtype=dtype).item()
+        x = self.model.embed_tokens(tokens) * scale
         return x.to(at_least_float32(x.dtype))
 
     def blocks(self, x: Tensor, plan: Plan, start: int = 0, stop: int | None = None) -> Tensor:
         """Run blocks start..stop-1 on the residual stream [T, d]."""
         for block in self.model.layers[start:stop]:
-            x = (
-                checkpoint(block, x, plan, use_reentrant=False)
-                if self.recompute
-                else block(x, plan)
-            )
+            if self.recompute:
+                x = checkpoint(block, x, plan, use_reentrant=False)
+            else:
+                x = block(x, plan)
         return x
 
     def final_norm(self, x: Tensor) -> Tensor:
         return self.model.norm(x)
 
     def logps(self, x: Tensor, packed: Packed) -> Tensor:
-        """Normed states [T, d] of a packed stream -> log-probability of each of its targets,
-        float32 [N].
-        """
+        """Normed states [T, d] of a packed stream -> log-probability of each target [N]."""
         head = self.model.embed_tokens.weight
         device = head.device.type
-        if torch.is_autocast_enabled(
-            device
-        ):  # the largest product of all, also under float32 masters (--full)
+        if torch.is_autocast_enabled(device):  # float32 masters (--full) multiply in bfloat16 here
             head = head.to(torch.get_autocast_dtype(device))
         cap = self.config.final_logit_softcapping
         return token_logps(x[packed.source], head, packed.target, cap)  # [T, d] -> [N, d] -> [N]
 
     def head(self, x: Tensor) -> Tensor:
-        """Normed states [N, d] -> softcapped logits float32 [N, V], all of V; training takes logps
-        instead.
-        """
-        weight = self.model.embed_tokens.weight
-        if weight.dtype == torch.bfloat16 and weight.is_cuda:
-            logits = torch.mm(x.to(weight.dtype), weight.T, out_dtype=torch.float32)
-        else:
-            dtype = at_least_float32(weight.dtype)
-            logits = linear(x.to(dtype), weight.to(dtype))
-        return softcap(logits, self.config.final_logit_softcapping)
+        """Normed states [N, d] -> softcapped logits float32 [N, V]; training takes logps."""
+        return softcap(
+            all_logits(x, self.model.embed_tokens.weight), self.config.final_logit_softcapping
+        )
 
     def forward(self, packed: Packed, attend: Attend | None = None) -> Tensor:
         """Normed final states [T, d] of a packed stream. attend: see plan."""
@@ -437,51 +460,40 @@ class Gemma2(nn.Module):
     def from_pretrained(
         cls, source: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> "Gemma2":
-        """Load an HF folder or Hub repository (owner/name@revision): config.json and safetensors,
-        strictly.
+        """Load a Hugging Face folder or Hub repository, config.json and safetensors, strictly.
 
         The weights come frozen (requires_grad False). Raises UserError naming the file for a
         missing or truncated shard, and the tensor for a wrong name or shape.
         """
-        patterns = [
-            "config.json",
-            "*.safetensors",
-            "model.safetensors.index.json",
-            "tokenizer*.json",
-        ]
+        patterns = ["config.json", "*.safetensors", "*.index.json", "tokenizer*.json", "*.jinja"]
         folder, commit = fetch(source, "model", patterns)
         config = Gemma2Config.from_json(folder / "config.json")
         with torch.device("meta"):
             model = cls(config)
 
+        rename = text_name if config.qk_norm else str
         state = {}
-        for shard in _shards(folder):
-            state.update(_read(shard, dtype, device))
-        head = state.pop(
-            "lm_head.weight", None
-        )  # tied: published checkpoints leave it out, some repeat it
-        if head is not None and not torch.equal(
-            head, state.get("model.embed_tokens.weight", head[:0])
-        ):
-            raise UserError(
-                f"{folder}: lm_head.weight differs from the embedding; Gemma-2 ties the two."
-            )
+        for shard in _shards(folder, rename):
+            state.update(read_weights(shard, rename, dtype, device))
+        # The head is tied to the embedding: published checkpoints leave it out, some repeat it.
+        head = state.pop("lm_head.weight", None)
+        embedding = state.get("model.embed_tokens.weight")
+        if head is not None and (embedding is None or not torch.equal(head, embedding)):
+            raise UserError(f"{folder}: lm_head.weight differs from the embedding, its twin.")
 
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        for name in sorted(expected.keys() | found.keys()):
-            ours, theirs = expected.get(name, "nothing"), found.get(name, "nothing")
+        held = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        for name in sorted(expected.keys() | held.keys()):
+            ours, theirs = expected.get(name, "nothing"), held.get(name, "nothing")
             if ours != theirs:
-                raise UserError(
-                    f"{folder}: tensor {name}: config.json asks for {ours}, the file has {theirs}."
-                )
+                found = f"config.json asks for {ours}, the file has {theirs}"
+                raise UserError(f"{folder}: tensor {name}: {found}.")
         model.load_state_dict(state, strict=True, assign=True)
         model.source, model.revision, model.folder = str(source), commit, folder
         return model.requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-        """Write config.json and model.safetensors as transformers reads them (the tied head is not
-        repeated).
+        """Write config.json and model.safetensors as transformers reads them.
 
         state: the weights, where the model's own are spread over processes (ranks.gather).
         """
@@ -493,26 +505,26 @@ class Gemma2(nn.Module):
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _shards(folder: Path) -> list[Path]:
+def text_name(name: str) -> str:
+    """The name here of a tensor of a multimodal Gemma 3; "" for the vision tower's."""
+    if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name):
+        return ""
+    if name.endswith("lm_head.weight"):
+        return "lm_head.weight"
+    return re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", name)
+
+
+def _shards(folder: Path, rename: Rename) -> list[Path]:
+    """The files that hold a tensor to read."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
     try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        weights = read_json(index)["weight_map"].items()
+        names = sorted({shard for name, shard in weights if rename(name)})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"{index}: not an index of safetensors shards ({e!r}).") from e
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{index}: shard name {name!r} leaves the folder.")
     return [folder / name for name in names]
-
-
-def _read(shard: Path, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    if not shard.exists():
-        raise UserError(f"{shard}: this safetensors file is missing.")
-    try:
-        with safe_open(shard, framework="pt", device="cpu") as f:
-            names = list(f.keys())
-            return {name: f.get_tensor(name).to(device=device, dtype=dtype) for name in names}
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{shard}: not a whole safetensors file ({e}).") from e

@@ -5,10 +5,8 @@ new_policy.
 """
 
 import json
-import os
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +24,8 @@ from kernels.cache import Cache
 from model import Gemma2, Plan
 from runtime import ranks
 from runtime.device import Device, resolve_device
-from runtime.folder import code_revision, writable, writing
+from runtime.folder import code_revision
+from runtime.output import replacing, writable
 from runtime.ranks import Ranks
 from runtime.sources import UserError, fetch, local, sha256, split_revision
 
@@ -85,8 +84,7 @@ class Policy(NamedTuple):
         return self.device.autocast()
 
     def streams(self, pairs: list[Pair], what: str | None = None) -> Iterator[Stream]:
-        """Walk pairs a micro-batch at a time. what: shown with the progress; None: no progress is
-        shown.
+        """Walk pairs a micro-batch at a time. what: shown with the progress; None: none is shown.
 
         The caller enters autocast for its own products; the stream x is computed under it here.
         """
@@ -103,8 +101,7 @@ class Policy(NamedTuple):
     def eval_pairs(
         self, source: str | None = None, limit: int | None = None, split: str = "test"
     ) -> tuple[list[Pair], str]:
-        """The pairs to evaluate on, and the name of where they come from: `source`, or the run's
-        evaluation data.
+        """The pairs of `source`, or of the run's evaluation data, and the name of where they are.
 
         A source given for the purpose need not call its rows a test split: without one, all of it
         is used. Raises UserError where there is nothing to evaluate on.
@@ -115,9 +112,7 @@ class Policy(NamedTuple):
         if not pairs and given:
             pairs = read_pairs(name, self.tokenizer, self.run, None)
         if not pairs:
-            raise UserError(
-                f"--data {name}: it has no {split} split; name the data to evaluate on."
-            )
+            raise UserError(f"--data {name}: has no {split} split; name the data to evaluate on.")
         return pairs[:limit], split_revision(name)[0]
 
 
@@ -129,9 +124,8 @@ def load_base(model: str | Path, dtype: torch.dtype, device: str) -> tuple[Gemma
     base = Gemma2.from_pretrained(model, dtype, device)
     tokenizer = data.load_tokenizer(base.folder)
     if tokenizer.get_vocab_size(with_added_tokens=True) > base.config.vocab_size:
-        raise UserError(
-            f"--model {model}: its tokenizer knows more tokens than its embedding has rows."
-        )
+        more = "its tokenizer knows more tokens than its embedding has rows"
+        raise UserError(f"--model {model}: {more}.")
     return base, tokenizer
 
 
@@ -187,14 +181,14 @@ def identity(policy: Policy) -> dict:
 
 @torch.no_grad()
 def greedy(
-    model: SteeredModel | Unsteered, tokenizer: Tokenizer, prompt: list[int], most: int = 96
+    policy: Policy, prompt: list[int], most: int, tick: Callable[[], object] = lambda: None
 ) -> str:
-    """A model's likeliest answer to a prompt that ends after a user turn (Pair.prompt), of at most
-    so many tokens.
+    """The likeliest answer to a prompt that ends after a user turn (Pair.prompt).
 
-    The plain loop; generation/ has batches, sampling and chat.
+    most: tokens at most. tick: called after each. The plain loop; generation/ has batches, sampling
+    and chat.
     """
-    base = model.model
+    model, base, tokenizer = policy.model, policy.base, policy.tokenizer
     stops = tokenizer.token_to_id("<end_of_turn>"), tokenizer.token_to_id("<eos>")
     tokens, new = [*prompt, *data.header_ids(tokenizer)], []
     room = min(most, base.config.max_position_embeddings - len(tokens))
@@ -204,6 +198,7 @@ def greedy(
     while len(new) < room:
         last = model.states(packed, attend).hidden[-1:]  # [1, d]
         new.append(int(base.head(last).argmax()))
+        tick()
         if new[-1] in stops:
             break
         position, attend = cache.step()
@@ -270,21 +265,16 @@ def save(out: Path, policy: Policy, who: Ranks) -> None:
     if not isinstance(policy.model, Unsteered):
         with ranks.whole(policy.model.adapter):
             if who.first:
-                with writing(out):
-                    policy.model.adapter.save_pretrained(out / "adapter", identity(policy))
+                policy.model.adapter.save_pretrained(out / "adapter", identity(policy))
         return
 
     state = ranks.gather(policy.base, who)
     if who.first:
-        part = out / "model.part"
-        with writing(out):
-            shutil.rmtree(part, ignore_errors=True)
+        with replacing(out / "model") as part:
             policy.base.save_pretrained(part, state)
             for path in policy.base.folder.iterdir():
                 if path.name in TOKENIZER_FILES:
                     shutil.copyfile(path, part / path.name)
-            shutil.rmtree(out / "model", ignore_errors=True)
-            os.replace(part, out / "model")
 
 
 # --- a run to read --------------------------------------------------------------------------------
@@ -364,10 +354,8 @@ def _recorded(path: Path) -> Recorded:
 
 def _with_identity(recorded: Recorded, identity: dict) -> Recorded:
     """What an adapter file says about where it belongs goes before what the run's settings say."""
-    named = re.match(
-        r"layer_(\d+)/", identity.get("sae_id") or ""
-    )  # the authors' files state the layer only so
-    layer = int(named[1]) if named else recorded.layer
+    layer = saes.layer_of(identity.get("sae_id"))  # the authors' files state it only so
+    layer = recorded.layer if layer is None else layer
     if identity.get("layer") is not None:
         layer = identity["layer"]
     return recorded._replace(
@@ -429,7 +417,6 @@ def described_run(policy: Policy, source: str, pairs: list[Pair], labels: list[d
 def adapter_sha256(folder: Path | None) -> str | None:
     """Of the weights in an adapter's or a run's folder; None where it holds none."""
     names = [weights for _, weights in ADAPTER_FILES]
-    places = (
-        [where / name for where in (folder / "adapter", folder) for name in names] if folder else []
-    )
+    folders = (folder / "adapter", folder) if folder else ()
+    places = [place / name for place in folders for name in names]
     return next((sha256(path) for path in places if path.is_file()), None)

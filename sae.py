@@ -3,9 +3,10 @@
     f = JumpReLU_θ(x W_enc + b_enc),  JumpReLU_θ(z) = z · 1[z > θ]      x [T, d] -> f [T, F]
     x̂ = f W_dec + b_dec                                                 f [T, F] -> x̂ [T, d]
 
-Read from GemmaScope's params.npz or SAELens's folder.
+Read from GemmaScope's params.npz, Gemma Scope 2's params.safetensors or SAELens's folder.
 """
 
+import json
 import math
 import re
 import struct
@@ -15,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from runtime.sources import UserError, fetch, list_files, local, read_json, sha256
+from runtime.sources import UserError, fetch, list_files, local, read_json, sha256, split_revision
+from runtime.weights import check_weights, read_weights
 
 ARRAYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 # What zipfile raises on unsupported or damaged archives.
@@ -75,34 +77,34 @@ class JumpReLUSAE(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> "JumpReLUSAE":
-        """Load from `tiny`, a params.npz, a folder, or a Hub repository with sae_id the folder
-        within it.
+        """Load from `tiny`, a file, a folder, or a Hub repository with sae_id the folder within it.
 
-        Raises UserError for an unknown id, a pickled object, a wrong shape, or an architecture
-        other than jumprelu.
+        Raises UserError for an unknown id, a pickled object, a wrong shape, or anything that is not
+        a JumpReLU SAE of the residual stream.
         """
         if sae_id is not None and (Path(sae_id).is_absolute() or ".." in Path(sae_id).parts):
             raise UserError(f"--sae-id {sae_id}: must be a path inside the SAE repository.")
         if str(source) == "tiny":
             sae_id = sae_id or only_id(local(source, "sae"))
         prefix = f"{sae_id}/" if sae_id else ""
-        names = ("params.npz", "cfg.json", "sae_weights.safetensors")
+        names = [name for files in READERS for name in files]
         root, commit = fetch(source, "sae", [prefix + name for name in names])
         folder = root / sae_id if sae_id else root
         if root.is_file():
             file, arrays = root, read_npz(root)
-        elif (folder / "params.npz").is_file():
-            file, arrays = folder / "params.npz", read_npz(folder / "params.npz")
-        elif (folder / "cfg.json").is_file():
-            file, arrays = folder / "sae_weights.safetensors", read_saelens(folder)
         else:
-            named = f"--sae-id {sae_id}" if sae_id else "the folder"
-            raise UserError(
-                f"--sae {source}: {named} holds neither {names[0]} nor {names[1]} + {names[2]}."
-            )
-        arrays = {
-            name: torch.as_tensor(a).to(device=device, dtype=dtype) for name, a in arrays.items()
-        }
+            there = (files for files in READERS if (folder / files[-1]).is_file())
+            files = next(there, None)
+            if files is None:
+                named = f"--sae-id {sae_id}" if sae_id else "the folder"
+                known = ", ".join(" + ".join(reversed(files)) for files in READERS)
+                raise UserError(f"--sae {source}: {named} holds none of {known}.")
+            file = folder / files[0]
+            arrays = READERS[files](file)
+        arrays = {name: torch.as_tensor(array) for name, array in arrays.items()}
+        for name, array in arrays.items():
+            check_weights(file, name, array)
+        arrays = {name: array.to(device=device, dtype=dtype) for name, array in arrays.items()}
         sae = cls(arrays, str(source), sae_id, sha256(file))
         sae.revision = commit
         return sae
@@ -142,7 +144,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                 unpacked += math.prod(shape) * dtype.itemsize
             if unpacked > 20 * path.stat().st_size + 65_536:
                 raise UserError(
-                    f"{path}: would unpack to {unpacked:,} bytes, over 20 times its size."
+                    f"{path}: would unpack to {unpacked:,} bytes, 20 times its size; not loaded."
                 )
             arrays = {}
             for name in ARRAYS:
@@ -156,33 +158,58 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: not a readable npz of {', '.join(ARRAYS)} ({why}).") from e
 
 
-def read_saelens(folder: Path) -> dict[str, Tensor]:
-    """The same arrays from SAELens's cfg.json + sae_weights.safetensors (architecture jumprelu).
+def read_saelens(path: Path) -> dict[str, Tensor]:
+    """The same arrays from SAELens's sae_weights.safetensors and the cfg.json beside it.
 
-    Raises UserError for any setting under which SAELens would compute something else than this file
-    does.
+    Raises UserError for any setting under which SAELens would compute something else.
     """
-    path = folder / "sae_weights.safetensors"
+    cfg = _settings(path.parent / "cfg.json", architecture="jumprelu")
+    for key in ("normalize_activations", "reshape_activations"):
+        if cfg.get(key, "none") != "none":
+            raise UserError(f"{path.parent}/cfg.json: {key} is {cfg[key]!r}, 'none' was expected.")
+    arrays = _tensors(path, {name: name for name in ARRAYS})
+    if cfg.get("apply_b_dec_to_input", True):  # SAELens's default: (x - b_dec) W_enc + b_enc
+        arrays["b_enc"] = arrays["b_enc"] - arrays["b_dec"] @ arrays["W_enc"]
+    return arrays
+
+
+def read_gemmascope2(path: Path) -> dict[str, Tensor]:
+    """The same arrays from Gemma Scope 2's params.safetensors and the config.json beside it.
+
+    Raises UserError for what is no SAE of a block's output: transcoders, attention, MLP.
+    """
+    cfg = _settings(path.parent / "config.json", architecture="jump_relu")
+    place = cfg.get("hf_hook_point_in")
+    if not re.fullmatch(r"model\.layers\.\d+\.output", str(place)) or cfg.get("hf_hook_point_out"):
+        raise UserError(f"{path.parent}/config.json: reads {place!r}, not a block's output.")
+    return _tensors(path, {name: name.lower() for name in ARRAYS})
+
+
+READERS = {  # (weights, settings beside them) -> how they are read
+    ("params.npz",): read_npz,
+    ("sae_weights.safetensors", "cfg.json"): read_saelens,
+    ("params.safetensors", "config.json"): read_gemmascope2,
+}
+
+
+def _settings(path: Path, architecture: str) -> dict:
     try:
-        cfg = read_json(folder / "cfg.json")
-        if cfg.get("architecture") != "jumprelu":
-            raise UserError(
-                f"{folder}/cfg.json: architecture is {cfg.get('architecture')!r}, not jumprelu."
-            )
-        for key in ("normalize_activations", "reshape_activations"):
-            if cfg.get(key, "none") != "none":
-                raise UserError(
-                    f"{folder}/cfg.json: {key} is {cfg[key]!r}, only 'none' is supported."
-                )
-        with safe_open(path, framework="pt", device="cpu") as f:
-            arrays = {name: f.get_tensor(name) for name in ARRAYS}
-        if cfg.get(
-            "apply_b_dec_to_input", True
-        ):  # SAELens's default: (x - b_dec) W_enc; fold it into b_enc
-            arrays["b_enc"] = arrays["b_enc"] - arrays["b_dec"] @ arrays["W_enc"]
-        return arrays
-    except (OSError, ValueError, SafetensorError) as e:
-        raise UserError(f"{path}: not a readable SAELens SAE ({e}).") from e
+        cfg = read_json(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not readable ({e}).") from e
+    if cfg.get("architecture") != architecture:
+        found = cfg.get("architecture")
+        raise UserError(f"{path}: architecture is {found!r}, {architecture} was expected.")
+    return cfg
+
+
+def _tensors(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
+    """Our names -> tensors of a safetensors file, under the names that it has for them."""
+    found = read_weights(path)
+    missing = sorted(set(names.values()) - set(found))
+    if missing:
+        raise UserError(f"{path}: tensor {missing[0]} is missing.")
+    return {ours: found[theirs] for ours, theirs in names.items()}
 
 
 def save_gemmascope(path: Path, arrays: dict[str, Tensor]) -> None:
@@ -191,40 +218,79 @@ def save_gemmascope(path: Path, arrays: dict[str, Tensor]) -> None:
     np.savez(path, **{name: arrays[name].detach().float().cpu().numpy() for name in ARRAYS})
 
 
+def save_gemmascope2(folder: Path, arrays: dict[str, Tensor], model: str, layer: int) -> None:
+    """Write the five arrays as Gemma Scope 2's params.safetensors and config.json, float32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name.lower(): arrays[name].detach().float().cpu().contiguous() for name in ARRAYS}
+    save_file(tensors, folder / "params.safetensors")
+    place = dict(hf_hook_point_in=f"model.layers.{layer}.output", model_name=model)
+    config = dict(architecture="jump_relu", **place)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 # --- which SAE, where none is named ---------------------------------------------------------------
 
 PAPER_REPO = "google/gemma-scope-2b-pt-res"
 PAPER_L0 = {6: 17, 12: 21, 18: 21, 24: 19}  # average L0 of the paper's SAE at each layer, width 65k
+L0_NAMES = ("small", "medium", "big")  # Gemma Scope 2's, of about 20, 60 and 150
 
 
-def default_id(source: str | Path, layer: int) -> str | None:
+def default_source(model: str) -> str:
+    """The repository of SAEs published for a model. Raises UserError where none is known."""
+    name = split_revision(str(model))[0]
+    if m := re.fullmatch(r"google/gemma-2-(2b|9b|27b)(-it)?", name):
+        return f"google/gemma-scope-{m[1]}-pt-res"
+    if m := re.fullmatch(r"google/gemma-3-(270m|1b|4b|12b|27b)(-it|-pt)?", name):
+        return f"google/gemma-scope-2-{m[1]}{m[2] or '-pt'}"
+    raise UserError(f"--model {model}: no SAE is published under its name; give --sae.")
+
+
+def default_id(source: str | Path, layer: int, width: str | None = None) -> str | None:
     """The SAE of a layer when none was named: the one of lowest average L0, as in the paper.
 
-    Of a Hub repository among those of width 65k, of a local folder with GemmaScope's layer_N/
-    folders among all of that layer. None for another local path.
+    width: as the folders name it; None: 65k, or in a local folder without that any. Returns None
+    for a local path without GemmaScope's names.
     """
     folder = local(source, "sae")
     if folder is not None:
-        return lowest_l0(
-            [p.relative_to(folder).as_posix() for p in folder.glob(f"layer_{layer}/*/*/params.npz")]
-        )
-    if source == PAPER_REPO and layer in PAPER_L0:  # spares a question to the Hub
+        files = [path.relative_to(folder).as_posix() for path in folder.glob("**/params.*")]
+        found = lowest_l0(files, layer, width or "65k")
+        return found or (None if width else lowest_l0(files, layer, None))
+    width = width or "65k"
+    if source == PAPER_REPO and width == "65k" and layer in PAPER_L0:  # spares asking the Hub
         return f"layer_{layer}/width_65k/average_l0_{PAPER_L0[layer]}"
-    prefix = f"layer_{layer}/width_65k/"
-    found = lowest_l0([name for name in list_files(source, "sae") if name.startswith(prefix)])
+    found = lowest_l0(list_files(source, "sae"), layer, width)
     if found is None:
-        raise UserError(f"--layer {layer}: {source} holds no {prefix[:-1]}; give --sae-id.")
+        raise UserError(f"--layer {layer}: {source} holds no SAE of width {width}; give --sae-id.")
     return found
 
 
-def lowest_l0(files: list[str]) -> str | None:
-    """Of files layer_N/width_W/average_l0_K/params.npz the folder of lowest K; None without any."""
-    pattern = re.compile(r"(layer_\d+/[^/]+/average_l0_(\d+))/params\.npz")
-    found = [m for m in map(pattern.fullmatch, files) if m]
-    return min(found, key=lambda m: int(m[2]))[1] if found else None
+SAE_FILE = re.compile(  # GemmaScope's, or Gemma Scope 2's
+    r"(?P<id>layer_(?P<layer>\d+)/width_(?P<width>\w+)/average_l0_(?P<l0>\d+))/params\.npz"
+    r"|(?P<id2>resid_post(_all)?/layer_(?P<layer2>\d+)_width_(?P<width2>[^_]+)_l0_(?P<l02>[a-z]+))"
+    r"/params\.safetensors"
+)
+
+
+def lowest_l0(files: list[str], layer: int, width: str | None) -> str | None:
+    """Of the SAE files of a repository the folder of lowest L0 at a layer; None without any."""
+    found = []
+    for m in filter(None, map(SAE_FILE.fullmatch, files)):
+        second = m["id2"] is not None
+        at, wide = (m["layer2"], m["width2"]) if second else (m["layer"], m["width"])
+        if int(at) == layer and width in (None, wide):
+            l0 = L0_NAMES.index(m["l02"]) if second else int(m["l0"])
+            found.append((l0, m["id2"] or m["id"]))
+    return min(found)[1] if found else None
+
+
+def layer_of(sae_id: str | None) -> int | None:
+    """The block whose output a published SAE reads, as its id says; None where it does not."""
+    m = re.match(r"(?:resid_post(?:_all)?/)?layer_(\d+)[/_]", sae_id or "")
+    return int(m[1]) if m else None
 
 
 def only_id(folder: Path) -> str | None:
     """The SAE of a folder that holds just one."""
-    found = [path.parent for path in folder.glob("layer_*/*/*/params.npz")]
+    found = [path.parent for path in folder.glob("**/params.*")]
     return found[0].relative_to(folder).as_posix() if len(found) == 1 else None

@@ -6,11 +6,16 @@
     torchrun --nproc-per-node 8 train.py ...      # the same run on 8 GPUs; --shard for large models
     python train.py ... --out OUT --resume        # goes on where OUT's last checkpoint is
 
-Deviations from the paper and the authors' code (all of them: docs/paper.md): 1. The headline loss,
-train and eval, is SimPO alone; the L1 penalty is reported beside it. 2. The penalty averages over
-real positions; the authors' also counts padding. 3. Logits are float32 before the log-softmax, and
-the residual stream is float32 throughout. 4. The pairs left over when an epoch does not divide by
---batch-size are left out of it; each shuffle leaves out others.
+Deviations from the paper and the authors' code (all of them: docs/paper.md):
+
+1. The headline loss, train and eval, is SimPO alone; the L1 penalty is reported beside it.
+
+2. The penalty averages over real positions; the authors' also counts padding.
+
+3. Logits are float32 before the log-softmax, and the residual stream is float32 throughout.
+
+4. An epoch whose pairs do not divide by --batch-size leaves the rest out; each shuffle leaves out
+   others.
 """
 
 import functools
@@ -40,9 +45,11 @@ from policy import DEFAULTS, TINY, Policy, greedy, identity, load_preferences, n
 from runtime import cli, ranks
 from runtime.cli import flag
 from runtime.device import DTYPES, Device, peak_memory, resolve_device
-from runtime.folder import Run, choose_out, describe, draw_loss, print_table
+from runtime.folder import Run, choose_out, describe, draw_loss, finished, print_table
+from runtime.messages import shown
 from runtime.ranks import ALONE, Ranks
-from runtime.sources import UserError
+from runtime.sources import UserError, sha256
+from sae import default_source
 from simpo import Means, Scores, Sums
 
 # What --model tiny changes of the defaults below.
@@ -50,15 +57,15 @@ PRESETS = {"tiny": dict(**TINY, lr=2e-3, threshold_lr=0.2, epochs=1, eval_every=
 # Settings that may differ when a run is resumed: they change neither losses nor weights, to float
 # tolerance at most.
 FREE = {"out", "resume", "eval_every", "checkpoint_every", "device", "timeout", "shard"}
-FREE |= {"tokens_per_microbatch"}
+FREE |= {"tokens_per_microbatch", "samples"}
 SCHEDULES = ("cosine", "constant")
-SAMPLES = 2  # prompts answered before and after
+SAMPLE_TOKENS = 96  # of an answer before or after training, at most
 
 
 @dataclass(frozen=True)
 class Settings:
     model: str = flag(DEFAULTS.model, "tiny, a Hugging Face folder, or a Hub id (name@revision)")
-    sae: str = flag(DEFAULTS.sae, "tiny, a params.npz, a folder, or a Hub id")
+    sae: str | None = flag(None, "tiny, a file, a folder, or a Hub id; unset: --model's GemmaScope")
     sae_id: str | None = flag(None, "folder within --sae; unset: the layer's 65k SAE of lowest L0")
     data: str = flag(DEFAULTS.data, "tiny, a parquet or jsonl file, a folder, or a Hub id")
     eval_data: str | None = flag(None, "as --data; unset: the test split of --data")
@@ -85,6 +92,7 @@ class Settings:
     full: bool = flag(False, "train every weight of the model instead of an adapter, without SAE")
     shuffle: bool = flag(True, "a new order each epoch, from --seed; --no-shuffle: file order")
     seed: int = flag(0, "seed of the order of the pairs and of the initial weights")
+    samples: int = flag(2, "prompts answered before and after training; 0: none")
     dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", DTYPES)
     device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
     eval_every: int = flag(200, "steps between evaluations; 0: only at start and end")
@@ -100,29 +108,19 @@ class Settings:
         jumprelu = self.adapter.startswith("jumprelu")
         lr = (2e-7 if self.full else 5e-7) if self.lr is None else self.lr
         defaults = dict(lr=lr, l1=0.0 if jumprelu else 0.02, threshold_lr=1000 * lr)
+        if not (self.sae or self.full):
+            defaults["sae"] = default_source(self.model)
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # so that config.json says what the run used
 
         cli.at_least(self, 1, "epochs", "batch_size", "tokens_per_microbatch", "max_steps")
-        cli.at_least(
-            self,
-            0,
-            "l1",
-            "l0",
-            "beta",
-            "gamma_ratio",
-            "lr",
-            "threshold_lr",
-            "max_grad_norm",
-            "timeout",
-        )
-        cli.at_least(self, 0, "eval_every", "checkpoint_every", "seed", "layer")
+        cli.at_least(self, 0, "l1", "l0", "beta", "gamma_ratio", "lr", "threshold_lr")
+        cli.at_least(self, 0, "max_grad_norm", "timeout", "eval_every", "checkpoint_every")
+        cli.at_least(self, 0, "seed", "layer", "samples")
         cli.at_least(self, 0, "warmup_ratio", "penalty_warmup_ratio", most=1)
         if self.l0 and not jumprelu:
-            raise UserError(
-                f"--l0 {self.l0}: only --adapter jumprelu has a gradient for the L0 penalty."
-            )
+            raise UserError(f"--l0 {self.l0}: only --adapter jumprelu can follow an L0 penalty.")
         if self.full and self.adapter != "relu":
             raise UserError(f"--full and --adapter {self.adapter} exclude each other.")
         for other in ("init_adapter", "mask_features"):
@@ -186,12 +184,12 @@ def micro_batches(pairs: Sequence[Pair], tokens: int, who: Ranks = ALONE) -> lis
 
 
 def backward(model: nn.Module, pairs: Sequence[Pair], penalty: Penalty, how: Pass) -> Sums:
-    """Add the gradients of one whole step: mean SimPO over pairs + mean over positions of α ‖v‖₁ +
-    λ ‖v‖₀.
+    """Add the gradients of one whole step; returns the sums over all processes.
 
-    The weights of the means are those of the step, so that neither packing nor the number of
-    processes matters: each adds its share, times their number, since DDP and FSDP2 average. Returns
-    the sums over all processes.
+        mean over pairs of SimPO + mean over positions of α ‖v‖₁ + λ ‖v‖₀
+
+    The means are those of the whole step, so that neither packing nor the number of processes
+    matters: each process adds its share, times their number, since DDP and FSDP2 average.
     """
     sums, positions = Sums.zero(how.device.name), data.positions(pairs)
     with how.device.autocast():
@@ -210,15 +208,15 @@ def backward(model: nn.Module, pairs: Sequence[Pair], penalty: Penalty, how: Pas
 def evaluate(
     model: nn.Module, pairs: Sequence[Pair], how: Pass, pause: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Means over a whole evaluation set, whatever the packing. pause: called after each
-    micro-batch; may end the run.
+    """Means over a whole evaluation set, whatever the packing.
+
+    pause: called after each micro-batch; it may end the run.
     """
     sums = Sums.zero(how.device.name)
     # FSDP2 could not train on weights that it gathered in inference mode.
     no_gradient = torch.inference_mode() if how.ranks.world == 1 else torch.no_grad()
-    bar = tqdm(
-        total=len(pairs), desc="evaluating", unit="pair", leave=False, disable=not how.ranks.first
-    )
+    shown = dict(unit="pair", leave=False, disable=not how.ranks.first)
+    bar = tqdm(total=len(pairs), desc="evaluating", **shown)
     with no_gradient, how.device.autocast(), bar:
         for batch in micro_batches(pairs, how.tokens, how.ranks):
             scores = how.score(model, batch.packed)
@@ -228,8 +226,8 @@ def evaluate(
             pause()
     found = simpo.means(how.total(sums), len(pairs), data.positions(pairs), how.beta)
     tokens = sum(pair.tokens for pair in pairs)
-    shown = ("loss", "accuracy", "margin", "l1", "l0")
-    return {name: getattr(found, name) for name in shown} | dict(pairs=len(pairs), tokens=tokens)
+    kept = ("loss", "accuracy", "margin", "l1", "l0")
+    return {name: getattr(found, name) for name in kept} | dict(pairs=len(pairs), tokens=tokens)
 
 
 def batch_indices(step: int, pairs: int, size: int, seed: int, shuffle: bool) -> list[int]:
@@ -240,9 +238,7 @@ def batch_indices(step: int, pairs: int, size: int, seed: int, shuffle: bool) ->
 
 
 def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> float:
-    """Share of the peak learning rate at step 0, 1, ...: rises linearly from 0, then falls as a
-    half cosine.
-    """
+    """Share of the peak learning rate at step 0, 1, ...; a cosine rises linearly from 0 first."""
     if schedule == "constant":
         return 1.0
     warmup = math.ceil(warmup_ratio * steps)
@@ -259,9 +255,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def clip(trained: nn.Module, most: float) -> float:
     """Scale the gradients down to norm `most` (0: leave them); returns the norm that they had."""
     norm = nn.utils.clip_grad_norm_(trained.parameters(), most or math.inf)
-    return float(
-        norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    )  # in slices under --shard
+    if hasattr(norm, "full_tensor"):  # in slices, under --shard
+        norm = norm.full_tensor()
+    return float(norm)
 
 
 def make_optimizer(trained: nn.Module, lr: float, threshold_lr: float) -> torch.optim.Optimizer:
@@ -285,7 +281,12 @@ def throughput(batch: Sequence[Pair], seconds: float) -> dict[str, float]:
 
 def train(s: Settings) -> Path:
     """The whole run, alone or as one of torchrun's processes; returns the folder it wrote."""
-    device = resolve_device(s.device, s.dtype, ranks.ranks_here())
+    here = ranks.ranks_here()
+    if s.resume and finished(Path(s.out)):
+        if here.first:
+            print(f"--resume: the run in {s.out} is finished; nothing is left to do.")
+        return Path(s.out)
+    device = resolve_device(s.device, s.dtype, here)
     with ranks.joined(device.name, s.timeout) as who:
         job = ranks.together(who, lambda: prepare(s, device, who))
         return run_steps(s, job, device, who)
@@ -309,7 +310,7 @@ def prepare(s: Settings, device: Device, who: Ranks) -> Job:
     # What will be sharded stays on the CPU until then: it need not fit one device.
     place = device._replace(name="cpu") if s.shard else device
     new = (s.full, s.adapter, s.init_adapter, s.mask_features, s.seed)
-    policy = new_policy(recorded, place, *new)
+    policy = new_policy(recorded, place, *new)._replace(device=device)
     pairs, eval_pairs, files, revision = load_preferences(recorded, policy.tokenizer, who.first)
     if len(pairs) < s.batch_size:
         short = f"{len(pairs)} training pairs, fewer than --batch-size {s.batch_size}"
@@ -322,8 +323,11 @@ def prepare(s: Settings, device: Device, who: Ranks) -> Job:
         print(f"{source} has no test split: no evaluation (give --eval-data).", file=sys.stderr)
     read = [*sorted(policy.base.folder.glob("*.safetensors")), *(file.path for file in files)]
     read += [Path(s.mask_features)] if s.mask_features else []
+    digests = {str(path): sha256(path) for path in read}
+    if not s.full:
+        digests |= {"sae": policy.steered.sae.sha256, **policy.steered.adapter.files}
     settings = asdict(s) | dict(device=device.name, dtype=device.dtype_name)
-    config = describe(settings, read, device.name, who.world)
+    config = describe(settings, digests, device.name, who.world)
     config |= dict(adapter=None if s.full else identity(policy), data_revision=revision)
     return Job(policy, pairs, eval_pairs, out, config)
 
@@ -346,10 +350,9 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
     run = Run(out, trained, optimizer, steps, s.checkpoint_every, s.eval_every, who)
     ranks.together(who, lambda: run.open(job.config, FREE))
     started = time.perf_counter()
-    prompts = [
-        list(prompt) for prompt in dict.fromkeys(tuple(p.prompt) for p in eval_pairs or pairs)
-    ]
-    before = [greedy(model, policy.tokenizer, prompt) for prompt in prompts]
+    distinct = dict.fromkeys(tuple(pair.prompt) for pair in eval_pairs or pairs)
+    prompts = [list(prompt) for prompt in distinct][: s.samples]
+    before = samples(policy, prompts, who)
 
     step = run.resume(s.resume or who.restarts > 0)
     while step < steps:
@@ -385,11 +388,21 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
         pause = functools.partial(run.checkpoint, steps)
         run.log("eval", steps, evaluate(wrapped, eval_pairs, how, pause))
     run.close()
-    ranks.together(who, lambda: save(out, policy, who))
-    after = [greedy(model, policy.tokenizer, prompt) for prompt in prompts]
+    if who.first:
+        draw_loss(run.rows, out / "loss.png", "accuracy" if s.full else "l0")
+    ranks.together(who, lambda: save(out, policy, who))  # last: it says that the run is finished
+    after = samples(policy, prompts, who)
     if who.first:
         show(run, policy, prompts, before, after, time.perf_counter() - started)
     return out
+
+
+def samples(policy: Policy, prompts: list[list[int]], who: Ranks) -> list[str]:
+    """What the policy answers now; every process computes it, since --shard spreads the model."""
+    total = len(prompts) * SAMPLE_TOKENS
+    shown = dict(unit="token", leave=False, disable=not (who.first and total))
+    with tqdm(total=total, desc="sampling", **shown) as bar:
+        return [greedy(policy, prompt, SAMPLE_TOKENS, bar.update) for prompt in prompts]
 
 
 def show(
@@ -400,15 +413,14 @@ def show(
     after: list[str],
     seconds: float,
 ) -> None:
-    """loss.png, and on the terminal the samples and the metrics before and after."""
-    names, lower, what = {"loss": "SimPO loss", "accuracy": "accuracy"}, "accuracy", "model"
+    """The samples and the metrics before and after."""
+    names, what = {"loss": "SimPO loss", "accuracy": "accuracy"}, "model"
     if not isinstance(policy.model, Unsteered):
         names |= {"l0": "L0 per position", "l1": "L1 per position"}
-        lower, what = "l0", "adapter"
-    draw_loss(run.rows, run.out / "loss.png", lower)
+        what = "adapter"
     for prompt, *answers in zip(prompts, before, after, strict=False):
-        print(f"\n--- prompt\n{policy.tokenizer.decode(prompt)}")
-        print("--- before\n{}\n--- after\n{}".format(*answers))
+        texts = [policy.tokenizer.decode(prompt), *answers]
+        print("\n--- prompt\n{}\n--- before\n{}\n--- after\n{}".format(*map(shown, texts)))
     print_table(run.rows, names, seconds, peak_memory(policy.device.name))
     print(f"Written to {run.out}: {what}/, metrics.jsonl, config.json, loss.png")
 

@@ -13,7 +13,7 @@ labels or settings. --only makes the parts that it names again, and no other.
                  l0_by_position, features.parquet, examples.json
     ablation     topk (Figure 2), ablation and masks/, as eval_ablation.py makes them
     static       steering that does not read its context (static.py)
-    choices      the widened preference gap by kinds of tokens (choices.py), which names the category
+    choices      the widened preference gap by kinds of tokens (choices.py); it names the category
                  that the data taught
     attribution  integrated gradients (attribution.py): attribution by category and by where the
                  steering acts, attribution_features, attribution_features.parquet
@@ -46,7 +46,7 @@ from eval_ablation import Evaluation, open_evaluation, seconds_per_condition
 from labels import Labels
 from runtime import cli
 from runtime.cli import flag
-from runtime.folder import publish
+from runtime.output import publish
 from runtime.sources import UserError, sha256
 from runtime.tables import write_table
 
@@ -114,13 +114,13 @@ class Audit:
 
     def parts(self) -> list[Part]:
         """Those that the settings and the labels allow."""
-        found = [self.usage(), self.ablation()]
-        found += [self.static()] if self.s.static_pairs else []
-        found += [self.choices()] if self.interesting() else []
-        found += [self.attribution()] if self.s.nodes else []
+        found = [self.usage_part(), self.ablation_part()]
+        found += [self.static_part()] if self.s.static_pairs else []
+        found += [self.choices_part()] if self.interesting() else []
+        found += [self.attribution_part()] if self.s.nodes else []
         return found
 
-    def usage(self) -> Part:
+    def usage_part(self) -> Part:
         e, s = self.e, self.s
         about = e.about | dict(human=sha256(Path(s.human)) if s.human else None)
         names = ("top_usage", "top_value", "value_difference", "usage_rank", "l0", "l0_by_position")
@@ -142,7 +142,7 @@ class Audit:
 
         return Part("usage", names, ("features.parquet", "examples.json"), about, 2, make)
 
-    def ablation(self) -> Part:
+    def ablation_part(self) -> Part:
         e, s = self.e, self.s
         names = ("topk", "ablation") if any(mask.any() for mask in self.masks) else ("topk",)
 
@@ -153,7 +153,7 @@ class Audit:
 
         return Part("ablation", names, (), e.about, eval_ablation.conditions(e, s), make)
 
-    def static(self) -> Part:
+    def static_part(self) -> Part:
         e, s = self.e, self.s
         policy = e.policy
         # A bare adapter's folder does not say what it was trained on.
@@ -175,7 +175,7 @@ class Audit:
         return Part("static", ("static",), (), about, 2 + vectors + means, make)
 
     def interesting(self) -> list[tuple[Labels, dict[str, np.ndarray]]]:
-        """Of each label file the categories that choices tells apart; files without any left out."""
+        """Of each label file the categories that choices tells apart, if there are any."""
         found = []
         for table in self.e.labels:
             masks = {name: m for name, m in table.categories.items() if name not in self.s.rest}
@@ -183,7 +183,7 @@ class Audit:
             found += [(table, masks)] if masks else []
         return found
 
-    def choices(self) -> Part:
+    def choices_part(self) -> Part:
         e, s = self.e, self.s
         about = e.about | dict(rest=s.rest)
 
@@ -193,16 +193,15 @@ class Audit:
                 classes(e.policy, e.pairs, categories, table.kind)
                 for table, categories in zip(tables, masks, strict=True)
             ]
+            results = choices(e.policy, e.pairs, divided, "choices")
             rows = []
-            for table, found in zip(
-                tables, choices(e.policy, e.pairs, divided, "choices"), strict=True
-            ):
+            for table, found in zip(tables, results, strict=True):
                 rows += effect_tables.choice_rows(found, table, s.bootstrap, s.seed)
             save(folder, "choices", about, rows)
 
         return Part("choices", ("choices",), (), about, 4 + len(e.labels), make)
 
-    def attribution(self) -> Part:
+    def attribution_part(self) -> Part:
         e, s = self.e, self.s
         about = e.about | dict(nodes=s.nodes)
         parquet = "attribution_features.parquet"
@@ -279,7 +278,7 @@ def main() -> None:
     audit = Audit(e, s)
     folder = e.out / "eval"
     parts = [part for part in audit.parts() if not s.only or part.name in s.only]
-    due = {part.name for part in parts if s.only or not is_current(folder, part)}
+    due = [part.name for part in parts if s.only or not is_current(folder, part)]
     if not audit.masks:
         print("No --labels with categories: no composition (Table 2).", file=sys.stderr)
 

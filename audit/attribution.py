@@ -7,10 +7,10 @@ baseline):
 
     share_k = Σ_positions v_k ∫₀¹ ∂L(s)/∂(s v_k) ds,      Σ_k share_k = L(1) - L(0)
 
-A negative share lowered the loss. The integral is a sum over nodes (quadrature), so that the equality holds
-up to a residual, which is reported. A share says what a feature contributed along this path,
-together with all others; ablation (eval_ablation.py) says what the loss would be without it. The
-two differ wherever features can stand in for each other.
+A negative share lowered the loss. The integral is a sum over nodes (quadrature), so that the
+equality holds up to a residual, which is reported. A share says what a feature contributed along
+this path, together with all others; ablation (eval_ablation.py) says what the loss would be without
+it. The two differ wherever features can stand in for each other.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from policy import Policy, Stream
 
 # Where a feature steered. "first" is the first position: <bos>, or the first token of a truncated
 # prompt. Of a response, the header is `<start_of_turn>model` and its line break, the end is all
-# from <end_of_turn> on. Steering acts on later tokens: at the header it decides how an answer begins.
+# from <end_of_turn> on. Steering acts on later tokens: the header's decides how an answer begins.
 PARTS = ("header", "text", "end")
 KINDS = (
     "first",

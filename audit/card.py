@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from audit.report import RunFiles, before_after, between, percent, read_run
 from runtime import page
-from runtime.folder import write_whole
+from runtime.output import write_whole
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "card.md"
 TAGS = ("fsrl", "sparse-autoencoder", "feature-steering", "simpo", "preference-optimization")

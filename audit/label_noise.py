@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from audit.counting import Counts, relative_change
-from labels import Given, Labels, read_given, read_rows, sae_name, shown
+from labels import Given, Labels, read_given, read_rows, sae_name
+from runtime.messages import brief
 from runtime.sources import UserError
 
 
@@ -65,15 +66,15 @@ def read_human(path: str, tables: list[Labels]) -> dict[tuple[str, str], Judged]
     given = read_given(path)
     saes = {sae_name(table.sae) for table in compared if any(table.sae.values())}
     if given.sae and saes and given.sae not in saes:
-        ours = shown(" and ".join(sorted(saes)))
-        raise UserError(f"--human {path}: is of the SAE {shown(given.sae)}, --labels of {ours}.")
+        ours = brief(" and ".join(sorted(saes)))
+        raise UserError(f"--human {path}: is of the SAE {brief(given.sae)}, --labels of {ours}.")
 
     found = {}
     for category in {**given.labels, **given.counts}:
         matching = [table for table in compared if category in table.categories]
         if not matching:
             raise UserError(
-                f"{_first_row(path, category)}: category {shown(category)!r} is in none of the "
+                f"{_first_row(path, category)}: category {brief(category)!r} is in none of the "
                 "label files."
             )
         for table in matching:

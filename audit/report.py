@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from audit.features import EXAMPLE_TOKENS
 from policy import adapter_sha256
 from runtime import page
-from runtime.folder import write_whole
 from runtime.neuronpedia import page_of
+from runtime.output import write_whole
 from runtime.sources import UserError
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "report.html"

@@ -1,39 +1,47 @@
-"""Tokens per second of cached greedy decoding, ours against transformers', base and steered, on the same weights.
+"""Tokens per second of cached greedy decoding, ours against transformers', on the same weights.
 
     pip install -r requirements-dev.txt
-    python benchmarks/decode.py --shape mid --batch 1
+    python -m benchmarks.decode --shape mid --batch 1
 
-Four ways in turn, several rounds of them in one process, so that a drifting machine drifts for all: ours, ours steered,
-transformers' generate (eager attention: its other kinds leave the softcap out), and that with a forward hook that
-steers the long way, as the paper writes it. The adapter's bias is set so that 1.42 % of the features are steered, the
-paper's L0. Counted from the first new token to the last: prompts are not in it.
-Prints one line of JSON: tokens per second of each (median over the rounds), and ratios of them, round by round. The
-tokens of the unsteered ways are compared too.
+Four ways in turn, several rounds of them in one process, so that a drifting machine drifts for all:
+ours, ours steered, transformers' generate (eager attention, because its other kinds leave the
+softcap out), and that with a forward hook that steers the long way, as the paper writes it. The
+adapter's bias is set so that 1.42 % of the features are steered, the paper's L0. Counted from the
+first new token to the last: prompts are not in it.
+
+Prints one line of JSON: tokens per second of each (median over the rounds), and ratios of them,
+round by round. The tokens of ours and theirs are compared too.
 """
 
 import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from packed import pack
 
 from benchmarks.compare import plain_model
 from benchmarks.throughput import SHAPES, build, synchronise
-from generation import decode as decoding
-from packed import pack
+from data import pack
+from fsrl import SteeredModel, Unsteered
+from generation.decode import decode
 from runtime import cli
 from runtime.cli import flag
 
 L0 = 0.0142  # share of the features steered at a position: the paper's 930 of 65,536
+RATIOS = (("ours", "theirs"), ("ours_steered", "theirs"), ("ours_steered", "theirs_steered"))
 
 
 @dataclass(frozen=True)
 class Settings:
-    shape: str = flag("mid", "size of model and SAE", choices=tuple(SHAPES))
-    dtype: str = flag("float32", "of weights and products", choices=("float32", "bfloat16"))
+    shape: str = flag("mid", "size of model and SAE", tuple(SHAPES))
+    dtype: str = flag("float32", "of weights and products", ("float32", "bfloat16"))
     device: str = flag("cpu", "cpu or cuda")
     batch: int = flag(1, "sequences decoded together")
     prompt: int = flag(64, "tokens of each prompt")
@@ -41,18 +49,26 @@ class Settings:
     rounds: int = flag(5, "rounds measured, after one of warm-up")
     seed: int = flag(0, "seed of weights and prompts")
 
+    def __post_init__(self):
+        cli.at_least(self, 1, "batch", "prompt", "rounds")
+        cli.at_least(self, 2, "tokens")
 
-def ours(s: Settings, model, prompts: list[list[int]]) -> tuple[float, list[list[int]]]:
-    """(tokens per second, the new tokens)."""
+
+class Decoded(NamedTuple):
+    rate: float  # tokens per second
+    new: list[list[int]]  # of each sequence
+
+
+def ours(s: Settings, model: SteeredModel | Unsteered, prompts: list[list[int]]) -> Decoded:
     times, new = [], [[] for _ in prompts]
-    for chosen in decoding.decode(model, prompts, s.tokens, lambda _: False):
+    for chosen in decode(model, prompts, s.tokens, lambda _: False):
         for i, token in chosen.items():
             new[i].append(token)
         times.append(time.perf_counter())
-    return rate(s, times), new
+    return Decoded(rate(s, times), new)
 
 
-def theirs(s: Settings, model, prompts: list[list[int]]) -> tuple[float, list[list[int]]]:
+def theirs(s: Settings, model, prompts: list[list[int]]) -> Decoded:
     from transformers import StoppingCriteriaList
 
     times = []
@@ -65,20 +81,35 @@ def theirs(s: Settings, model, prompts: list[list[int]]) -> tuple[float, list[li
     ids = torch.tensor(prompts, device=s.device)
     with torch.inference_mode():
         out = model.generate(
-            **dict(
-                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0
-            ),
-            **dict(
-                max_new_tokens=s.tokens,
-                min_new_tokens=s.tokens,
-                stopping_criteria=StoppingCriteriaList([clock]),
-            ),
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            pad_token_id=0,
+            max_new_tokens=s.tokens,
+            min_new_tokens=s.tokens,
+            stopping_criteria=StoppingCriteriaList([clock]),
         )
-    return rate(s, times), out[:, s.prompt :].tolist()
+    return Decoded(rate(s, times), out[:, s.prompt :].tolist())
 
 
 def rate(s: Settings, times: list[float]) -> float:
     return s.batch * (len(times) - 1) / (times[-1] - times[0])
+
+
+def steer_as_often(steered: SteeredModel, prompt: list[int]) -> None:
+    """Set the adapter's bias so that L0 of the features are steered."""
+    packed = pack([(prompt, [])]).to(steered.model.device)
+    x = steered.residual(packed, steered.model.plan(packed))
+    z = torch.nn.functional.linear(x, steered.adapter.weight)
+    steered.adapter.bias.fill_(-float(np.quantile(z.float().cpu().numpy(), 1 - L0)))
+
+
+@contextmanager
+def without_hooks(layer: torch.nn.Module) -> Iterator[None]:
+    kept = dict(layer._forward_hooks)
+    layer._forward_hooks.clear()
+    yield
+    layer._forward_hooks.update(kept)
 
 
 def main() -> None:
@@ -86,45 +117,31 @@ def main() -> None:
     steered = build(s.shape, getattr(torch, s.dtype), s.device, s.seed).requires_grad_(False)
     vocabulary = steered.model.config.vocab_size
     prompts = np.random.default_rng(s.seed).integers(4, vocabulary, (s.batch, s.prompt)).tolist()
-    packed = pack([(prompts[0], [])]).to(s.device)
-    x = steered.residual(packed, steered.model.plan(packed))
-    z = torch.nn.functional.linear(x, steered.adapter.weight)
-    steered.adapter.bias.fill_(-float(np.quantile(z.float().cpu().numpy(), 1 - L0)))
+    steer_as_often(steered, prompts[0])
     hooked, _ = plain_model(steered, s)
-    (steer,) = hooked.model.layers[steered.layer]._forward_hooks.values()
     hooked.generation_config.eos_token_id = None
+    unsteered, layer = Unsteered(steered.model), hooked.model.layers[steered.layer]
 
     rounds = []
     for number in range(s.rounds + 1):
-        row = {}
-        row["ours"], a = ours(s, steered.model, prompts)
-        row["ours_steered"], c = ours(s, steered, prompts)
-        hooked.model.layers[steered.layer]._forward_hooks.clear()
-        row["theirs"], b = theirs(s, hooked, prompts)
-        hooked.model.layers[steered.layer].register_forward_hook(steer)
-        row["theirs_steered"], d = theirs(s, hooked, prompts)
-        print(
-            f"round {number}: " + ", ".join(f"{k} {v:.1f}" for k, v in row.items()), file=sys.stderr
-        )
+        row = dict(ours=ours(s, unsteered, prompts), ours_steered=ours(s, steered, prompts))
+        with without_hooks(layer):
+            row["theirs"] = theirs(s, hooked, prompts)
+        row["theirs_steered"] = theirs(s, hooked, prompts)
+        shown = ", ".join(f"{name} {decoded.rate:.1f}" for name, decoded in row.items())
+        print(f"round {number}: {shown}", file=sys.stderr)
         rounds.append(row)
-    rounds = rounds[1:]
-    result = {
-        f"{name}_tokens_per_second": statistics.median(r[name] for r in rounds)
-        for name in rounds[0]
-    }
-    for name, over in (
-        ("ours", "theirs"),
-        ("ours_steered", "theirs"),
-        ("ours_steered", "theirs_steered"),
-    ):
-        ratios = [r[name] / r[over] for r in rounds]
+
+    last = rounds[-1]
+    same = [last[a].new == last[b].new for a, b in (RATIOS[0], RATIOS[2])]
+    rates = {name: [row[name].rate for row in rounds[1:]] for name in last}
+    result = dict(settings=vars(s), threads=torch.get_num_threads(), same_tokens=same)
+    for name, measured in rates.items():
+        result[f"{name}_tokens_per_second"] = statistics.median(measured)
+    for name, over in RATIOS:
+        ratios = [a / b for a, b in zip(rates[name], rates[over], strict=True)]
         result[f"{name}_over_{over}"] = dict(median=statistics.median(ratios), rounds=ratios)
-    print(
-        json.dumps(
-            dict(settings=vars(s), threads=torch.get_num_threads(), same_tokens=[a == b, c == d])
-            | result
-        )
-    )
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

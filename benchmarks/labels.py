@@ -1,11 +1,11 @@
 """How fast features are labelled, in how much memory, and how rightly on the embedded world.
 
-    python benchmarks/labels.py endpoint      requests per second against a server that takes 200 ms for each
-    python benchmarks/labels.py million       retrieval over a million made-up explanations
-    python benchmarks/labels.py tiny          each judge on tiny's features, against their true categories
+    python -m benchmarks.labels endpoint      requests a second; the server takes 200 ms for each
+    python -m benchmarks.labels million       retrieval over a million made-up explanations
+    python -m benchmarks.labels tiny          each judge on tiny, against the true categories
 
-The server is the tests' stand-in for vLLM, in a process of its own. It knows the answers: what it costs to think,
-and how well a language model judges, is not measured here.
+The server is the tests' stand-in for vLLM, in a process of its own, and knows the answers: neither
+the cost of a language model nor how well it judges is measured here.
 """
 
 import argparse
@@ -14,31 +14,29 @@ import multiprocessing
 import os
 import random
 import resource
-import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from test_labelling import AXBENCH, TINY, Server, fill, realised
-
-from labelling import label as classify_features
+from labelling.label import main as run_labelling
 from labels import read_rows
+from tests.judge import AXBENCH, TINY, Server, fill, realised
 
 TRUTH = {row["description"]: row["category"] for row in TINY}
 
 
 def serve(latency: float, tiny: bool, address) -> None:
     """Process: the tests' server."""
-    truth = (
-        (lambda category, text: TRUTH[text] == category)
-        if tiny
-        else (lambda category, text: "code" in text)
-    )
-    server = Server(truth)
+
+    def true_on_tiny(category, text):
+        return TRUTH[text] == category
+
+    def made_up(category, text):
+        return "code" in text
+
+    server = Server(true_on_tiny if tiny else made_up)
     server.latency = latency
     address.put(server.url)
     time.sleep(3600)
@@ -46,7 +44,8 @@ def serve(latency: float, tiny: bool, address) -> None:
 
 def memory() -> float:
     """Resident MiB of this process, now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def texts(n: int) -> list[str]:
@@ -58,12 +57,55 @@ def texts(n: int) -> list[str]:
 
 
 def label(folder: Path, *flags) -> float:
-    """Run classify_features.py in this process: seconds."""
+    """Run `python -m labelling` in this process: seconds."""
+    out = folder / "labels.jsonl"
     start = time.monotonic()
-    classify_features.main(
-        [*map(str, flags), "--judge-model", "judge", "--out", str(folder / "labels.jsonl")]
-    )
+    run_labelling([*map(str, flags), "--judge-model", "judge", "--out", str(out)])
     return time.monotonic() - start
+
+
+def endpoint(folder: Path, flags: list, concurrency: int) -> None:
+    seen: list[float] = []
+
+    def watch():
+        while True:
+            time.sleep(1)
+            seen.append(memory())
+
+    threading.Thread(target=watch, daemon=True).start()
+    seconds = label(folder, *flags, "--concurrency", concurrency)
+    answers = len((folder / "labels.journal.jsonl").read_text().splitlines())
+    print(f"{answers:,} answers, {answers / seconds:.0f} a second, reading and writing included")
+    early, half_way = seen[min(5, len(seen) - 1)], seen[len(seen) // 2]
+    print(f"resident MiB after 5 s {early:.0f}, half way {half_way:.0f}, at the end {seen[-1]:.0f}")
+
+
+def million(folder: Path, flags: list) -> None:
+    seconds = label(folder, *flags, "--judge", "retrieval", "--ask", 400)
+    rows = read_rows(folder / "labels.jsonl")[1]
+    right = sum(row["label"] == ("code" in row["description"]) for row in rows) / len(rows)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(f"{len(rows):,} features in {seconds:.0f} s; peak {peak:,.0f} MiB; right {right:.4f}")
+
+
+def tiny(folder: Path, url: str) -> None:
+    two, sheet = folder / "two.json", folder / "sheet.csv"
+    names = ("alignment", "style")
+    two.write_text(json.dumps([dict(name=n, definition=n, yes="a", no="b") for n in names]))
+    truth = {int(row["index"]): row["category"] for row in TINY}
+    explained = ["--explanations", "tiny", "--categories", str(two)]
+    run_labelling([*explained, "--sample", "300", "--out", str(sheet)])
+    fill(sheet, lambda k, name: truth[k] == name)
+    learned = {int(row["feature"]) for row in read_rows(sheet)[1]}
+    judges = {
+        "endpoint": ("judge", (), ["--endpoint", url]),
+        "retrieval": ("nearest", (), ["--endpoint", url, "--ask", 300]),
+        "local": ("linear", learned, ["--train", sheet]),
+    }
+    for judge, (by, without, flags) in judges.items():
+        label(folder, *explained, "--judge", judge, *flags)
+        for category, a in realised(folder / "labels.jsonl", truth, by, without).items():
+            print(f"==> {judge}, {category}: {a}")
 
 
 def main() -> None:
@@ -76,79 +118,28 @@ def main() -> None:
     )
     parser.add_argument("--concurrency", type=int, default=64, help="requests in flight")
     options = parser.parse_args()
-    start = multiprocessing.get_context("spawn")
-    address, latency = start.Queue(), 0.2 if options.what == "endpoint" else 0.0
-    start.Process(
-        target=serve, args=(latency, options.what == "tiny", address), daemon=True
-    ).start()
+    spawn = multiprocessing.get_context("spawn")
+    address, latency = spawn.Queue(), 0.2 if options.what == "endpoint" else 0.0
+    arguments = (latency, options.what == "tiny", address)
+    spawn.Process(target=serve, args=arguments, daemon=True).start()
     url = address.get()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        one, two = folder / "one.json", folder / "two.json"
+        if options.what == "tiny":
+            return tiny(folder, url)
+        measure = million
+        n = options.features or 1_000_000
+        if options.what == "endpoint":
+            measure = partial(endpoint, concurrency=options.concurrency)
+            n = options.features or 20_480
+        made, one = folder / "made.csv", folder / "one.json"
+        rows = (f'{k},"{text.replace(chr(34), "")}"\n' for k, text in enumerate(texts(n)))
+        made.write_text("feature,explanation\n" + "".join(rows))
         one.write_text(
             json.dumps([dict(name="code", definition="about code", yes="loops", no="birds")])
         )
-        two.write_text(
-            json.dumps(
-                [dict(name=n, definition=n, yes="a", no="b") for n in ("alignment", "style")]
-            )
-        )
-        made = folder / "made.csv"
-        if options.what != "tiny":
-            n = options.features or {"endpoint": 20_480, "million": 1_000_000}[options.what]
-            rows = (f'{k},"{text.replace(chr(34), "")}"\n' for k, text in enumerate(texts(n)))
-            made.write_text("feature,explanation\n" + "".join(rows))
-            flags = [
-                "--explanations",
-                made,
-                "--sae",
-                "made/up",
-                "--categories",
-                one,
-                "--endpoint",
-                url,
-            ]
-        if options.what == "endpoint":
-            seen: list[float] = []
-
-            def watch():
-                while True:
-                    time.sleep(1)
-                    seen.append(memory())
-
-            threading.Thread(target=watch, daemon=True).start()
-            label(folder, *flags, "--concurrency", options.concurrency)
-            answered = [json.loads(line) for line in open(folder / "labels.journal.jsonl")]
-            print(f"resident MiB, second by second: after 5 {seen[5]:.0f}, half way {seen[len(seen) // 2]:.0f}, "
-                  f"at the end {seen[-1]:.0f}; {len(answered):,} answers")  # fmt: skip
-        elif options.what == "million":
-            seconds = label(folder, *flags, "--judge", "retrieval", "--ask", 400)
-            right = [
-                row["label"] == ("code" in row["description"])
-                for row in read_rows(folder / "labels.jsonl")[1]
-            ]
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-            print(
-                f"{n:,} features in {seconds:.0f} s; peak {peak:,.0f} MiB; right {sum(right) / len(right):.4f}"
-            )
-        else:
-            truth = {int(row["index"]): row["category"] for row in TINY}
-            flags = ["--explanations", "tiny", "--categories", two, "--endpoint", url]
-            sheet = folder / "sheet.csv"
-            classify_features.main([*map(str, flags), "--sample", "300", "--out", str(sheet)])
-            fill(sheet, lambda k, name: truth[k] == name)
-            judges = {
-                "endpoint": ("judge", []),
-                "retrieval": ("nearest", ["--ask", 300]),
-                "local": ("linear", ["--train", sheet]),
-            }
-            for judge, (by, more) in judges.items():
-                label(folder, *flags, "--judge", judge, *more)
-                learned = (
-                    {int(row["feature"]) for row in read_rows(sheet)[1]} if judge == "local" else ()
-                )
-                for category, a in realised(folder / "labels.jsonl", truth, by, learned).items():
-                    print(f"==> {judge}, {category}: {classify_features.describe(a)}")
+        flags = ["--explanations", made, "--sae", "made/up", "--categories", one, "--endpoint", url]
+        measure(folder, flags)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-from evals.harness import main
+from evals.run import main
 from runtime import cli
 
 if __name__ == "__main__":

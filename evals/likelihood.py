@@ -1,10 +1,12 @@
-"""Log-likelihoods of continuations: what multiple-choice benchmarks ask of a model, thousands at a time.
+"""Log-likelihoods of continuations: what multiple-choice benchmarks ask of a model, thousands at a
+time.
 
-A request is a context and a continuation, as token ids. What the model must read is context + continuation without its
-last token, and many such sequences begin alike: the choices of one question share its context, the questions of one
-task share their worked examples. Sorted, those that begin alike stand together; `cut` finds the cheapest runs, and
-each run is one tree of the packed layout: the shared beginning once, then what follows it in each. Choices of a single
-token (A, B, C, D) are not even a continuation there: they are read off at the context's last position.
+A request is a context and a continuation, as token ids. The model must read context + continuation
+without its last token, and many such sequences begin alike: the choices of one question share its
+context, the questions of one task share their worked examples. Sorted, those that begin alike stand
+together; `cut` finds the cheapest runs, and each run is one tree of the packed layout (data.py):
+the shared beginning once, then what follows it in each. Choices of a single token (A, B, C, D) are
+not even a continuation there: they are read off at the context's last position.
 """
 
 import itertools
@@ -14,12 +16,11 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-import simpo
-from fsrl import SteeredModel
-from model import Gemma2
-from packed import Tree, pack
+from data import Tree, pack
+from fsrl import SteeredModel, Unsteered
+from kernels.logps import token_scores
 
-MOST = 64  # sequences in one tree: what they share costs each a 64th of it, and finding the cut stays linear
+MOST = 64  # sequences in one tree: what they share then costs little, and the cut stays linear
 
 
 class Request(NamedTuple):
@@ -34,82 +35,86 @@ class Likelihood(NamedTuple):
 
 @torch.inference_mode()
 def likelihoods(
-    model: Gemma2 | SteeredModel,
+    model: SteeredModel | Unsteered,
     requests: Sequence[Request],
     max_length: int,
     tokens: int,
     progress: bool = False,
 ) -> list[Likelihood]:
-    """Score requests, in their order. tokens: of one forward pass, at most (the memory knob; no effect on the result).
+    """Score requests, in their order. tokens: of one forward pass at most, the memory knob; no
+    effect on the result.
 
-    At most max_length tokens are read: of longer requests the last max_length + 1 count, so that a context loses its
-    beginning. A continuation of no tokens has log-likelihood 0. Raises ValueError for one longer than max_length.
+    At most max_length tokens are read: of longer requests the last max_length + 1 count, so that a
+    context loses its beginning. A continuation of no tokens has log-likelihood 0. Raises ValueError
+    for one longer than max_length.
     """
-    asked: dict[
-        tuple, list[int]
-    ] = {}  # requests by what they read: single-token choices read the same
+    # Requests by what they read: those of single-token choices read the same.
+    asked: dict[tuple, list[int]] = {}
     for i, (context, continuation) in enumerate(requests):
         if not context or len(continuation) > max_length:
-            raise ValueError(
-                f"request {i}: {len(context)} + {len(continuation)} tokens, at most {max_length} are read"
-            )
+            lengths = f"{len(context)} + {len(continuation)}"
+            raise ValueError(f"request {i}: {lengths} tokens, at most {max_length} are read")
         if continuation:
-            asked.setdefault(tuple([*context, *continuation][-(max_length + 1) : -1]), []).append(i)
-    base = model.model if isinstance(model, SteeredModel) else model
-    head, softcap = base.model.embed_tokens.weight, base.config.final_logit_softcapping
+            read = [*context, *continuation][-(max_length + 1) : -1]
+            asked.setdefault(tuple(read), []).append(i)
 
+    base = model.model
+    head, softcap = base.model.embed_tokens.weight, base.config.final_logit_softcapping
     logp = torch.zeros(len(requests), dtype=torch.float64)
-    missed = torch.zeros(
-        len(requests), dtype=torch.int64
-    )  # tokens that greedy decoding would not have written
-    bar = tqdm(
-        total=len(requests), desc="scoring", unit="request", leave=False, disable=not progress
-    )
-    for runs in microbatches(sorted(asked), tokens):
-        source, target, which = (
-            [],
-            [],
-            [],
-        )  # where each scored token is predicted, its id, its request
-        trees, start = [], 0  # start: of the tree in the stream
-        for run in runs:
-            shared = common(run[0], run[-1]) if len(run) > 1 else len(run[0])
-            trees.append(tree(run, shared))
-            end = start + shared  # of what the stream holds so far
-            for sequence in run:
-                for i in asked[sequence]:
-                    n = len(requests[i].continuation)
-                    places = range(len(sequence) - n, len(sequence))
-                    source += [start + p if p < shared else end + p - shared for p in places]
-                    target += requests[i].continuation
-                    which += [i] * n
-                end += len(sequence) - shared
-            start = end
-        packed = pack(trees).to(base.device)
-        hidden = (
-            model(packed).hidden if isinstance(model, SteeredModel) else model(packed)
-        )  # [T, d]
-        source, target = (
-            torch.tensor(source, device=base.device),
-            torch.tensor(target, device=base.device),
-        )
-        scores = simpo.token_scores(hidden[source], head, target, softcap)  # [N]
-        which = torch.tensor(which)
-        logp.index_add_(0, which, scores.logp.cpu().double())
-        missed.index_add_(0, which, (~scores.greedy).cpu().long())
-        bar.update(sum(len(asked[sequence]) for run in runs for sequence in run))
-    bar.close()
+    missed = torch.zeros(len(requests), dtype=torch.int64)  # tokens that greedy would not write
+    look = dict(desc="scoring", unit="request", leave=False, disable=not progress)
+    with tqdm(total=len(requests), **look) as bar:
+        for runs in microbatches(sorted(asked), tokens):
+            trees, targets = plant(runs, asked, requests)
+            source, target, which = torch.tensor(targets).T  # [N, 3] -> three of [N]
+            hidden = model.states(pack(trees).to(base.device)).hidden  # [T, d]
+            source, target = source.to(base.device), target.to(base.device)
+            scores = token_scores(hidden[source], head, target, softcap)  # [N]
+            logp.index_add_(0, which, scores.logp.cpu().double())
+            missed.index_add_(0, which, (~scores.greedy).cpu().long())
+            bar.update(sum(len(asked[sequence]) for run in runs for sequence in run))
     return [Likelihood(a, b == 0) for a, b in zip(logp.tolist(), missed.tolist(), strict=True)]
 
 
+class Target(NamedTuple):
+    """A token to score."""
+
+    source: int  # the position in the packed stream that predicts it
+    token: int
+    request: int
+
+
+def plant(
+    runs: Sequence[Sequence[tuple]], asked: dict[tuple, list[int]], requests: Sequence[Request]
+) -> tuple[list[Tree], list[Target]]:
+    """The trees of a forward pass, and what to score in their packed stream."""
+    trees, targets, start = [], [], 0  # start: of the tree in the stream
+    for run in runs:
+        shared = common(run[0], run[-1]) if len(run) > 1 else len(run[0])
+        trees.append(tree(run, shared))
+        end = start + shared  # of what the stream holds so far
+        for sequence in run:
+            for i in asked[sequence]:
+                continuation = requests[i].continuation
+                first = len(sequence) - len(continuation)
+                for place, token in enumerate(continuation, start=first):
+                    source = start + place if place < shared else end + place - shared
+                    targets.append(Target(source, token, i))
+            end += len(sequence) - shared
+        start = end
+    return trees, targets
+
+
 def tree(run: Sequence[tuple], shared: int) -> Tree:
-    """A run as a prompt, the tokens it shares, with continuations, what follows them in each sequence."""
+    """A run as a prompt, the tokens it shares, with continuations, what follows them in each
+    sequence.
+    """
     return run[0][:shared], [sequence[shared:] for sequence in run] if len(run) > 1 else []
 
 
 def microbatches(sequences: Sequence[tuple], tokens: int) -> Iterator[list[Sequence[tuple]]]:
-    """Sorted sequences -> runs of them, a tree each, filled into passes of at most `tokens` tokens. A sequence longer
-    than that stands alone.
+    """Sorted sequences -> runs of them, a tree each, filled into passes of at most `tokens` tokens.
+    A sequence longer than that stands alone.
     """
     batch, room = [], tokens
     for run, cost in cut(sequences, tokens):
@@ -125,9 +130,10 @@ def microbatches(sequences: Sequence[tuple], tokens: int) -> Iterator[list[Seque
 def cut(sequences: Sequence[tuple], tokens: int) -> list[tuple[Sequence[tuple], int]]:
     """Cut sorted sequences into runs of least total cost: (run, cost) in order.
 
-    A run's cost is the tokens of its tree: what all of it begins with once, and the rest of each. Runs hold at most
-    MOST sequences and, beyond a single one, `tokens` tokens. The best cut of the first j ends with some run i..j and
-    begins with the best cut of the first i: a dynamic programme over j.
+    A run's cost is the tokens of its tree: what all of it begins with once, and the rest of each.
+    Runs hold at most MOST sequences and, beyond a single one, `tokens` tokens. The best cut of the
+    first j ends with some run i..j and begins with the best cut of the first i: a dynamic programme
+    over j.
     """
     best, back = [0], [0]  # of the first j: the least cost, and where its last run begins
     alike = [0] + [common(a, b) for a, b in itertools.pairwise(sequences)]
@@ -140,9 +146,11 @@ def cut(sequences: Sequence[tuple], tokens: int) -> list[tuple[Sequence[tuple], 
             if i < j - 1 and (shared == 0 or cost > tokens):
                 break
             options.append((best[i] + cost, i))
+
         least, i = min(options)
         best.append(least)
         back.append(i)
+
     runs, j = [], len(sequences)
     while j:
         i = back[j]

@@ -1,179 +1,289 @@
-"""The open question of the paper's Appendix C, on the small world: does a JumpReLU adapter beat ReLU + L1?
+"""Does a JumpReLU adapter beat ReLU? The question that Appendix C leaves open, on the small world.
 
     python -m experiments.jumprelu --out runs/jumprelu
 
-Three methods: ReLU with an L1 penalty; JumpReLU with an L0 penalty and thresholds trained as they are (direct), or as
-their logarithm with ε and the initial threshold at 0.001 (log: the paper's). Each has the same budget: first four
-settings at one penalty and seed 0. Of those that at least halve the unsteered model's loss, one is kept: the least
-loss times L0 among those that steer at most 50 features a position, or where none does, the sparsest. Then, with
-that, three penalties and three seeds. Every run is a normal run of train.py in its own folder, found again when the
-command is repeated. Writes OUT/jumprelu.png (evaluation loss against L0: runs, and each method's Pareto front over
-means) and OUT/jumprelu.csv, and prints both tables.
+Three methods: ReLU with an L1 penalty; JumpReLU with an L0 penalty whose thresholds train as they
+are (direct), or as their logarithm with ε = 0.001, as in the authors' code (log). Each has the same
+budget: first four settings at one penalty and seed 0. Of those that at least halve the unsteered
+model's loss, one is kept: the least loss times L0 among those that steer at most 50 features a
+position, or where none does, the sparsest. Then, with that setting, three penalties and three
+seeds.
+
+OUT/runs.jsonl     one row a run; a run that stands here already is not made again
+OUT/tables.md      tuning, comparison, and single runs beyond the budget, which show how much its
+                   choices decide
+OUT/jumprelu.png   evaluation loss against L0: runs, and each method's Pareto front over means
 """
 
-import csv
+import json
 import math
 import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from safetensors.torch import load_file
+from tqdm import tqdm
 
-from experiments import sweep
+import train
+from experiments.fitting import fit, fresh, passes, tiny_policy
+from policy import load_preferences
 from runtime import cli
 from runtime.cli import flag
+from runtime.output import writable, write_whole
 
-COMMON = "--model tiny --layer 2 --max-steps 48 --batch-size 16 --eval-every 0"
-LOG = "--threshold-parametrisation log --bandwidth 0.001 --threshold-init 0.001"
-METHODS = {  # (adapter, penalty while tuning, {settings to choose from}, penalties of the comparison)
-    "ReLU + L1": (
-        "relu",
-        0.02,
-        {f"relu-lr{lr}": f"--lr {lr}" for lr in (0.001, 0.002, 0.004, 0.008)},
-        (0.005, 0.02, 0.1),
-    ),
-    "JumpReLU + L0, direct": (
-        "jumprelu",
-        0.1,
-        {
-            f"direct-{width}-lr{lr}": f"--threshold-lr {lr} --bandwidth {width}"
-            for width in (0.05, 0.5)
-            for lr in (0.02, 0.2)
-        },
-        (0.1, 1.0, 10.0),
-    ),
-    "JumpReLU + L0, log": (
-        "jumprelu",
-        0.1,
-        # 1, 100, 300 and 1,000 times the adapter's learning rate
-        {f"log-0.001-lr{lr}": f"--threshold-lr {lr} {LOG}" for lr in (0.002, 0.2, 0.6, 2)},
-        (0.1, 1.0, 10.0),
-    ),
-}
+STEPS, PAIRS = 48, 16  # optimiser steps, and pairs in each
 SEEDS = (0, 1, 2)
 DENSE = 50  # features a position, of 1,024: beyond it the comparison has no interest
 UNSTEERED = 4.2  # evaluation loss of the small world's model
 
 
+class Setting(NamedTuple):
+    """What is tuned."""
+
+    name: str
+    adapter: str
+    lr: float = 0.002  # of the adapter's weights
+    threshold_lr: float | None = None
+    bandwidth: float | None = None
+
+
+class Method(NamedTuple):
+    penalty: str  # l1 or l0
+    tuning: float  # the penalty's weight while tuning
+    weights: tuple[float, ...]  # those of the comparison
+    settings: tuple[Setting, ...]  # to choose from
+
+
+METHODS = {
+    "ReLU + L1": Method(
+        "l1",
+        0.02,
+        (0.005, 0.02, 0.1),
+        tuple(Setting(f"learning rate {lr}", "relu", lr) for lr in (0.001, 0.002, 0.004, 0.008)),
+    ),
+    "JumpReLU + L0, direct": Method(
+        "l0",
+        0.1,
+        (0.1, 1.0, 10.0),
+        tuple(
+            Setting(
+                f"ε {bandwidth}, threshold rate {lr}",
+                "jumprelu",
+                threshold_lr=lr,
+                bandwidth=bandwidth,
+            )
+            for bandwidth in (0.05, 0.5)
+            for lr in (0.02, 0.2)
+        ),
+    ),
+    "JumpReLU + L0, log": Method(
+        "l0",
+        0.1,
+        (0.1, 1.0, 10.0),
+        tuple(  # 1, 100, 300 and 1,000 times the adapter's learning rate
+            Setting(f"ε 0.001, threshold rate {lr}", "jumprelu-log", threshold_lr=lr)
+            for lr in (0.002, 0.2, 0.6, 2.0)
+        ),
+    ),
+}
+
+
+class Plan(NamedTuple):
+    """One run."""
+
+    method: str
+    setting: Setting
+    weight: float  # of the penalty
+    seed: int
+
+
+def beyond() -> tuple[Plan, ...]:
+    """Single runs: rates outside the budget, and ε and the parametrisation apart."""
+    relu = Setting("learning rate 0.016", "relu", 0.016)
+    fast = Setting("ε 0.5, threshold rate 0.2, learning rate 0.008", "jumprelu", 0.008, 0.2, 0.5)
+    narrow = Setting("ε 0.001, threshold rate 0.2", "jumprelu", 0.002, 0.2, 0.001)
+    wide = [
+        Setting(f"ε {bandwidth}, threshold rate 0.6", "jumprelu-log", 0.002, 0.6, bandwidth)
+        for bandwidth in (0.05, 0.5)
+    ]
+    first, direct, log = METHODS
+    return (
+        Plan(first, relu, 0.02, 0),
+        Plan(first, relu, 0.005, 0),
+        Plan(direct, fast, 1.0, 0),
+        Plan(direct, narrow, 1.0, 0),
+        *(Plan(log, setting, 1.0, 0) for setting in wide),
+    )
+
+
+class Result(NamedTuple):
+    """A row of runs.jsonl; loss, l0 and l1 on all pairs of evaluation."""
+
+    method: str
+    setting: str
+    weight: float
+    seed: int
+    loss: float
+    accuracy: float
+    l0: float
+    l1: float
+    threshold: float | None  # median θ
+
+    def of(self, plan: Plan) -> bool:
+        return self[:4] == (plan.method, plan.setting.name, plan.weight, plan.seed)
+
+
 @dataclass(frozen=True)
 class Settings:
-    out: str = flag("runs/jumprelu", "folder of the experiment")
-    draw_only: bool = flag(False, "run nothing: tabulate and draw what has finished")
+    out: str = flag("runs/jumprelu", "folder to write")
 
 
-def planned(
-    out: Path, adapter: str, weights: tuple[float, ...], seeds: tuple[int, ...], flags: str
-) -> list[sweep.Run]:
-    penalty = dict(l0=weights) if adapter == "jumprelu" else dict(l1=weights)
-    s = sweep.Settings(adapters=(adapter,), seeds=seeds, cache=False, out=str(out), **penalty)
-    return sweep.plan(s, [*COMMON.split(), *flags.split()])
+# --- runs -----------------------------------------------------------------------------------------
 
 
-def run_all(runs: list[sweep.Run], cache: Path) -> None:
-    """Run what is not finished, all of it with one cache of activations."""
-    todo = [
-        sweep.Run(r.out, r.flags, r.settings, ("--cache-activations", str(cache)))
-        for r in runs
-        if not r.finished
-    ]
-    if todo and sweep.execute(todo, ["cpu"]):
-        raise SystemExit("A run failed.")
+def runner() -> Callable[[Plan], Result]:
+    """Load the world once; returns what makes a run in it."""
+    policy = tiny_policy()
+    pairs, eval_pairs, *_ = load_preferences(policy.run, policy.tokenizer)
+
+    def run(plan: Plan) -> Result:
+        adapter, lr, threshold_lr, bandwidth = plan.setting[1:]
+        settings = train.Settings(
+            adapter=adapter,
+            lr=lr,
+            threshold_lr=threshold_lr,
+            seed=plan.seed,
+            max_steps=STEPS,
+            batch_size=PAIRS,
+            **{METHODS[plan.method].penalty: plan.weight},
+        )
+        trained = fresh(policy, adapter, bandwidth, plan.seed)
+        fit(trained, pairs, settings)
+        found = train.evaluate(trained.model, eval_pairs, passes(trained, settings))
+        threshold = None
+        if adapter != "relu":
+            threshold = trained.steered.adapter.threshold.median().item()
+        measured = (found[name] for name in ("loss", "accuracy", "l0", "l1"))
+        return Result(plan.method, plan.setting.name, *plan[2:], *measured, threshold)
+
+    return run
 
 
-def front(points: list[dict]) -> list[dict]:
+class Runs:
+    """OUT/runs.jsonl: what is there is read, what is missing is made."""
+
+    def __init__(self, out: Path):
+        self.path = writable(out) / "runs.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.results = [Result(**json.loads(line)) for line in lines]
+        self.run = None
+
+    def __call__(self, plans: Sequence[Plan], what: str) -> list[Result]:
+        return [self.one(plan) for plan in tqdm(plans, desc=what, unit="run")]
+
+    def one(self, plan: Plan) -> Result:
+        found = next((result for result in self.results if result.of(plan)), None)
+        if found is not None:
+            return found
+        self.run = self.run or runner()
+        found = self.run(plan)
+        self.results.append(found)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(found._asdict(), ensure_ascii=False) + "\n")
+        return found
+
+
+# --- choosing and averaging -----------------------------------------------------------------------
+
+
+def choose(results: Sequence[Result]) -> Result:
+    """The setting that is kept, by the rule above."""
+
+    def order(r: Result):
+        dense = r.l0 > DENSE
+        return r.loss > UNSTEERED / 2, dense, r.l0 if dense else r.loss * r.l0
+
+    return min(results, key=order)
+
+
+class Mean(NamedTuple):
+    """A method at one penalty, over seeds."""
+
+    method: str
+    weight: float
+    loss: float
+    least: float
+    most: float
+    l0: float
+    l1: float
+    threshold: float | None
+
+
+def means(results: Sequence[Result]) -> Iterator[Mean]:
+    for method, weight in dict.fromkeys((r.method, r.weight) for r in results):
+        group = [r for r in results if (r.method, r.weight) == (method, weight)]
+        loss = [r.loss for r in group]
+        l0, l1 = (statistics.mean(getattr(r, name) for r in group) for name in ("l0", "l1"))
+        thresholds = [r.threshold for r in group if r.threshold is not None]
+        threshold = statistics.mean(thresholds) if thresholds else None
+        spread = min(loss), max(loss)
+        yield Mean(method, weight, statistics.mean(loss), *spread, l0, l1, threshold)
+
+
+def front(points: Sequence[Mean]) -> list[Mean]:
     """Those that no other point beats in both loss and L0, from sparse to dense."""
     best, kept = math.inf, []
-    for p in sorted(points, key=lambda p: (p["l0"], p["loss"])):
-        if p["loss"] < best:
-            best, kept = p["loss"], [*kept, p]
+    for point in sorted(points, key=lambda p: (p.l0, p.loss)):
+        if point.loss < best:
+            best = point.loss
+            kept.append(point)
     return kept
 
 
-def median_threshold(run: sweep.Run) -> float | None:
-    weights = load_file(run.out / "adapter" / "adapter.safetensors")
-    return weights["threshold"].median().item() if "threshold" in weights else None
+# --- what is written ------------------------------------------------------------------------------
 
 
-def main() -> None:
-    s = cli.parse(Settings, doc=__doc__)
-    out = Path(s.out)
-    tuning = {
-        method: {
-            name: planned(out / "tune" / name, adapter, (weight,), (0,), flags)
-            for name, flags in tried.items()
-        }
-        for method, (adapter, weight, tried, _) in METHODS.items()
-    }
-    if not s.draw_only:
-        run_all(
-            [run for tried in tuning.values() for runs in tried.values() for run in runs],
-            out / "activations",
-        )
-    chosen = {}
-    print(f"{'tuning':<22} {'loss':>9} {'L0':>8} {'median θ':>9}")
-    for method, tried in tuning.items():
-        scores = {}
-        for name, runs in tried.items():
-            for run, row in zip(runs, sweep.collect(runs), strict=False):
-                dense = row["l0"] > DENSE
-                scores[name] = (
-                    row["loss"] > UNSTEERED / 2,
-                    dense,
-                    row["l0"] * (1.0 if dense else row["loss"]),
-                )
-                theta = median_threshold(run)
-                print(
-                    f"{name:<22} {row['loss']:9.5f} {row['l0']:8.2f} {'' if theta is None else f'{theta:9.4f}'}"
-                )
-        chosen[method] = min(scores, key=scores.get)
-
-    plans = {
-        method: planned(out / chosen[method], adapter, weights, SEEDS, tried[chosen[method]])
-        for method, (adapter, _, tried, weights) in METHODS.items()
-    }
-    if not s.draw_only:  # a seed at a time, so that an interrupted experiment can be drawn
-        runs = [run for runs in plans.values() for run in runs]
-        run_all(sorted(runs, key=lambda run: run.settings.seed), out / "activations")
-    rows, means = [], []
-    for method, runs in plans.items():
-        finished = [run for run in runs if run.finished]
-        for run, row in zip(finished, sweep.collect(finished), strict=True):
-            rows.append(
-                dict(method=method, setting=chosen[method])
-                | row
-                | dict(theta=median_threshold(run))
-            )
-    for method, (*_, weights) in METHODS.items():
-        for weight in weights:
-            group = [row for row in rows if (row["method"], row["weight"]) == (method, weight)]
-            if group:
-                loss, l0 = ([row[name] for row in group] for name in ("loss", "l0"))
-                thetas = [row["theta"] for row in group if row["theta"] is not None]
-                p = dict(method=method, weight=weight, seeds=len(group), loss=statistics.mean(loss))
-                p |= dict(
-                    l0=statistics.mean(l0),
-                    losses=loss,
-                    l0s=l0,
-                    l1=statistics.mean(row["l1"] for row in group),
-                )
-                means.append(p | dict(theta=statistics.mean(thetas) if thetas else None))
-    overall = front(means)
-    heads = f"{'loss':>9} {'(least to greatest)':>21} {'L0':>7} {'L1':>8} {'median θ':>9}"
-    print(f"\n{'method':<22} {'weight':>7} {'seeds':>5} {heads}")
-    for p in means:
-        spread = f"{min(p['losses']):.5f} to {max(p['losses']):.5f}"
-        theta = "" if p["theta"] is None else f"{p['theta']:9.4f}"
-        mark = "  front" if p in overall else ""
-        what = f"{p['method']:<22} {p['weight']:7g} {p['seeds']:5} {p['loss']:9.5f} {spread:>21}"
-        print(f"{what} {p['l0']:7.2f} {p['l1']:8.2f} {theta:>9}{mark}")
-    with open(out / "jumprelu.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    draw(rows, means, out / "jumprelu.png")
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def draw(rows: list[dict], means: list[dict], path: Path) -> None:
+def theta(threshold: float | None) -> str:
+    return "" if threshold is None else f"{threshold:.3g}"
+
+
+def tuning_table(results: Sequence[Result], kept: Sequence[Result]) -> str:
+    head = ("method", "setting", "loss", "L0", "median θ", "")
+    rows = []
+    for r in results:
+        mark = "**kept**" if r in kept else ""
+        rows.append((r.method, r.setting, f"{r.loss:.5f}", f"{r.l0:.2f}", theta(r.threshold), mark))
+    return markdown(head, rows)
+
+
+def comparison_table(points: Sequence[Mean]) -> str:
+    head = ("method", "weight", "loss (mean)", "over the seeds", "L0", "L1", "median θ", "")
+    overall, rows = front(points), []
+    for p in points:
+        spread = f"{p.least:.5f} to {p.most:.5f}"
+        sizes = f"{p.l0:.2f}", f"{p.l1:.2f}", theta(p.threshold)
+        mark = "front" if p in overall else ""
+        rows.append((p.method, f"{p.weight:g}", f"{p.loss:.5f}", spread, *sizes, mark))
+    return markdown(head, rows)
+
+
+def beyond_table(results: Sequence[Result]) -> str:
+    head = ("method", "setting", "weight", "loss", "L0", "L1", "median θ")
+    rows = []
+    for r in results:
+        sizes = f"{r.l0:.2f}", f"{r.l1:.2f}", theta(r.threshold)
+        rows.append((r.method, r.setting, f"{r.weight:g}", f"{r.loss:.5f}", *sizes))
+    return markdown(head, rows)
+
+
+def draw(results: Sequence[Result], points: Sequence[Mean], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,36 +291,45 @@ def draw(rows: list[dict], means: list[dict], path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for color, marker, method in zip(("C0", "C1", "C2"), "os^", METHODS, strict=True):
-        mine = [row for row in rows if row["method"] == method]
-        axis.plot(
-            [r["l0"] for r in mine],
-            [r["loss"] for r in mine],
-            marker,
-            color=color,
-            alpha=0.4,
-            ms=5,
-            ls="",
-        )
-        line = front([p for p in means if p["method"] == method])
-        axis.plot(
-            [p["l0"] for p in line],
-            [p["loss"] for p in line],
-            color=color,
-            marker=marker,
-            ms=7,
-            label=method,
-        )
-    axis.set(
-        xscale="log",
-        yscale="log",
-        xlabel="L0: features steered per position",
-        ylabel="SimPO loss (evaluation)",
-    )
+        mine = [r for r in results if r.method == method]
+        style = dict(color=color, marker=marker)
+        axis.plot([r.l0 for r in mine], [r.loss for r in mine], ls="", alpha=0.4, ms=5, **style)
+        line = front([p for p in points if p.method == method])
+        axis.plot([p.l0 for p in line], [p.loss for p in line], ms=7, label=method, **style)
+
+    axis.set(xscale="log", yscale="log")
+    axis.set(xlabel="L0: features steered per position", ylabel="SimPO loss (evaluation)")
     axis.xaxis.set_major_formatter("{x:g}")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def main() -> None:
+    s = cli.parse(Settings, doc=__doc__)
+    runs = Runs(Path(s.out))
+    tuning = [
+        Plan(name, setting, method.tuning, 0)
+        for name, method in METHODS.items()
+        for setting in method.settings
+    ]
+    tuned = runs(tuning, "tuning")
+    kept = [choose([r for r in tuned if r.method == name]) for name in METHODS]
+
+    compared = []
+    for (name, method), chosen in zip(METHODS.items(), kept, strict=True):
+        setting = next(setting for setting in method.settings if setting.name == chosen.setting)
+        plans = [Plan(name, setting, weight, seed) for weight in method.weights for seed in SEEDS]
+        compared += runs(plans, name)
+
+    points = list(means(compared))
+    tables = [tuning_table(tuned, kept), comparison_table(points)]
+    tables = "\n".join([*tables, beyond_table(runs(beyond(), "beyond the budget"))])
+    write_whole(Path(s.out) / "tables.md", tables)
+    draw(compared, points, Path(s.out) / "jumprelu.png")
+    print(tables)
+    print(f"Written to {s.out}: runs.jsonl, tables.md, jumprelu.png")
 
 
 if __name__ == "__main__":

@@ -1,95 +1,105 @@
-"""Sweeps of layer, penalty, kind of adapter and seed: every configuration a normal run of train.py in its own folder.
+"""Sweeps of layer, SAE width, penalty, kind of adapter and seed: each configuration is a normal run
+of train.py in its own folder.
 
-    python sweep.py --layers 6 12 18 24 --seeds 0 1 2 -- --epochs 1
-    python sweep.py --l1 0.005 0.01 0.02 0.04 0.08 --out runs/l1 -- --model tiny --max-steps 64
-    python sweep.py --adapters relu jumprelu --l1 0.01 0.02 --l0 0.001 0.01 --dry-run
+    python -m experiments.sweep --layers 6 12 18 24 --seeds 0 1 2 -- --epochs 1
+    python -m experiments.sweep --widths 16k 65k --l1 0.01 0.02 0.04
+    python -m experiments.sweep --l1 0.005 0.01 0.02 0.04 --out runs/l1 -- --model tiny
+    python -m experiments.sweep --adapters relu jumprelu --l1 0.01 0.02 --l0 0.001 0.01 --dry-run
 
-What stands after `--` goes to every train.py unchanged. --l1 are the penalties of relu and soft-threshold, --l0 those
-of jumprelu. A finished run is skipped, an unfinished one resumed from its last checkpoint (without one, moved aside and
-started again), a crashed one reported while the rest goes on; so the same command continues a sweep that was
-interrupted. One configuration runs on each of --devices at a time; on a cluster, --list prints the commands for its
-scheduler, and the same command without it then finds them finished and draws.
+Flags after `--` go to every train.py unchanged. --l1 are the penalties of relu and soft-threshold,
+--l0 those of both jumprelu kinds. For each of --widths, the SAE of lowest average L0 is looked up
+in train.py's --sae, which must have GemmaScope's folders.
 
-OUT/layer12-relu-l1_0.02-seed0/   a run as train.py leaves it, its output in OUT/layer12-relu-l1_0.02-seed0.log
-OUT/sweep.csv, OUT/sweep.png      a row per finished run; Figure 4: loss and L0 against the penalty and the layer
-OUT/sweep.json                    the elbow of each penalty curve
+The same command continues a sweep that was interrupted: a finished run is skipped, an unfinished
+one resumed from its last checkpoint (without one, moved aside and started again). A crashed run is
+reported and the others go on. One run at a time is on each of --devices. On a cluster, --list
+prints the commands for its scheduler; the same command without it then finds the runs finished and
+draws.
 
-Deviation from the paper: its elbow was chosen by eye. Here it is the point farthest below the straight line between the
-curve's ends, in (log L0, log loss) scaled to the unit square, means over seeds.
+OUT/layer12-relu-l1_0.02-seed0/   a run as train.py leaves it; its output is in ….log beside it
+OUT/sweep.csv, OUT/sweep.png      a row per finished run; Figure 4: loss and L0 against each axis
+OUT/sweep.json                    the elbow of each penalty curve, or why it has none
+
+Deviation from the paper: its elbow was chosen by eye. Here it is the point farthest below the
+straight line between the curve's ends, in (log L0, log loss) scaled to the unit square, after means
+over seeds.
 """
 
-import csv
 import dataclasses
-import io
 import itertools
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
+import sae
 import train
-from fsrl import ACTIVATIONS
+from fsrl import KINDS
 from runtime import cli
 from runtime.cli import flag
-from runtime.sources import UserError, write_whole
+from runtime.device import dtype_on, resolve_device
+from runtime.output import write_whole
+from runtime.sources import UserError
+from runtime.tables import csv_text
 
 HERE = Path(__file__).resolve().parents[1]
-ELSEWHERE = (  # settings that may differ in a run that is taken for finished: they do not change what it finds
-    *("out", "device", "cache_activations", "tokens_per_microbatch"),
-    *("checkpoint_every", "resume", "timeout", "zero", "shard"),
-)
 TIMED_STEPS = 3
+POLL = 0.2  # seconds between two looks at the runs under way
 
 
 @dataclass(frozen=True)
 class Settings:
     layers: tuple[int, ...] = flag((), "layers to steer (default: train.py's)")
+    widths: tuple[str, ...] = flag((), "widths of the SAE, as its folders say: 16k 65k")
     adapters: tuple[str, ...] = flag(("relu",), "kinds of adapter")
-    l1: tuple[float, ...] = flag(
-        (), "weights α of the L1 penalty, for relu and soft-threshold (default: train.py's)"
-    )
+    l1: tuple[float, ...] = flag((), "weights α of the L1 penalty (default: train.py's)")
     l0: tuple[float, ...] = flag((), "weights λ of the L0 penalty, for jumprelu")
     seeds: tuple[int, ...] = flag((0,), "seeds")
-    cache: bool = flag(
-        True, "runs on a layer share their residual streams below the adapter, in OUT/activations"
-    )
-    devices: tuple[str, ...] = flag(
-        (), "one configuration runs on each (default: every CUDA device, or cpu)"
-    )
+    devices: tuple[str, ...] = flag((), "where runs go (default: every CUDA device, or cpu)")
     out: str = flag("runs/sweep", "folder of the sweep")
     dry_run: bool = flag(
-        False, "print the plan and the time it would take; run nothing but a short timing"
+        False, "print the plan and how long it would take; run a short timing only"
     )
-    list: bool = flag(
-        False, "print the commands that are still to run, one a line, and run nothing"
-    )
+    list: bool = flag(False, "print the commands that are still to run, one a line; run nothing")
 
     def __post_init__(self):
-        for name in set(self.adapters) - set(ACTIVATIONS):
-            raise UserError(f"--adapters {name}: one of {', '.join(ACTIVATIONS)} was expected.")
-        if "jumprelu" in self.adapters and not self.l0:
+        for name in set(self.adapters) - set(KINDS):
+            raise UserError(f"--adapters {name}: one of {', '.join(KINDS)} was expected.")
+        has_l0 = "l0" in map(penalty_of, self.adapters)
+        if has_l0 and not self.l0:
             raise UserError("--adapters jumprelu: give its penalties with --l0.")
-        if self.l0 and "jumprelu" not in self.adapters:
+        if self.l0 and not has_l0:
             raise UserError("--l0: only --adapters jumprelu has a gradient for the L0 penalty.")
-        for name in ("layers", "adapters", "l1", "l0", "seeds"):
+        for name in ("layers", "widths", "adapters", "l1", "l0", "seeds"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise UserError(f"--{name} {' '.join(map(str, values))}: a value stands twice.")
-        for name in set(self.devices):
-            if not (name == "cpu" or name.startswith("cuda:") and name[5:].isdigit()):
+        for width in self.widths:
+            if not re.fullmatch(r"\d+[km]?", width):
+                raise UserError(f"--widths {width}: as in width_16k, 16k was expected.")
+        for name in self.devices:
+            if name != "cpu" and not (name.startswith("cuda:") and name[5:].isdigit()):
                 raise UserError(f"--devices {name}: cpu or cuda:N was expected.")
+
+
+def penalty_of(adapter: str) -> str:
+    return "l0" if adapter.startswith("jumprelu") else "l1"
+
+
+# --- the plan -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -99,139 +109,141 @@ class Run:
     out: Path
     flags: tuple[str, ...]
     settings: train.Settings
-    cache: tuple[str, ...]  # --cache-activations and its folder, or nothing
+    width: str  # of the SAE, as the sweep was asked for it; "" where it was not
 
     def command(self, *more: str) -> list[str]:
-        return [
-            sys.executable,
-            str(HERE / "train.py"),
-            *self.flags,
-            *self.cache,
-            "--out",
-            str(self.out),
-            *more,
-        ]
+        return [sys.executable, str(HERE / "train.py"), *self.flags, "--out", str(self.out), *more]
+
+    @property
+    def penalty(self) -> str:
+        return penalty_of(self.settings.adapter)
+
+    @property
+    def weight(self) -> float:
+        return getattr(self.settings, self.penalty)
 
     @property
     def finished(self) -> bool:
-        """train.py writes the adapter last. Raises UserError where the folder holds a run with other settings."""
+        """train.py writes the adapter last.
+
+        Raises UserError where the folder holds a run with other settings.
+        """
         if not (self.out / "adapter" / "adapter.safetensors").is_file():
             return False
-        theirs, ours = (
-            json.loads((self.out / "config.json").read_text())["settings"],
-            dataclasses.asdict(self.settings),
-        )
-        ours["dtype"] = train.dtype_on(theirs["device"], ours["dtype"])
+        theirs = json.loads((self.out / "config.json").read_text())["settings"]
+        ours = dataclasses.asdict(self.settings)
+        ours["dtype"] = dtype_on(theirs["device"], ours["dtype"])
         for name, value in ours.items():
-            if name not in ELSEWHERE and name in theirs and value != theirs[name]:
-                raise UserError(
-                    f"--out {self.out}: holds a run with {name} {theirs[name]}, not {value}."
-                )
-        if not train.same_stream(ours, theirs):
-            raise UserError(
-                f"--out {self.out}: under bfloat16 a run with cached activations is not one without."
-            )
+            if name not in train.FREE and theirs.get(name, value) != value:
+                differs = f"{name} {theirs[name]}, not {value}"
+                raise UserError(f"--out {self.out}: holds a run with {differs}.")
         return True
 
 
 def plan(s: Settings, rest: list[str]) -> list[Run]:
-    """Every configuration, a layer at a time. rest: the flags for every train.py, checked here by its own parser."""
+    """Every configuration. rest: the flags for every train.py, checked here by its own parser.
+
+    Raises UserError for a mistake in them, and for a width that the SAE's repository does not hold.
+    """
     runs = []
-    for layer, adapter in itertools.product(s.layers or (None,), s.adapters):
-        kind = "l0" if adapter == "jumprelu" else "l1"
-        for penalty, seed in itertools.product(getattr(s, kind) or (None,), s.seeds):
-            flags = [*rest, "--adapter", adapter, "--seed", str(seed)]
-            flags += ["--layer", str(layer)] if layer is not None else []
-            flags += [f"--{kind}", f"{penalty:g}"] if penalty is not None else []
-            cache = ("--cache-activations", str(Path(s.out) / "activations")) if s.cache else ()
-            settings = cli.parse(train.Settings, flags, presets=train.PRESETS)
-            if settings.full:
-                raise UserError("--full: a sweep is over adapters.")
-            weight = getattr(settings, kind)
-            name = f"layer{settings.layer}-{adapter}-{kind}_{weight:g}-seed{seed}"
-            runs.append(Run(Path(s.out) / name, tuple(flags), settings, cache))
+    for layer, width in itertools.product(s.layers or (None,), s.widths or ("",)):
+        place = ["--layer", str(layer)] if layer is not None else []
+        if width:
+            place += ["--sae-id", sae_of_width(parsed([*rest, *place]), width)]
+        for adapter in s.adapters:
+            kind = penalty_of(adapter)
+            for penalty, seed in itertools.product(getattr(s, kind) or (None,), s.seeds):
+                flags = [*rest, *place, "--adapter", adapter, "--seed", str(seed)]
+                flags += [f"--{kind}", f"{penalty:g}"] if penalty is not None else []
+                settings = parsed(flags)
+                where = f"layer{settings.layer}" + (f"-width{width}" if width else "")
+                name = f"{where}-{adapter}-{kind}_{getattr(settings, kind):g}-seed{seed}"
+                runs.append(Run(Path(s.out) / name, tuple(flags), settings, width))
     return runs
 
 
-# --- running ------------------------------------------------------------------------------------------------
+def parsed(flags: list[str]) -> train.Settings:
+    settings = cli.parse(train.Settings, flags, presets=train.PRESETS)
+    if settings.full:
+        raise UserError("--full: a sweep is over adapters.")
+    return settings
+
+
+def sae_of_width(s: train.Settings, width: str) -> str:
+    """The SAE id of lowest average L0 at this layer and width. Raises UserError without any."""
+    found = sae.default_id(s.sae, s.layer, width)
+    if found is None:
+        raise UserError(f"--widths {width}: {s.sae} holds no layer_{s.layer}/width_{width}.")
+    return found
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+class Started(NamedTuple):
+    run: Run
+    device: str
+    process: subprocess.Popen
+    log: Path
 
 
 def execute(runs: list[Run], devices: list[str]) -> list[Run]:
-    """Run them, one a device at a time; returns those that failed.
-
-    The first run on a layer writes the residual streams that the others read, and so they wait for it.
-    """
-    waiting, failed, first = (
-        list(runs),
-        [],
-        {},
-    )  # first: layer -> the run that writes its streams, None once one has
-    change = threading.Condition()
-
-    def next_run() -> Run | None:
-        with change:
-            while waiting:
-                for run in waiting:
-                    if not run.cache or first.setdefault(run.settings.layer, run) in (run, None):
-                        waiting.remove(run)
-                        return run
-                change.wait()
-            return None
-
-    def work(device: str) -> None:
-        while run := next_run():
-            try:
-                ok = start(run, device)
-            except OSError as e:
-                ok = False
-                bar.write(f"{run.out.name} could not start: {e}", file=sys.stderr)
-            with change:
-                if ok:
-                    first[run.settings.layer] = None
-                else:
-                    failed.append(run)
-                    if first.get(run.settings.layer) is run:  # another writes them, then
-                        del first[run.settings.layer]
-                change.notify_all()
-                bar.update()
-
-    def start(run: Run, device: str) -> bool:
-        resume = ["--resume"] if any(run.out.glob("checkpoints/step-*")) else []
-        if run.out.exists() and not resume:  # kept beside, so that nothing of the user's is deleted
-            aside = (
-                run.out.with_name(f"{run.out.name}.unfinished-{i}") for i in itertools.count(1)
-            )
-            run.out.rename(next(path for path in aside if not path.exists()))
-        environment = dict(os.environ)
-        if device.startswith("cuda:"):
-            environment["CUDA_VISIBLE_DEVICES"] = visible(int(device[5:]))
-        elif len(devices) > 1:
-            environment.setdefault(
-                "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices)))
-            )
-        log = run.out.with_name(run.out.name + ".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "w") as file:
-            command = run.command("--device", device.partition(":")[0], *resume)
-            code = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment
-            ).returncode
-        if code:
-            last = (log.read_text().replace("\r", "\n").strip().splitlines() or ["no output"])[-1]
-            bar.write(f"{run.out.name} failed ({code}): {last}", file=sys.stderr)
-        return not code
-
-    with tqdm(total=len(runs), desc="runs", unit="run") as bar:
-        workers = [threading.Thread(target=work, args=(device,)) for device in devices]
-        for worker in workers:
-            worker.start()
+    """Run them, one a device at a time; returns those that failed."""
+    waiting, free, failed = list(runs), list(devices), []
+    under_way: list[Started] = []
+    line = "{desc}{n:.1f} of {total} runs, {elapsed} so far, {remaining} to go"
+    with tqdm(total=len(runs), bar_format=line, smoothing=0, mininterval=1) as bar:
         try:
-            for worker in workers:
-                worker.join()
-        except KeyboardInterrupt:  # the runs under way hear of it themselves
-            waiting.clear()
+            while waiting or under_way:
+                while waiting and free:
+                    run, device = waiting.pop(0), free.pop(0)
+                    try:
+                        under_way.append(start(run, device, len(devices)))
+                    except OSError as e:
+                        bar.write(f"{run.out.name} could not start: {e}", file=sys.stderr)
+                        failed.append(run)
+                        free.append(device)
+                time.sleep(POLL)
+                for started in list(under_way):
+                    code = started.process.poll()
+                    if code is None:
+                        continue
+                    under_way.remove(started)
+                    free.append(started.device)
+                    if code:
+                        why = f"failed ({code}): {last_line(started.log)}"
+                        bar.write(f"{started.run.out.name} {why}", file=sys.stderr)
+                        failed.append(started.run)
+                names = ", ".join(started.run.out.name for started in under_way)
+                bar.set_description_str(f"{names}: " if names else "", refresh=False)
+                ended = len(runs) - len(waiting) - len(under_way)
+                bar.update(ended + sum(share_done(started.run) for started in under_way) - bar.n)
+        except KeyboardInterrupt:  # the runs under way hear of it themselves, and save
+            for started in under_way:
+                started.process.wait()
             raise
     return failed
+
+
+def start(run: Run, device: str, at_once: int) -> Started:
+    """Start a run, or go on with it from its last checkpoint."""
+    resume = ["--resume"] if any(run.out.glob("checkpoints/step-*")) else []
+    if run.out.exists() and not resume:  # kept beside, so that nothing of the user's is deleted
+        aside = (run.out.with_name(f"{run.out.name}.unfinished-{i}") for i in itertools.count(1))
+        run.out.rename(next(path for path in aside if not path.exists()))
+
+    environment = dict(os.environ)
+    if device.startswith("cuda:"):
+        environment["CUDA_VISIBLE_DEVICES"] = visible(int(device[5:]))
+    elif at_once > 1:
+        threads = max(1, (os.cpu_count() or 1) // at_once)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    command = run.command("--device", device.partition(":")[0], *resume)
+    log = run.out.with_name(run.out.name + ".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    return Started(run, device, process, log)
 
 
 def visible(index: int) -> str:
@@ -240,183 +252,232 @@ def visible(index: int) -> str:
     return named.split(",")[index].strip() if named else str(index)
 
 
+def last_line(log: Path) -> str:
+    lines = log.read_text().replace("\r", "\n").strip().splitlines()
+    return lines[-1][:200] if lines else "no output"
+
+
+def share_done(run: Run) -> float:
+    """Share of a run's steps that its log holds."""
+    try:
+        with open(run.out / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            rows = [json.loads(line) for line in file.read().splitlines() if b'"train"' in line]
+        return rows[-1]["step"] / steps_of(run, rows[-1])
+    except (OSError, ValueError, IndexError):  # not there yet, or its last line is not whole
+        return 0.0
+
+
+def steps_of(run: Run, row: dict) -> int:
+    """The optimiser steps of a run, from any of its rows."""
+    s = run.settings
+    return s.max_steps or s.epochs * round(row["step"] / row["epoch"])
+
+
 def estimate(runs: list[Run], devices: list[str]) -> tuple[float, str]:
-    """Seconds that a run takes, and how that is known: from finished ones here, or else from a few timed steps."""
+    """Seconds that a run takes, and how that is known: from finished ones here, or else from a few
+    timed steps.
+    """
     walls = [wall(run.out) for run in runs if run.finished]
     if walls:
         return statistics.mean(walls), f"mean of the {len(walls)} finished here"
+
     with tempfile.TemporaryDirectory() as folder:
-        probe = dataclasses.replace(runs[0], out=Path(folder) / "run", cache=())
+        probe = dataclasses.replace(runs[0], out=Path(folder) / "run")
         short = ("--max-steps", str(TIMED_STEPS), "--device", devices[0])
         started = time.perf_counter()
         result = subprocess.run(probe.command(*short), capture_output=True, text=True)
         total = time.perf_counter() - started
         if result.returncode:
             raise UserError(f"The timing failed: {result.stderr.strip().splitlines()[-1]}")
-        rows = [json.loads(row) for row in (probe.out / "metrics.jsonl").open()]
+        rows = log_of(probe.out)
+
     steps = [row for row in rows if row["split"] == "train"]
-    step = statistics.median(row["seconds"] for row in steps)
-    s = runs[0].settings
-    planned = s.max_steps or s.epochs * round(steps[-1]["step"] / steps[-1]["epoch"])
+    planned = steps_of(runs[0], steps[-1])
     once = total - sum(row["seconds"] for row in steps)  # loading, and evaluation before and after
-    between = (
-        planned // s.eval_every * once / 2 if s.eval_every else 0.0
-    )  # at most half of that each
-    how = f"{TIMED_STEPS} steps of {runs[0].out.name} were timed, without cached activations"
-    return once + between + planned * step, how
+    every = runs[0].settings.eval_every
+    between = planned // every * once / 2 if every else 0.0  # at most half of that each
+    step = statistics.median(row["seconds"] for row in steps)
+    return once + between + planned * step, f"{TIMED_STEPS} steps of {runs[0].out.name} were timed"
 
 
 def wall(out: Path) -> float:
     """Seconds of a finished run from its config.json to its adapter: loading is left out."""
-    return (out / "adapter" / "adapter.safetensors").stat().st_mtime - (
-        out / "config.json"
-    ).stat().st_mtime
+    end = (out / "adapter" / "adapter.safetensors").stat().st_mtime
+    return end - (out / "config.json").stat().st_mtime
 
 
-# --- what came out ------------------------------------------------------------------------------------------
+def log_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
 
 
-def collect(runs: list[Run]) -> list[dict]:
-    """A row per finished run: what it was, and its last evaluation (or, without evaluation data, its last step)."""
+# --- what came out --------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A finished run: what it was, and its last evaluation (without evaluation data, its last
+    step).
+    """
+
+    run: str
+    layer: int
+    width: str
+    adapter: str
+    penalty: str  # l1 or l0
+    weight: float  # of the penalty
+    seed: int
+    loss: float
+    accuracy: float
+    margin: float
+    l0: float
+    l1: float
+    step: int
+    split: str
+    seconds: float
+
+
+def collect(runs: list[Run]) -> list[Row]:
+    """The runs that have finished."""
     rows = []
-    for run in runs:
-        if not run.finished:
-            continue
-        s, log = run.settings, [json.loads(row) for row in (run.out / "metrics.jsonl").open()]
-        last = [row for row in log if row["split"] == "eval"] or log
-        kind = "l0" if s.adapter == "jumprelu" else "l1"
-        kept = {name: last[-1][name] for name in ("loss", "accuracy", "margin", "l0", "l1", "step")}
-        what = dict(
-            run=run.out.name,
-            layer=s.layer,
-            adapter=s.adapter,
-            penalty=kind,
-            weight=getattr(s, kind),
-        )
-        rows.append(
-            what
-            | dict(seed=s.seed)
-            | kept
-            | dict(split=last[-1]["split"], seconds=round(wall(run.out), 1))
-        )
+    for run in (run for run in runs if run.finished):
+        log, s = log_of(run.out), run.settings
+        last = ([row for row in log if row["split"] == "eval"] or log)[-1]
+        what = (run.out.name, s.layer, run.width, s.adapter, run.penalty, run.weight, s.seed)
+        names = ("loss", "accuracy", "margin", "l0", "l1", "step", "split")
+        rows.append(Row(*what, *(last[name] for name in names), round(wall(run.out), 1)))
     return rows
 
 
-def over_seeds(rows: list[dict]) -> Iterator[tuple[dict, list[dict]]]:
-    """Rows that differ in their seed alone, together: (what they share, they)."""
+class Point(NamedTuple):
+    """Runs that differ in their seed alone: means over them."""
 
-    def key(row):
-        return row["layer"], row["adapter"], row["weight"]
+    layer: int
+    width: str
+    adapter: str
+    penalty: str
+    weight: float
+    loss: float
+    l0: float
+    seeds: int
+    spread: float | None  # greatest minus least loss; None of one seed
 
-    for _, group in itertools.groupby(sorted(rows, key=key), key=key):
-        group = list(group)
-        yield {name: group[0][name] for name in ("layer", "adapter", "penalty", "weight")}, group
+    def title(self, axis: str = "weight") -> str:
+        """What it shares with the other points of a line along this axis."""
+        parts = dict(layer=f"layer {self.layer}", width=self.width and f"width {self.width}")
+        parts |= dict(adapter=self.adapter, weight=f"{self.penalty.upper()} weight {self.weight:g}")
+        return ", ".join(part for name, part in parts.items() if part and name != axis)
+
+    def at(self, axis: str) -> float:
+        """Where it stands on this axis: weight, layer, or features of the SAE (16k: 16,000)."""
+        if axis != "width":
+            return getattr(self, axis)
+        unit = {"k": 1e3, "m": 1e6}.get(self.width[-1:], 1.0)
+        return float(self.width.rstrip("km") or 0) * unit
 
 
-def curves(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """(layer, adapter) -> points of rising penalty, each with mean, least and greatest loss and l0 over seeds."""
+def over_seeds(rows: Sequence[Row]) -> dict[Point, list[Row]]:
+    """Points in the order of the plan, each with its runs."""
     found = {}
-    for what, group in over_seeds(rows):
-        point = dict(what)
-        for name in ("loss", "l0"):
-            values = [row[name] for row in group]
-            point |= {
-                name: statistics.mean(values),
-                f"{name}_range": (min(values), max(values)),
-                "seeds": len(values),
-            }
-        found.setdefault((what["layer"], what["adapter"]), []).append(point)
+    for what in dict.fromkeys(row[1:6] for row in rows):
+        same = [row for row in rows if row[1:6] == what]
+        losses = [row.loss for row in same]
+        spread = max(losses) - min(losses) if len(same) > 1 else None
+        l0 = statistics.mean(row.l0 for row in same)
+        found[Point(*what, statistics.mean(losses), l0, len(same), spread)] = same
     return found
 
 
-def elbow(points: list[dict]) -> dict | None:
-    """The point farthest below the line between the curve's ends, in (log L0, log loss) scaled to the unit square.
+def lines(points: Iterable[Point], axis: str = "weight") -> dict[str, list[Point]]:
+    """title -> the points that differ along this axis alone."""
+    found = {}
+    for point in sorted(points, key=lambda p: p.at(axis)):
+        found.setdefault(point.title(axis), []).append(point)
+    return found
 
-    None for fewer than three points, a curve that is not above zero, or one that nowhere lies below its line.
-    """
-    if len(points) < 3 or any(p["l0"] <= 0 or p["loss"] <= 0 for p in points):
-        return None
-    points = sorted(points, key=lambda p: p["l0"])
-    x, y = ([math.log(p[name]) for p in points] for name in ("l0", "loss"))
+
+class Elbow(NamedTuple):
+    point: Point | None
+    why_none: str = ""
+
+
+def elbow(points: Sequence[Point]) -> Elbow:
+    """The point farthest below the line between the curve's ends, by the rule above."""
+    if len(points) < 3:
+        return Elbow(None, f"it takes three penalties and there are {len(points)}")
+    if any(p.l0 <= 0 or p.loss <= 0 for p in points):
+        return Elbow(None, "an L0 or a loss of 0 has no logarithm")
+    points = sorted(points, key=lambda p: p.l0)
+    x = [math.log(p.l0) for p in points]
+    y = [math.log(p.loss) for p in points]
     if x[-1] == x[0] or max(y) == min(y):
-        return None
+        return Elbow(None, "L0 or loss is the same at all penalties")
+
     x = [(a - x[0]) / (x[-1] - x[0]) for a in x]
     y = [(b - min(y)) / (max(y) - min(y)) for b in y]
-    below = [
-        y[0] + (y[-1] - y[0]) * a - b for a, b in zip(x, y, strict=True)
-    ]  # vertical: proportional to the distance
+    # Vertical distances, which are proportional to those from the line.
+    below = [y[0] + (y[-1] - y[0]) * a - b for a, b in zip(x, y, strict=True)]
     best = max(range(len(points)), key=below.__getitem__)
-    return points[best] if below[best] > 1e-9 else None
+    if below[best] <= 1e-9:
+        return Elbow(None, "no point lies below the straight line between the ends")
+    return Elbow(points[best])
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Figure 4 of the paper: loss and L0 against the penalty's weight (where it varies) and the layer (likewise).
+AXES = dict(weight="weight of the penalty", layer="layer", width="features of the SAE")
 
-    Points are runs, lines go through means over seeds, a ring marks the elbow.
+
+def draw(points: dict[Point, list[Row]], path: Path) -> None:
+    """Figure 4 of the paper: loss and L0 against each axis that varies.
+
+    Dots are runs, lines go through means over seeds, a ring marks the elbow.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogFormatter, NullLocator
 
-    by_curve = curves(rows)
-    panels = [("weight", points, key) for key, points in by_curve.items() if len(points) > 1]
-    by_layer = {}
-    for points in by_curve.values():
-        for p in points:
-            by_layer.setdefault((p["adapter"], p["penalty"], p["weight"]), []).append(p)
-    panels += [("layer", points, key) for key, points in by_layer.items() if len(points) > 1]
-    kinds = [kind for kind in ("weight", "layer") if any(panel[0] == kind for panel in panels)] or [
-        "weight"
+    panels = {axis: lines(points, axis) for axis in AXES}
+    varying = [
+        axis for axis, some in panels.items() if any(len(line) > 1 for line in some.values())
     ]
-    panels = panels or [("weight", points, key) for key, points in by_curve.items()]
-    figure, axes = plt.subplots(
-        len(kinds), 2, figsize=(11, 3.6 * len(kinds)), squeeze=False, layout="constrained"
-    )
-    for kind, (left, right) in zip(kinds, axes, strict=True):
-        for i, (_, points, key) in enumerate(panel for panel in panels if panel[0] == kind):
-            points = sorted(points, key=lambda p: p[kind])
-            label = (
-                f"layer {key[0]}, {key[1]}"
-                if kind == "weight"
-                else f"{key[0]}, {key[1].upper()} weight {key[2]:g}"
-            )
-            for axis, name in ((left, "loss"), (right, "l0")):
-                axis.plot(
-                    [p[kind] for p in points], [p[name] for p in points], color=f"C{i}", label=label
-                )
-                for p in points:
-                    same = [
-                        r for r in rows if all(r[n] == p[n] for n in ("layer", "adapter", "weight"))
-                    ]
-                    axis.plot(
-                        [p[kind]] * len(same),
-                        [r[name] for r in same],
-                        "o",
-                        color=f"C{i}",
-                        alpha=0.5,
-                        ms=4,
-                    )
-                best = elbow(points) if kind == "weight" else None
+    varying = varying or ["weight"]
+    size = (11, 3.6 * len(varying))
+    figure, axes = plt.subplots(len(varying), 2, figsize=size, squeeze=False, layout="constrained")
+    for axis, pair in zip(varying, axes, strict=True):
+        for panel, name in zip(pair, ("loss", "l0"), strict=True):
+            for color, (title, line) in enumerate(panels[axis].items()):
+                where, means = [p.at(axis) for p in line], [getattr(p, name) for p in line]
+                panel.plot(where, means, color=f"C{color}", label=title)
+                for p in line:
+                    values = [getattr(row, name) for row in points[p]]
+                    panel.plot([p.at(axis)] * len(values), values, f"C{color}o", alpha=0.5, ms=4)
+                best = elbow(line).point if axis == "weight" else None
                 if best:
-                    axis.plot(best[kind], best[name], "o", ms=13, mfc="none", mec=f"C{i}")
-        left.set(ylabel="SimPO loss (evaluation)")
-        right.set(ylabel="L0: features steered per position")
-        for axis in (left, right):
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
-            ticks = sorted({p[kind] for panel in panels if panel[0] == kind for p in panel[1]})
-            if kind == "weight" and ticks[0] > 0:
-                axis.set_xscale("log")
-            axis.xaxis.set_minor_locator(NullLocator())
-            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axis.set_xlabel("weight of the penalty" if kind == "weight" else "layer")
-            axis.spines[["top", "right"]].set_visible(False)
-        right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+                    ring = dict(ms=13, mfc="none", mec=f"C{color}")
+                    panel.plot(best.weight, getattr(best, name), "o", **ring)
+            set_scales(panel, sorted({p.at(axis) for p in points}), axis != "layer")
+            panel.set_xlabel(AXES[axis])
+        pair[0].set_ylabel("SimPO loss (evaluation)")
+        pair[1].set_ylabel("L0: features steered per position")
+        pair[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def set_scales(panel, ticks: Sequence[float], logarithmic: bool) -> None:
+    from matplotlib.ticker import LogFormatter, NullLocator
+
+    panel.set_yscale("log")
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    if logarithmic and ticks[0] > 0:
+        panel.set_xscale("log")
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+RULE = "farthest below the straight line between the ends, in (log L0, log loss) scaled to the unit"
+RULE += " square, means over seeds"
 
 
 def report(runs: list[Run], out: Path) -> None:
@@ -424,31 +485,27 @@ def report(runs: list[Run], out: Path) -> None:
     rows = collect(runs)
     if not rows:
         raise UserError(f"--out {out}: no run of this sweep has finished.")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(out / "sweep.csv", text.getvalue())
-    by_curve = curves(rows)
-    rule = "farthest below the line between the ends, in (log L0, log loss) scaled to the unit square, means over seeds"
-    elbows = {
-        f"layer {layer}, {adapter}": elbow(points) for (layer, adapter), points in by_curve.items()
-    }
-    write_whole(
-        out / "sweep.json", json.dumps(dict(elbow_rule=rule, elbows=elbows), indent=2) + "\n"
+    points = over_seeds(rows)
+    elbows = {title: elbow(line) for title, line in lines(points).items()}
+    found = dict(
+        elbow_rule=RULE,
+        elbows={title: e.point._asdict() if e.point else None for title, e in elbows.items()},
+        no_elbow={title: e.why_none for title, e in elbows.items() if e.why_none},
     )
-    draw(rows, out / "sweep.png")
-    print(
-        f"\n{'layer':>5} {'adapter':>15} {'penalty':>12} {'seeds':>5} {'loss':>9} {'spread':>8} {'L0':>9}"
-    )
-    for key, points in by_curve.items():
-        for p in points:
-            low, high = p["loss_range"]
-            mark = "  elbow" if p is elbows[f"layer {key[0]}, {key[1]}"] else ""
-            what = (
-                f"{p['layer']:5} {p['adapter']:>15} {p['penalty']} {p['weight']:>9g} {p['seeds']:5}"
-            )
-            print(f"{what} {p['loss']:9.4f} {high - low:8.4f} {p['l0']:9.2f}{mark}")
+    write_whole(out / "sweep.csv", csv_text([row._asdict() for row in rows]))
+    write_whole(out / "sweep.json", json.dumps(found, indent=2) + "\n")
+    draw(points, out / "sweep.png")
+
+    heads = f"{'penalty':>12} {'seeds':>5} {'loss':>9} {'spread':>8} {'L0':>9}"
+    print(f"\n{'layer':>5} {'width':>6} {'adapter':>15} {heads}")
+    for p in points:
+        spread = "-" if p.spread is None else f"{p.spread:.4f}"
+        mark = "  elbow" if p is elbows[p.title()].point else ""
+        what = f"{p.layer:5} {p.width or '-':>6} {p.adapter:>15} {p.penalty} {p.weight:>9g}"
+        print(f"{what} {p.seeds:5} {p.loss:9.4f} {spread:>8} {p.l0:9.2f}{mark}")
+    print("spread: greatest minus least loss over the seeds, - where there is one seed.")
+    for title, why in found["no_elbow"].items():
+        print(f"{title}: no elbow, because {why}.")
     print(f"Written to {out}: sweep.csv, sweep.json, sweep.png")
 
 
@@ -461,27 +518,23 @@ def main() -> None:
     if s.list:
         print("\n".join(shlex.join(run.command()) for run in todo))
         return
-    for name in s.devices:
-        train.resolve_device(
-            dataclasses.replace(runs[0].settings, device=name)
-        )  # UserError where it is not there
+    for name in s.devices:  # UserError where one is not there
+        resolve_device(name, runs[0].settings.dtype)
     devices = list(s.devices) or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     if s.dry_run:
         for run in runs:
-            print(f"{'finished' if run not in todo else 'to run':<9} {run.out}")
+            print(f"{'to run' if run in todo else 'finished':<9} {run.out}")
         seconds, how = estimate(runs, devices) if todo else (0.0, "nothing is left to run")
         hours = math.ceil(len(todo) / len(devices)) * seconds / 3600
-        print(
-            f"{len(todo)} of {len(runs)} to run, {len(devices)} at a time, {seconds:.0f} s each: {hours:.2f} hours."
-        )
-        print(f"Seconds: {how}.")
+        each = f"{len(devices)} at a time, {seconds:.0f} s each: {hours:.2f} hours"
+        print(f"{len(todo)} of {len(runs)} to run, {each}.\nSeconds: {how}.")
         return
+
     failed = execute(todo, devices) if todo else []
     report(runs, Path(s.out))
     if failed:
-        raise UserError(
-            f"{len(failed)} of {len(runs)} runs failed: {', '.join(run.out.name for run in failed)}."
-        )
+        names = ", ".join(run.out.name for run in failed)
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed: {names}.")
 
 
 if __name__ == "__main__":

@@ -1,41 +1,51 @@
-"""What a policy says: text from a base, steered or fully fine-tuned model, and which features steered each token.
+"""What a policy says: text from a base, steered or fully fine-tuned model, and which features
+steered each token.
 
-    python generate.py --run runs/tiny                                      # chat; Ctrl-D ends it
-    python generate.py --run runs/tiny --prompt "What is a kettle?" --compare     # base and steered side by side
-    python generate.py --run runs/tiny --prompt "What is a kettle?" --labels tiny/labels/fires.jsonl --without style
-    python generate.py --run runs/tiny --prompts questions.jsonl --trace trace.html
+    python -m generation --run runs/tiny                                       # chat; Ctrl-D ends
+    python -m generation --run runs/tiny --prompt "What is a kettle?" --compare
+    python -m generation --run runs/tiny --prompt "What is a kettle?" --without style
+    python -m generation --run runs/tiny --prompts questions.jsonl --trace runs/trace.html
 
---scale, --only and --without change the steering v before it is added, at the prompt's positions as at the answer's;
-a trace shows v as it was added, at each token's own position (what a token makes the model say stands one token later).
+--scale, --only and --without change the steering v before it is added, in the prompt as in the
+answer. A trace shows v as it was added, at the token that it was computed at; it changes what the
+next token is.
 """
 
-import html
-import json
 import math
+import os
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 import data
-from fsrl import Change
-from generation import decode as decoding
-from generation.decode import Sampling
+from data import Turns
+from fsrl import Change, SteeredModel, Unsteered
+from generation import trace
+from generation.decode import Sampling, decode, end_of_turn
+from generation.trace import Position, Trace
 from labels import Labels, load_labels
 from policy import Policy, open_policy
 from runtime import cli
 from runtime.cli import flag
-from runtime.sources import UserError, write_whole
+from runtime.device import DTYPES
+from runtime.messages import shown
+from runtime.output import writable
+from runtime.sources import UserError
+from tiny import LABELS_DIR
 
+TINY_LABELS = LABELS_DIR / "fires.jsonl"
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token that is one byte
-Turns = list[tuple[str, str]]  # (role, content), role "user" or "model"
+Show = Callable[[int, str], None]  # (which prompt, the next piece of its answer)
 
 
 @dataclass(frozen=True)
@@ -66,18 +76,19 @@ class Settings:
         None, "steer with these alone: features and categories of --labels, with commas"
     )
     without: str | None = flag(None, "steer without these")
-    labels: str | None = flag(None, "file of explanations and categories of the SAE's features")
+    labels: str | None = flag(
+        None, "file of explanations and categories of the SAE's features; tiny's SAE has its own"
+    )
     assume_labels_match: bool = flag(False, "take --labels that name no SAE for the run's")
     trace: str | None = flag(
         None, "steering of each token: - (print), a .jsonl or an .html to write"
     )
     top: int = flag(5, "features a token in the trace")
-    dtype: str = flag(
-        "auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "float32", "bfloat16")
-    )
+    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", DTYPES)
     device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
 
     def __post_init__(self):
+        """Raises UserError for settings that mean nothing."""
         if not (self.run or self.model):
             raise UserError("--run or --model: one of the two was expected.")
         if not math.isfinite(self.scale):
@@ -87,10 +98,11 @@ class Settings:
             raise UserError("--compare: needs --prompt or --prompts; a chat has one speaker.")
         if self.trace and self.trace != "-":
             path = Path(self.trace)
-            if path.suffix not in (".jsonl", ".html") or not path.parent.is_dir():
-                raise UserError(
-                    f"--trace {path}: -, or a .jsonl or .html file in a folder that exists, was expected."
-                )
+            named = path.suffix in (".jsonl", ".html")
+            if not named or not os.path.isdir(path.parent) or os.path.isdir(path):
+                expected = "-, or a .jsonl or .html file in a folder that exists, was expected."
+                raise UserError(f"--trace {path}: {expected}")
+            writable(path.parent, "trace")
         self.sampling  # noqa: B018  raises for what it cannot mean
 
     @property
@@ -98,67 +110,92 @@ class Settings:
         return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
 
-# --- prompts ------------------------------------------------------------------------------------------------
+def say(text: str, end: str = "\n") -> None:
+    """Print text of a model, a label or a prompt: every print of such text goes through here."""
+    print(shown(text), end=end, flush=True)
+
+
+# --- prompts --------------------------------------------------------------------------------------
 
 
 def read_prompts(path: Path) -> list[Turns]:
     """Prompts of a .txt or .jsonl file. Raises UserError naming the row that is none."""
+    if path.suffix not in (".txt", ".jsonl") or not os.path.isfile(path):
+        raise UserError(f"--prompts {path}: a .txt or .jsonl file was expected.")
     if path.suffix == ".txt":
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_bytes().decode().split("\n")
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"--prompts {path}: cannot be read ({e}).") from e
-        prompts = [[("user", line)] for line in lines if line.strip()]
-    elif path.suffix == ".jsonl":
-        prompts = [
-            _turns(where, row) for where, row in data.read_rows([data.DataFile(path, None)], None)
-        ]
+        numbered = enumerate(lines, start=1)
+        prompts = [turns(f"{path.name} line {n}", line) for n, line in numbered if line.strip()]
     else:
-        raise UserError(f"--prompts {path}: a .txt or .jsonl file was expected.")
+        prompts = []
+        for where, raw in data.read_rows(path):
+            prompts.append(turns(where, data.decode_row(where, raw).get("prompt")))
     if not prompts:
         raise UserError(f"--prompts {path}: holds no prompt.")
     return prompts
 
 
-def _turns(where: str, row: dict) -> Turns:
-    """The prompt of a row, by the rules of preference data: an empty answer stands in for the two."""
-    prompt = row.get("prompt")
+def turns(where: str, prompt: object) -> Turns:
+    """A prompt, text or a list of {role, content}, by the rules of preference data.
+
+    Raises UserError naming the row.
+    """
     if isinstance(prompt, str):
-        return data.parse_row(where, dict(prompt=prompt, chosen="", rejected="")).prompt
-    if not isinstance(prompt, list):
+        row = dict(prompt=prompt, chosen="", rejected="")
+    elif isinstance(prompt, list):
+        answered = [*prompt, dict(role="assistant", content="")]
+        row = dict(chosen=answered, rejected=answered)
+    else:
         raise UserError(f"{where}: `prompt` must be text or a list of {{role, content}}.")
-    turns = [*prompt, dict(role="assistant", content="")]
-    return data.parse_row(where, dict(chosen=turns, rejected=turns)).prompt
+    return data.parse_row(where, row).prompt
 
 
-# --- part of the policy -------------------------------------------------------------------------------------
+# --- part of the policy ---------------------------------------------------------------------------
+
+
+def find_labels(s: Settings, policy: Policy) -> Labels | None:
+    """The labels of --labels, or those of the embedded world where its SAE is in use."""
+    if isinstance(policy.model, Unsteered):
+        return None
+    sae = policy.steered.sae
+    if s.labels:
+        return load_labels(s.labels, sae, s.assume_labels_match)
+    return load_labels(TINY_LABELS, sae) if policy.run.sae == "tiny" else None
 
 
 def part(s: Settings, policy: Policy, labels: Labels | None) -> Change | None:
-    """What --scale, --only and --without do to v; None for nothing. Raises UserError for an unknown feature."""
-    if policy.steered is None:
+    """What --scale, --only and --without do to v; None for nothing.
+
+    Raises UserError for an unknown feature, and for a policy that has no steering.
+    """
+    if isinstance(policy.model, Unsteered):
         asked = dict(
             scale=s.scale != 1, only=s.only, without=s.without, trace=s.trace, labels=s.labels
         )
-        for name in (name for name, given in asked.items() if given):
-            raise UserError(f"--{name}: {policy.name} has no adapter, so nothing is steered.")
+        for name, given in asked.items():
+            if given:
+                raise UserError(f"--{name}: {policy.name} has no adapter, so nothing is steered.")
     if s.scale == 1 and s.only is None and s.without is None:
         return None
+
     keep = np.ones(policy.steered.sae.d_sae, dtype=bool)
     if s.only is not None:
-        keep &= _features("--only", s.only, keep.size, labels)
+        keep &= chosen_features("--only", s.only, keep.size, labels)
     if s.without is not None:
-        keep &= ~_features("--without", s.without, keep.size, labels)
+        keep &= ~chosen_features("--without", s.without, keep.size, labels)
     weight = torch.from_numpy(keep).to(policy.base.device) * s.scale  # [F]
     return lambda v: v * weight
 
 
-def _features(flag: str, names: str, d_sae: int, labels: Labels | None) -> np.ndarray:
+def chosen_features(flag: str, names: str, d_sae: int, labels: Labels | None) -> np.ndarray:
     """Feature indices and categories, with commas -> bool [F]."""
     chosen = np.zeros(d_sae, dtype=bool)
     for name in map(str.strip, names.split(",")):
         if name.isascii() and name.isdigit():
-            if int(name) >= d_sae:
+            if len(name) > 9 or int(name) >= d_sae:
                 raise UserError(f"{flag} {name}: the SAE has features 0 to {d_sae - 1}.")
             chosen[int(name)] = True
         elif labels is None:
@@ -173,118 +210,14 @@ def _features(flag: str, names: str, d_sae: int, labels: Labels | None) -> np.nd
     return chosen
 
 
-# --- trace --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Trace:
-    """v at every position of some prompts and their answers, as decoding.decode shows it: norms, largest features."""
-
-    top: int
-    rows: dict[int, list[dict]] = field(default_factory=dict)  # prompt -> a row a position
-
-    def __call__(self, owners: list[int], v: torch.Tensor) -> None:
-        size = v.abs()
-        l1, l0 = size.sum(-1).tolist(), v.count_nonzero(-1).tolist()
-        largest = size.topk(min(self.top, v.shape[1])).indices
-        values = v.gather(1, largest).tolist()
-        for owner, *norms, indices, of in zip(
-            owners, l1, l0, largest.tolist(), values, strict=True
-        ):
-            features = [(k, x) for k, x in zip(indices, of, strict=True) if x]
-            self.rows.setdefault(owner, []).append(
-                dict(l1=norms[0], l0=norms[1], features=features)
-            )
-
-    def spell(
-        self,
-        owner: int,
-        prompt: list[int],
-        new: list[int],
-        tokenizer: Tokenizer,
-        labels: Labels | None,
-    ) -> list:
-        """Rows of one prompt with their tokens and explanations: every position but the first (<bos>)."""
-        rows, explained = [], labels.explanations if labels else {}
-        for i, (token, row) in enumerate(zip(prompt + new, self.rows[owner], strict=True)):
-            features = [
-                dict(feature=k, value=x, explanation=explained.get(k)) for k, x in row["features"]
-            ]
-            where = dict(
-                position=i,
-                part="prompt" if i < len(prompt) else "answer",
-                token=piece(tokenizer, token),
-            )
-            rows.append(where | row | dict(features=features))
-        return rows[1:]
-
-
-def piece(tokenizer: Tokenizer, token: int) -> str:
-    """A single token's text; for markup and parts of characters, its name."""
-    text = tokenizer.decode([token])
-    return text if text and "\ufffd" not in text else tokenizer.id_to_token(token) or f"<{token}>"
-
-
-def feature_line(f: dict) -> str:
-    return f"{f['feature']}: {f['value']:.3g}" + (
-        f" {f['explanation']}" if f["explanation"] else ""
-    )
-
-
-def print_trace(rows: list[dict]) -> None:
-    print(
-        f"\n{'token':>16}  {'L1':>7}  {'L0':>5}  features steered most (feature: value explanation)"
-    )
-    for row in rows:
-        if row["part"] == "answer":
-            features = "; ".join(map(feature_line, row["features"]))
-            print(f"{row['token'][-14:]!r:>16}  {row['l1']:7.2f}  {row['l0']:5d}  {features}")
-
-
-def write_trace(path: Path, traces: list[list[dict]], title: str) -> None:
-    """One row a token (jsonl), or a page that shades each token by ‖v‖₁ and names the features where one points."""
-    if path.suffix == ".jsonl":
-        lines = (dict(prompt=i) | row for i, rows in enumerate(traces) for row in rows)
-        write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        return
-    full = (
-        float(np.quantile([row["l1"] for rows in traces for row in rows], 0.98)) or 1.0
-    )  # the darkest shade
-    body = []
-    for i, rows in enumerate(traces):
-        spans = []
-        for row in rows:
-            shade = min(9, int(10 * row["l1"] / full))
-            lines = [
-                f"‖v‖₁ {row['l1']:.3g}, {row['l0']} features",
-                *map(feature_line, row["features"]),
-            ]
-            shown = html.escape(row["token"]).replace("\n", "↵\n")
-            kind = " p" if row["part"] == "prompt" else ""
-            spans.append(
-                f'<span class="s{shade}{kind}" title="{html.escape(chr(10).join(lines))}">{shown}</span>'
-            )
-        body.append(f"<h2>Prompt {i}</h2>\n<p>{''.join(spans)}</p>")
-    shades = "".join(f".s{i}{{background:rgba(214,69,80,{i * 0.075:.3f})}}" for i in range(10))
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{html.escape(title)}</title>
-<style>body{{font:16px/1.6 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}}
-p{{white-space:pre-wrap;overflow-wrap:anywhere}}.p{{color:#666}}{shades}</style>
-<h1>{html.escape(title)}</h1>
-<p>Each token is shaded by how strongly its own position was steered: ‖v‖₁ from 0 to {full:.3g} and above. Point at one
-for the features steered most there. The prompt is grey.</p>
-{chr(10).join(body)}
-"""
-    write_whole(path, page)
-
-
-# --- text ---------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 
 def stable(tokenizer: Tokenizer, new: list[int]) -> str:
-    """The text of new tokens that no further token changes: without the bytes at its end, which may be part of a
-    character. A whole run of them waits, since one that turns out to be no text unmakes all of it.
+    """The text of new tokens that no further token changes.
+
+    Trailing byte tokens are held back until their character is complete. All of a run of them
+    waits, because one that turns out to be no text changes the text of the others.
     """
     end = len(new)
     while end and BYTE.fullmatch(tokenizer.id_to_token(new[end - 1]) or ""):
@@ -293,56 +226,63 @@ def stable(tokenizer: Tokenizer, new: list[int]) -> str:
 
 
 def answers(
-    model,
+    model: SteeredModel | Unsteered,
     tokenizer: Tokenizer,
     prompts: list[list[int]],
     s: Settings,
     change: Change | None = None,
-    watch: Callable | None = None,
-    show: Callable[[int, str], None] = lambda i, text: None,
+    kept: Trace | None = None,
+    show: Show | None = None,
 ) -> list[list[int]]:
-    """New tokens of each prompt. show: takes each prompt's text piece by piece, prompt after prompt in order."""
+    """New tokens of each prompt, in batches of --batch-size.
+
+    kept: where the steering goes. show: takes the text of each answer piece by piece, answer after
+    answer in order.
+    """
+    ended = end_of_turn(tokenizer)
     new: list[list[int]] = [[] for _ in prompts]
     for first in range(0, len(prompts), s.batch_size):
         batch = prompts[first : first + s.batch_size]
-        seen = (
-            (lambda owners, v, first=first: watch([first + i for i in owners], v))
-            if watch
-            else None
-        )
-        ended, current, shown = decoding.end_of_turn(tokenizer), first, 0
-        for chosen in decoding.decode(
-            model, batch, s.max_new_tokens, ended, s.sampling, change, seen
-        ):
+        current, length = first, 0  # the answer being shown, and how many of its characters were
+
+        def watch(owners: list[int], v: torch.Tensor, first: int = first) -> None:
+            kept([first + i for i in owners], v)
+
+        arguments = (model, batch, s.max_new_tokens, ended, s.sampling, change)
+        steps = decode(*arguments, watch if kept else None)
+        for chosen in chain(steps, [{}]):  # after the last step every answer is complete
             for i, token in chosen.items():
                 new[first + i].append(token)
-            while True:  # whoever is being shown, and, once that answer is over, those behind it
-                going = current - first in chosen and not ended(new[current])
-                text = stable(tokenizer, new[current])
-                show(current, text[shown:])
-                shown = len(text)
-                if going or current + 1 == first + len(batch):
+            while show and current < first + len(batch):
+                # A prompt that got no token in this step has ended in an earlier one.
+                complete = current - first not in chosen or ended(new[current])
+                tokens = new[current]
+                text = tokenizer.decode(tokens) if complete else stable(tokenizer, tokens)
+                show(current, text[length:])
+                length = len(text)
+                if not complete:
                     break
-                show(current, tokenizer.decode(new[current])[shown:])
-                current, shown = current + 1, 0
-        for i in range(current, first + len(batch)):
-            show(i, tokenizer.decode(new[i])[shown:])
-            shown = 0
+                current, length = current + 1, 0
     return new
 
 
-def ways(
-    s: Settings, policy: Policy, change: Change | None
-) -> Iterator[tuple[str, object, Change | None]]:
-    """(name, model, change) of what --compare shows, left and right."""
-    if policy.steered:
-        yield "base", policy.base, None
-        yield "steered", policy.steered, change
+class Way(NamedTuple):
+    """One that answers: a column of --compare."""
+
+    name: str
+    model: SteeredModel | Unsteered
+    change: Change | None = None
+
+
+def ways(s: Settings, policy: Policy, own: Way) -> Iterator[Way]:
+    """The columns of --compare, left and right. Raises UserError for a base model alone."""
+    if not isinstance(policy.model, Unsteered):
+        yield Way("base", Unsteered(policy.base))
+        yield own
     elif policy.folder:
-        own, revision = policy.settings, None if s.model else policy.settings.model_revision
-        base = open_policy(None, s.model or own.model, None, None, s.device, s.dtype, revision).base
-        yield "base", base, None
-        yield "fine-tuned", policy.base, None
+        base = open_policy(None, s.model or policy.run.model, device=s.device, dtype=s.dtype)
+        yield Way("base", base.model)
+        yield own
     else:
         raise UserError(
             f"--compare: {policy.name} is a base model; there is nothing to compare it with."
@@ -352,102 +292,146 @@ def ways(
 def side_by_side(left: str, right: str, width: int) -> str:
     """Two texts in two columns of a terminal so wide."""
     column = max(20, (width - 3) // 2)
-
-    def lines(text):
-        return [line for long in text.split("\n") for line in textwrap.wrap(long, column) or [""]]
-
-    left, right = lines(left), lines(right)
-    pairs = (
-        (x[i] if i < len(x) else "" for x in (left, right))
-        for i in range(max(len(left), len(right)))
-    )
-    return "\n".join(f"{a:<{column}} | {b}".rstrip() for a, b in pairs)
+    columns = []
+    for text in (left, right):
+        wrapped = [textwrap.wrap(line, column) or [""] for line in shown(text).split("\n")]
+        columns.append([line for lines in wrapped for line in lines])
+    height = max(map(len, columns))
+    rows = zip(*(lines + [""] * (height - len(lines)) for lines in columns), strict=True)
+    return "\n".join(f"{a:<{column}} | {b}".rstrip() for a, b in rows)
 
 
-def say(text: str) -> None:
-    print(text, end="", flush=True)
+# --- the three ways to use it ---------------------------------------------------------------------
+
+
+@dataclass
+class Session:
+    """A policy that answers, and the traces of all that it answered."""
+
+    s: Settings
+    policy: Policy
+    labels: Labels | None
+    own: Way
+    traces: list[list[Position]]
+
+    def answer(self, way: Way, conversations: list[Turns], show: Show | None = None) -> list[str]:
+        """Texts of the answers; what is steered goes into the traces."""
+        tokenizer = self.policy.tokenizer
+        head = data.header_ids(tokenizer)
+        prompts = [data.prompt_ids(tokenizer, turns) + head for turns in conversations]
+        traced = self.s.trace and way.model is self.policy.model
+        kept = Trace(self.s.top) if traced else None
+        new = answers(way.model, tokenizer, prompts, self.s, way.change, kept, show)
+        if kept:
+            for i, prompt in enumerate(prompts):
+                self.traces.append(kept.positions(i, prompt, new[i], tokenizer, self.labels))
+        return [tokenizer.decode(tokens) for tokens in new]
+
+    def about(self) -> dict[str, str]:
+        """The settings that a trace depends on."""
+        s = self.s
+        drawn = f"temperature {s.temperature:g}, top-k {s.top_k}, top-p {s.top_p:g}, seed {s.seed}"
+        about = {
+            "run": self.policy.name,
+            "model": self.policy.run.model,
+            "layer": str(self.policy.run.layer),
+            "scale": f"{s.scale:g}",
+            "only": s.only,
+            "without": s.without,
+            "tokens": "the likeliest" if s.temperature == 0 else drawn,
+            "labels": str(self.labels.name) if self.labels else "none",
+        }
+        return {name: value for name, value in about.items() if value is not None}
+
+    def leave_trace(self, latest: list[list[Position]]) -> None:
+        """Print the latest traces, or write all to the file of --trace."""
+        if self.s.trace == "-":
+            for positions in latest:
+                say(trace.table(positions, self.about()))
+        elif self.s.trace:
+            title = f"What steered {self.policy.name}"
+            trace.write(Path(self.s.trace), self.traces, title, self.about())
+
+
+def compare(session: Session, conversations: list[Turns]) -> None:
+    columns = []
+    for way in ways(session.s, session.policy, session.own):
+        columns.append((way.name, session.answer(way, conversations)))
+    width = shutil.get_terminal_size().columns
+    for i, turns in enumerate(conversations):
+        say(f"\n--- prompt\n{turns[-1][1]}\n")
+        say(side_by_side(*(f"--- {name}\n{texts[i]}" for name, texts in columns), width))
+
+
+def answer_all(session: Session, conversations: list[Turns]) -> None:
+    begun = set()
+
+    def show(i: int, piece: str) -> None:
+        if i not in begun and len(conversations) > 1:
+            heading(conversations[i][-1][1])
+        begun.add(i)
+        say(piece, end="")
+
+    session.answer(session.own, conversations, show)
+    say("")
+
+
+def heading(prompt: str) -> None:
+    say(f"\n--- prompt\n{prompt}\n--- answer")
+
+
+def chat(session: Session) -> None:
+    """Turns from stdin until it ends; the whole conversation is the prompt of each answer.
+
+    Raises UserError for a line that is not text.
+    """
+    terminal = sys.stdin.isatty()
+    if session.policy.run.model == "tiny":
+        print(
+            "The tiny world has no second turns: its model knows one question and its answer, and "
+            "whatever follows these it answers badly.",
+            file=sys.stderr,
+        )
+    history: Turns = []
+    for number in range(1, sys.maxsize):
+        where = f"stdin line {number}"
+        try:
+            line = input("\n> " if terminal else "")
+        except EOFError:
+            return
+        except UnicodeDecodeError as e:
+            raise UserError(f"{where}: not UTF-8 text ({e.reason}).") from e
+        if not line.strip():
+            continue
+        history += turns(where, line)
+        if not terminal:
+            heading(line)
+        (text,) = session.answer(session.own, [history], lambda i, piece: say(piece, end=""))
+        say("")
+        session.leave_trace(session.traces[-1:])
+        history.append(("model", text))
 
 
 def main() -> None:
     s = cli.parse(Settings, doc=__doc__)
-    conversations = [_turns("--prompt", dict(prompt=text)) for text in s.prompt]
-    conversations += read_prompts(Path(s.prompts)) if s.prompts else []
+    conversations = [turns("--prompt", text) for text in s.prompt]
+    if s.prompts:
+        conversations += read_prompts(Path(s.prompts))
+    if not conversations and sys.stdin is None:
+        raise UserError("--prompt: stdin is closed, so a prompt was expected.")
+
     policy = open_policy(s.run, s.model, s.sae, s.sae_id, s.device, s.dtype)
-    labels = None
-    if s.labels and policy.steered:
-        labels = load_labels(s.labels, policy.steered.sae, s.assume_labels_match)
-    change, tokenizer, traces = part(s, policy, labels), policy.tokenizer, []
-    head = decoding.header(tokenizer)
-
-    def answer(model, conversations, change, show=lambda i, text: None):
-        """Texts of the answers; what is steered goes into the trace."""
-        prompts = [data.prompt_ids(tokenizer, turns) + head for turns in conversations]
-        trace = Trace(s.top) if s.trace and model is policy.steered else None
-        new = answers(model, tokenizer, prompts, s, change, trace, show)
-        if trace:
-            traces.extend(
-                trace.spell(i, prompts[i], new[i], tokenizer, labels) for i in range(len(prompts))
-            )
-        return [tokenizer.decode(n) for n in new]
-
-    def leave_trace(latest):
-        if s.trace == "-":
-            for rows in latest:
-                print_trace(rows)
-        elif s.trace:
-            try:
-                write_trace(Path(s.trace), traces, f"What steered {policy.name}")
-            except OSError as e:
-                raise UserError(f"--trace {s.trace}: cannot be written ({e}).") from e
-
+    labels = find_labels(s, policy)
+    name = "fine-tuned" if isinstance(policy.model, Unsteered) else "steered"
+    own = Way(name, policy.model, part(s, policy, labels))
+    session = Session(s, policy, labels, own, traces=[])
     if not conversations:
-        chat(answer, policy.model, change, lambda: leave_trace(traces[-1:]))
+        chat(session)
         return
     if s.compare:
-        columns = [
-            (name, answer(model, conversations, change))
-            for name, model, change in ways(s, policy, change)
-        ]
-        width = shutil.get_terminal_size().columns
-        for i, turns in enumerate(conversations):
-            print(f"\n--- prompt\n{turns[-1][1]}\n")
-            print(side_by_side(*(f"--- {name}\n{texts[i]}" for name, texts in columns), width))
+        compare(session, conversations)
     else:
-        shown = []
-
-        def show(i, text):
-            if i not in shown:
-                shown.append(i)
-                say(
-                    f"\n--- prompt\n{conversations[i][-1][1]}\n--- answer\n"
-                    if len(conversations) > 1
-                    else ""
-                )
-            say(text)
-
-        answer(policy.model, conversations, change, show)
-        print()
-    leave_trace(traces)
+        answer_all(session, conversations)
+    session.leave_trace(session.traces)
     if s.trace and s.trace != "-":
         print(f"Written to {s.trace}", file=sys.stderr)
-
-
-def chat(answer: Callable, model, change: Change | None, leave_trace: Callable[[], None]) -> None:
-    """Turns from stdin until it ends; the whole conversation is the prompt of each answer."""
-    turns: Turns = []
-    while True:
-        try:
-            line = input("\n> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        if not line.strip():
-            continue
-        turns.append(("user", line))
-        (text,) = answer(model, [turns], change, lambda i, text: say(text))
-        print()
-        leave_trace()
-        turns.append(("model", text))
-
-
-if __name__ == "__main__":
-    cli.run(main)

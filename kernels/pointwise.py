@@ -42,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, r = ctx.saved_tensors
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * x * r).sum(0).to(weight.dtype)
+            grad_weight = (grad * x * r).flatten(0, -2).sum(0).to(weight.dtype)
 
         g = grad * (1 + weight.to(grad.dtype))
         x_wide = x.to(g.dtype)
@@ -99,7 +99,8 @@ def jumprelu(z: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Te
     """v = z 1[z > θ] and ‖v‖₀, with the straight-through estimator of arXiv 2407.14435 (equations
     11 and 12).
 
-    z [T, F] not negative, threshold [F], bandwidth ε -> v [T, F], ‖v‖₀ [T].
+    z [T, F], threshold [F] not negative, bandwidth ε -> v [T, F], ‖v‖₀ [T]. z must be the
+    pre-activation, not its ReLU: v is the same, but the estimator needs values that have a density.
     """
     return _JumpReLU.apply(z, threshold, bandwidth)
 
@@ -109,7 +110,8 @@ class _JumpReLU(torch.autograd.Function):
     1[|u| < 1/2]
 
     This is the derivative of a mean over many z, with their density at θ estimated by a rectangle
-    of width ε. As in the paper cited, the estimate reaches θ alone, not z.
+    of width ε. As in the paper cited, the estimate reaches θ alone, not z. A ReLU before it would
+    put all negative z at 0, where the rectangle counts each of them as soon as θ < ε/2.
     """
 
     @staticmethod
@@ -117,7 +119,8 @@ class _JumpReLU(torch.autograd.Function):
         ctx.save_for_backward(z, threshold)
         ctx.bandwidth = bandwidth
         on = z > threshold  # a bfloat16 z is compared in float32
-        return z * on, on.sum(-1, dtype=threshold.dtype)
+        v = z.relu().mul_(on)  # the ReLU changes no value; without it, v would hold -0
+        return v, on.sum(-1, dtype=threshold.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

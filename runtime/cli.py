@@ -1,19 +1,22 @@
-"""Command lines: a frozen dataclass of settings becomes flags; a person's mistake becomes one
-sentence.
+"""Command lines: settings become flags, a person's mistake becomes one sentence.
 
-@dataclass(frozen=True)
-class Settings:
-    seed: int = flag(0, "seed of the data order and the initial weights")
+    @dataclass(frozen=True)
+    class Settings:
+        seed: int = flag(0, "seed of the data order and the initial weights")
+
+At the end of a script: cli.run(main), where main calls cli.parse(Settings).
 """
 
 import argparse
 import dataclasses
 import math
+import os
 import sys
 import types
 import typing
 from collections.abc import Callable
 
+from runtime.messages import shown
 from runtime.sources import UserError
 
 
@@ -56,9 +59,8 @@ def parse(
 
     presets: value of --model -> defaults that fit it; flags given by the user win over them.
     """
-    parser = _Parser(
-        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(_command(), description=doc, allow_abbrev=False, formatter_class=form)
     hints = typing.get_type_hints(settings)
     for field in dataclasses.fields(settings):
         kind = hints[field.name]
@@ -67,9 +69,9 @@ def parse(
         default = (
             " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         )
-        shown = "" if default in (None, "") else f" (default: {default})"
+        known = "" if default in (None, "") else f" (default: {default})"
         options = dict(
-            default=field.default, help=f"{field.metadata['help']}{shown}".replace("%", "%%")
+            default=field.default, help=f"{field.metadata['help']}{known}".replace("%", "%%")
         )
         if (
             typing.get_origin(kind) is tuple
@@ -92,15 +94,52 @@ def parse(
     return settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
+def _command() -> str:
+    """How this script was started: python train.py, python -m audit."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return f"python {os.path.basename(sys.argv[0])}"
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
 def run(main: Callable[[], None]) -> None:
-    """Call main; end with exit code 2 and one sentence on stderr for a UserError, 130 for
-    Ctrl-C.
+    """Call main and end as a command line should.
+
+    Exit code 2 and one sentence on stderr for a UserError and for what the system refuses, 130 for
+    Ctrl-C, 0 where the reader of our output, such as head, has read enough.
     """
+    _open_streams()
     try:
         main()
-    except UserError as e:
-        print(" ".join(str(e).split()), file=sys.stderr)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        raise SystemExit(0) from None
+    except (UserError, OSError) as e:
+        _discard(sys.stdout)
+        sentence = (
+            str(e) if isinstance(e, UserError) else f"{e.filename or 'output'}: {e.strerror}."
+        )
+        print(shown(" ".join(sentence.split())), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _open_streams() -> None:
+    """Streams that the shell closed lead nowhere; text that a terminal cannot show is escaped."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)
+
+
+def _discard(stream) -> None:
+    """Python writes what a stream still holds when it ends; that would fail a second time."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,5 +1,4 @@
-"""Files that a script writes: each whole or not at all; and the folder of a training run while the
-run writes it.
+"""The folder of a training run, while the run writes it.
 
     OUT/config.json      settings, versions, hardware, source revision, sha256 of inputs
     OUT/metrics.jsonl    one object per optimiser step and per evaluation
@@ -16,70 +15,22 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from runtime import checkpoint
+from runtime.messages import brief
+from runtime.output import replacing, writable, write_whole, writing
 from runtime.ranks import Interrupts, Ranks
-from runtime.sources import UserError, sha256
+from runtime.sources import UserError
 
 PACKAGES = ("torch", "safetensors", "huggingface-hub", "tokenizers", "numpy", "pyarrow")
-
-# --- writing --------------------------------------------------------------------------------------
-
-
-def writable(folder: Path, flag: str = "out") -> Path:
-    """The folder, which need not exist yet. Raises UserError, before any work, where it could not
-    be written.
-    """
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(
-            f"--{flag} {folder}: cannot be written ({there} is no folder, or not yours to write)."
-        )
-    return folder
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """A full disk or a folder that may not be written is a sentence."""
-    try:
-        yield
-    except OSError as e:
-        raise UserError(f"--out {out}: cannot be written ({e}).") from e
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all: under another name, then renamed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
-@contextmanager
-def publish(folder: Path) -> Iterator[Path]:
-    """A new empty folder to write files into; at the end they are renamed into `folder`, over their
-    namesakes there.
-
-    When the block raises, nothing in `folder` has changed. Raises UserError where it cannot be
-    written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part:
-            yield Path(part)
-            for path in sorted(Path(part).iterdir()):
-                os.replace(path, folder / path.name)
-    except OSError as e:
-        raise UserError(f"{folder}: cannot be written ({e}).") from e
-
 
 # --- a run ----------------------------------------------------------------------------------------
 
@@ -96,28 +47,46 @@ def choose_out(out: str | None, name: str, resume: bool) -> Path:
             )
         suffixes = ["", *(f"-{i}" for i in range(2, 10_000))]
         folders = (Path("runs") / f"{name}{suffix}" for suffix in suffixes)
-        return next(folder for folder in folders if not (folder / "metrics.jsonl").exists())
+        return next(folder for folder in folders if not holds_run(folder))
 
     folder = writable(Path(out))
+    if holds_run(folder) and not resume:
+        choice = "choose another folder, remove it, or add --resume"
+        raise UserError(f"--out {folder}: holds a run already; {choice}.")
     if (folder / "metrics.jsonl").exists():
-        if not resume:
-            sentence = "holds a run already; choose another folder, remove it, or add --resume."
-            raise UserError(f"--out {folder}: {sentence}")
-        with writing(folder), open(folder / "metrics.jsonl", "ab") as file:
+        with writing(folder, "out"), open(folder / "metrics.jsonl", "ab") as file:
             _lock(file, folder)
     return folder
 
 
-def describe(settings: Mapping, files: Sequence[Path], device: str, processes: int) -> dict:
-    """config.json, but for what a run adds of its own: settings, versions, hardware, hashes of the
-    files it reads.
+def holds_run(folder: Path) -> bool:
+    """Whether a run that made a step has written there."""
+    if finished(folder) or any((folder / "checkpoints").glob("step-*")):
+        return True
+    try:
+        with open(folder / "metrics.jsonl", "rb") as file:
+            return any((row := _row(line)) and row["split"] == "train" for line in file)
+    except OSError:
+        return False
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run has come to its end there: what it trained is saved last."""
+    saved = (folder / "adapter" / "adapter.safetensors", folder / "model" / "model.safetensors")
+    return any(path.is_file() for path in saved)
+
+
+def describe(settings: Mapping, digests: Mapping[str, str], device: str, processes: int) -> dict:
+    """config.json, but for what a run adds of its own: settings, versions, hardware, inputs.
+
+    digests: sha256 of every file that the run reads.
     """
     hardware = (
         f"{platform.machine()} CPU" if device == "cpu" else torch.cuda.get_device_name(device)
     )
     return dict(
         settings=dict(settings),
-        sha256={str(file): sha256(file) for file in files},
+        sha256=dict(digests),
         versions=dict(
             python=platform.python_version(), **{name: version(name) for name in PACKAGES}
         ),
@@ -168,6 +137,7 @@ class Run:
         self.rows: list[dict] = []
         self.saved = 0  # the step of the last checkpoint
         self.file = None
+        self.bar = None
         self.interrupts = Interrupts(ranks)
 
     def open(self, config: dict, free: Collection[str]) -> None:
@@ -179,14 +149,14 @@ class Run:
         """
         if not self.ranks.first:
             return
-        with writing(self.out):
+        with writing(self.out, "out"):
             self.out.mkdir(parents=True, exist_ok=True)
             self.file = open(self.out / "metrics.jsonl", "ab+")
             _lock(self.file, self.out)
         if (self.out / "config.json").exists() and (self.out / "metrics.jsonl").stat().st_size:
             _check_same_run(self.out, config, free)
             return
-        with writing(self.out):
+        with writing(self.out, "out"):
             write_whole(self.out / "config.json", json.dumps(config, indent=2) + "\n")
 
     def resume(self, wanted: bool) -> int:
@@ -204,8 +174,12 @@ class Run:
             step = 0
         else:
             step = checkpoint.load(path, self.trained, self.optimizer, self.ranks)
+            if self.ranks.first:
+                print(f"--resume: going on after step {step} of {self.steps}.", file=sys.stderr)
         self.saved = step
         self._keep_rows(step)
+        how = dict(total=self.steps, initial=step, unit="step", disable=not self.ranks.first)
+        self.bar = tqdm(desc="training", **how)
         return step
 
     def _keep_rows(self, step: int) -> None:
@@ -230,7 +204,7 @@ class Run:
         if missing:
             message = f"the rows of {missing} steps are lost; training goes on without them."
             print(f"{self.out / 'metrics.jsonl'}: {message}", file=sys.stderr)
-        with writing(self.out):
+        with writing(self.out, "out"):
             self.file.truncate(end)
 
     def evaluates(self, step: int) -> bool:
@@ -243,8 +217,12 @@ class Run:
         """Write a row of metrics.jsonl as soon as it is known."""
         row = dict(split=split, step=step, **row)
         self.rows.append(row)
+        if split == "train":
+            shown = dict(loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.2f}")
+            self.bar.set_postfix(**shown, L0=f"{row['l0']:.0f}", refresh=False)
+            self.bar.update()
         if self.file is not None:
-            with writing(self.out):
+            with writing(self.out, "out"):
                 self.file.write(json.dumps(row).encode() + b"\n")
                 self.file.flush()
 
@@ -266,24 +244,26 @@ class Run:
         then, if asked, end.
         """
         asked = self.interrupts.asked()
-        due = self.checkpoint_every > 0 and step % self.checkpoint_every == 0
+        # After the last step, too: what follows may find the disk full.
+        due = self.checkpoint_every and (step % self.checkpoint_every == 0 or step == self.steps)
         if step > self.saved and (asked or due):
             if self.file is not None:
-                with writing(self.out):
+                with writing(self.out, "out"):
                     os.fsync(self.file.fileno())  # the checkpoint counts on these rows
             checkpoint.save(
                 self.out / "checkpoints", step, self.trained, self.optimizer, self.ranks
             )
             self.saved = step
         if asked:
-            self.interrupts.restore()
+            self.close()
             if self.ranks.first:
                 again = f"the same command with --resume --out {self.out} goes on from there."
                 print(f"Saved after step {step} of {self.steps}; {again}")
             raise SystemExit(0)
 
     def close(self) -> None:
-        """The steps are done: SIGTERM and Ctrl-C mean what they usually do again."""
+        """No step follows: SIGTERM and Ctrl-C mean what they usually do again."""
+        self.bar.close()
         self.interrupts.restore()
 
 
@@ -303,22 +283,27 @@ def _lock(file, out: Path) -> None:
         raise UserError(f"--out {out}: another run is writing there.") from e
 
 
+# Settings that name inputs: those are compared by content, since a checkout or its data may move.
+INPUTS = {"model", "sae", "data", "eval_data", "init_adapter", "mask_features"}
+
+
 def _check_same_run(out: Path, config: dict, free: Collection[str]) -> None:
     try:
         before = json.loads((out / "config.json").read_text())
         settings, hashes = dict(before["settings"]), dict(before["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{out}/config.json: not the config.json of a run ({e!r}).") from e
+        raise UserError(f"{out}/config.json: not the config.json of a run ({brief(e)}).") from e
     for name, value in config["settings"].items():
-        if name not in free and settings.get(name) != value:
-            flag = name.replace("_", "-")
-            theirs = settings.get(name)
-            raise UserError(
-                f"--resume: {out} was started with --{flag} {theirs}, now it is {value}."
-            )
-    changed = sorted(path for path, _ in config["sha256"].items() ^ hashes.items())
-    if changed:
-        raise UserError(f"--resume: {changed[0]} is not the file that {out} was started with.")
+        theirs = settings.get(name)
+        if name not in {*free, *INPUTS} and theirs != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"--resume: {out} was started with {flag} {theirs}, now it is {value}.")
+    known = {(Path(path).name, digest) for path, digest in hashes.items()}
+    for path, digest in config["sha256"].items():
+        if (Path(path).name, digest) not in known:
+            raise UserError(f"--resume: {path} is not the file that {out} was started with.")
+    if len(config["sha256"]) != len(hashes):
+        raise UserError(f"--resume: {out} was started with {len(hashes)} input files.")
 
 
 # --- what a run shows -----------------------------------------------------------------------------
@@ -350,7 +335,8 @@ def draw_loss(rows: list[dict], path: Path, lower: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
     panels[1].set_xlabel("optimiser step")
-    figure.savefig(path, dpi=150)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150, format="png")
     plt.close(figure)
 
 

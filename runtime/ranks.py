@@ -241,8 +241,9 @@ def shard(
 
     What stands outside the blocks (the embedding, which is the head too) stays whole from forward
     to backward, since the head is used between them. own: a module with a group of its own, always
-    in the dtype of its weights (the adapter, float32); its forward_methods are called beside its
-    forward. dtype: what all other weights are gathered in; gradients are summed in float32.
+    in the dtype of its weights (the adapter, float32). The forward_methods of both are called
+    beside their forward. dtype: what all other weights are gathered in; gradients are summed in
+    float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
@@ -260,9 +261,10 @@ def shard(
         fully_shard(block, mesh=mesh, mp_policy=policy)
     if own is not None:
         fully_shard(own, mesh=mesh, reshard_after_forward=False)
-        for method in own.forward_methods:
-            register_fsdp_forward_method(own, method)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    for module in (model, own):
+        for method in getattr(module, "forward_methods", ()):
+            register_fsdp_forward_method(module, method)
 
 
 def synchronises(model: nn.Module, last: bool) -> None:

@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from runtime.messages import brief
+
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 LARGEST_JSON = 64 << 20  # bytes; the index of a 27B model has 50 thousand
 FILES = (".jsonl", ".json", ".parquet", ".npz", ".safetensors")  # no Hub repository's name ends so
@@ -56,11 +58,10 @@ def fetch(name: str | Path, kind: str, patterns: list[str]) -> Source:
     if path is not None:
         return Source(path, None)
     if Path(name).suffix in FILES:
-        raise UserError(f"--{kind} {name}: there is no such file.")
+        raise UserError(f"--{kind} {brief(name)}: there is no such file.")
     if not HUB_ID.fullmatch(str(name)) or ".." in str(name):
-        raise UserError(
-            f"--{kind} {name}: no such file or folder, and not a Hub id of the form owner/name."
-        )
+        known = "no such file or folder, and not a Hub id of the form owner/name"
+        raise UserError(f"--{kind} {brief(name)}: {known}.")
     return _download(str(name), kind, patterns)
 
 
@@ -70,8 +71,11 @@ def local(name: str | Path, kind: str) -> Path | None:
     """
     if str(name) == "tiny" and (TINY / kind).is_dir():
         return TINY / kind
-    path = Path(name).expanduser()
-    return path if path.exists() else None
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # a name too long for a file, a home that is not there
+        return None
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

@@ -121,12 +121,11 @@ def _main(argv: list[str], env: dict, files: str, call) -> None:
     )
     sys.argv = ["train.py", *argv]
     import train
-    from runtime import cli
+    from runtime import cli, device
 
-    train.decoding.greedy = lambda *_: "(not sampled)"  # most of a short run's time
-    train.BFLOAT16_PRODUCTS = (
-        "architecture",
-    )  # every processor has one: bfloat16 is tested where it is emulated, too
+    train.greedy = lambda *_: "(not sampled)"  # most of a short run's time
+    # Every processor has an architecture: bfloat16 is tested where it is emulated, too.
+    device.BFLOAT16_PRODUCTS = ("architecture",)
     if call is not None:  # to change something in this process first
         call()
     cli.run(train.main)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import GOLDEN, ROOT, SAE_ID, load, script
+from packed import pack
 from PIL import Image
 
 import labels
@@ -24,7 +25,6 @@ from audit import features as ef
 from audit import figures
 from audit.features import CONTEXTS, SIDES, Agreement
 from data import Pair
-from packed import pack
 from runtime.sources import UserError, publish
 
 S = train.Settings(device="cpu", dtype="float32", tokens_per_microbatch=70)

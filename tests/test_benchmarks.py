@@ -3,31 +3,45 @@
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import script
 from torch.utils.flop_counter import FlopCounterMode
 
+import simpo
 import train
-from benchmarks import throughput
+from benchmarks import compare, throughput
+from data import Pair, pack_pairs
+from runtime.device import Device
+
+CPU = Device("cpu", torch.float32)
 
 
-def test_counted_operations_are_those_the_step_executes():
-    """Against torch's own counter over a whole step. It sees more, because tiles compute some scores that causality
-    hides; on one-token prompts and responses next to nothing is hidden.
+@pytest.fixture(scope="module")
+def steered():
+    return throughput.build("tiny", torch.float32, "cpu", 0)
+
+
+def test_counted_operations_are_those_the_step_executes(steered):
+    """Against torch's own counter over a whole step. It sees more, because tiles compute some
+    scores that causality hides; on one-token prompts and responses next to nothing is hidden.
     """
-    config, d_sae, layer = throughput.SHAPES["tiny"]
-    steered = throughput.build("tiny", torch.float32, "cpu", 0)
-    s = train.Settings(device="cpu", dtype="float32")
+    shape = throughput.SHAPES["tiny"]
+    how = train.Pass(beta=10.0, gamma_ratio=0.5, tokens=8192, device=CPU)
     for pairs, slack in (
         (throughput.random_pairs(6, 1024, 0), 1.1),
-        ([throughput.Pair([5], [6], [7])] * 4, 1.0005),
+        ([Pair([5], [6], [7])] * 4, 1.0005),
     ):
-        counted = throughput.step_flops(config, d_sae, layer, pairs)
+        counted = throughput.step_flops(*shape, pairs)
         with FlopCounterMode(display=False) as counter:
-            train.backward(steered, train.Batch(pairs, range(len(pairs))), 0.02, s)
-        executed = counter.get_total_flops()
-        assert counted <= executed <= slack * counted
+            train.backward(steered, pairs, train.Penalty(0.02), how)
+        assert counted <= counter.get_total_flops() <= slack * counted
+
+        counted = throughput.step_flops(*shape, pairs, training=False)
+        with FlopCounterMode(display=False) as counter:
+            train.evaluate(steered, pairs, how)
+        assert counted <= counter.get_total_flops() <= slack * counted
 
 
 @pytest.mark.parametrize("before", [0, 5])
@@ -44,8 +58,6 @@ def test_visible_pairs(before, window):
 
 
 def test_lengths_follow_ultrafeedback():
-    import numpy as np
-
     pairs = throughput.random_pairs(4000, 1000, 0)
     for name, (median, p90) in throughput.LENGTHS.items():
         lengths = [len(getattr(p, name)) for p in pairs]
@@ -53,19 +65,43 @@ def test_lengths_follow_ultrafeedback():
         assert np.quantile(lengths, 0.9) == pytest.approx(p90, rel=0.1)
 
 
-def test_throughput_prints_one_line_of_json():
-    result = script("-m", "benchmarks.throughput", "--shape", "tiny", "--pairs", 4, "--steps", 1)
-    assert result.returncode == 0, result.stderr
-    (line,) = result.stdout.splitlines()
-    keys = "pairs_per_second tokens_per_second peak_bytes step_flops matmul_flops_per_second fraction_of_limit"
-    assert all(json.loads(line)[key] > 0 for key in keys.split())
+def run(main, monkeypatch, capsys, *flags) -> dict:
+    """The one line of json that a benchmark prints."""
+    monkeypatch.setattr("sys.argv", ["benchmark", *flags])
+    main()
+    (line,) = capsys.readouterr().out.splitlines()
+    return json.loads(line)
+
+
+def test_throughput_prints_one_line_of_json(monkeypatch, capsys):
+    flags = ("--shape", "tiny", "--pairs", "4", "--steps", "1")
+    found = run(throughput.main, monkeypatch, capsys, *flags)
+    keys = "pairs_per_second tokens_per_second peak_bytes step_flops matmul_flops_per_second"
+    keys += " fraction_of_limit evaluation_fraction_of_limit"
+    assert all(found[key] > 0 for key in keys.split())
+
+
+@pytest.mark.parametrize("name", ["throughput", "compare"])
+def test_help_needs_no_optional_package(name):
+    result = script("-m", f"benchmarks.{name}", "--help")
+    assert result.returncode == 0 and f"python -m benchmarks.{name}" in result.stdout
+
+
+def test_losses_of_pairs_stand_in_the_order_of_the_batch(steered):
+    """Micro-batches are filled by length; each loss is put back where its pair stood."""
+    pairs = throughput.random_pairs(7, 1024, 3, scale=0.1)
+    how = train.Pass(beta=10.0, gamma_ratio=0.5, tokens=100, device=CPU)
+    alone = [
+        simpo.score(steered, pack_pairs([pair]), 10.0, 0.5).losses.loss.item() for pair in pairs
+    ]
+    assert compare.our_losses(steered, pairs, how) == pytest.approx(alone, abs=1e-5)
+    assert len(set(alone)) == 7
 
 
 @pytest.mark.skipif(
     not importlib.util.find_spec("transformers"), reason="compares with transformers, a dev library"
 )
-def test_compare_finds_the_same_losses():
-    result = script("-m", "benchmarks.compare", "--shape", "tiny", "--pairs", 4, "--steps", 1)
-    assert result.returncode == 0, result.stderr
-    line = json.loads(result.stdout)
+def test_compare_finds_the_same_losses(monkeypatch, capsys):
+    flags = ("--shape", "tiny", "--pairs", "4", "--steps", "1")
+    line = run(compare.main, monkeypatch, capsys, *flags)
     assert line["largest_loss_difference"] < 1e-3 and line["ratio"] > 0 and line["memory_ratio"] > 0

@@ -169,7 +169,7 @@ def same_after_all(out, flags, whole) -> bool:
 # --- other numbers of processes -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before, after", [(("--shard",), 3), (("--zero",), 1)])
+@pytest.mark.parametrize("before, after", [(("--shard",), 3), ((), 1)])
 def test_what_two_processes_saved_others_resume(tmp_path, whole, before, after):
     out = tmp_path / "run"
     run = Run([*GOLDEN_FLAGS, "--out", out, *FLAGS, *before], processes=2, call=stop_after_eight)

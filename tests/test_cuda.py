@@ -8,8 +8,10 @@ from conftest import GOLDEN, load, metrics, ragged
 import data
 import model as gemma
 import train
+from data import pack
 from generation import decode as decoding
-from packed import pack
+from kernels import attention
+from runtime.device import resolve_device
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -33,12 +35,11 @@ def pairs(seed: int, n: int = 6) -> list[data.Pair]:
     ]
 
 
-def settings(device: str, dtype: str = "float32") -> train.Settings:
-    return train.Settings(device=device, dtype=dtype, tokens_per_microbatch=300)
+def how(device: str, dtype: str = "float32") -> train.Pass:
+    return train.Pass(10.0, 0.5, 300, resolve_device(device, dtype))
 
 
-def step(steered, batch: list[data.Pair], s: train.Settings) -> torch.Tensor:
-    return train.backward(steered, train.Batch(batch, range(len(batch))), s.l1, s)
+PENALTY = train.Penalty(l1=0.02)
 
 
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 2e-4), (torch.bfloat16, 3e-2)])
@@ -57,13 +58,13 @@ def test_flex_attention_equals_plain_attention_with_gradients(window, head_dim, 
             torch.randn(T, heads, head_dim, generator=g).to(dtype).float() for heads in (4, 2, 2)
         ]
         probe, results = torch.randn(T, 4, head_dim, generator=g), []
-        mask = base.plan(packed.to(DEVICE)).masks[gemma.SLIDING]
+        mask = base.attend(packed.to(DEVICE)).sliding
         for device, kind in (("cpu", torch.float32), (DEVICE, dtype)):
             q, k, v = (x.to(device, kind).requires_grad_() for x in exact)
             if device == "cpu":
-                out = gemma.plain_attention(q, k, v, packed, window, scale, 5.0)
+                out = attention.plain(q, k, v, packed.buckets, window, scale, 5.0)
             else:
-                out = gemma.flexible_attention(q, k, v, mask, scale, 5.0)
+                out = attention.flexible(q, k, v, mask, scale, 5.0)
             gradients = torch.autograd.grad((out * probe.to(device)).sum(), (q, k, v))
             results.append([x.detach().float().cpu() for x in (out, *gradients)])
         for expected, ours in zip(*results, strict=True):
@@ -76,7 +77,8 @@ def test_a_step_is_that_of_the_cpu():
     batch, found = pairs(0), []
     for device, dtype in (("cpu", "float32"), (DEVICE, "float32"), (DEVICE, "bfloat16")):
         steered = on(device, getattr(torch, dtype))
-        sums = step(steered, batch, settings(device, dtype)).cpu()
+        sums = train.backward(steered, batch, PENALTY, how(device, dtype))
+        sums = torch.stack(sums).cpu()
         found.append((sums, steered.adapter.weight.grad.cpu()))
     (sums, grad), (exact, exact_grad), (low, low_grad) = found
     torch.testing.assert_close(exact, sums, rtol=1e-4, atol=1e-4)
@@ -91,22 +93,19 @@ def test_a_step_neither_waits_nor_compiles_again():
     """Once a few lengths have been seen, of one block of 128 positions and of more, no other is compiled for; and the
     host waits for nothing inside a step.
     """
-    s, steered = settings(DEVICE, "bfloat16"), on(DEVICE, torch.bfloat16)
+    one_pass, steered = how(DEVICE, "bfloat16"), on(DEVICE, torch.bfloat16)
 
-    def batch(length: int) -> train.Batch:
-        pair = data.Pair([5] * (length - 30), [6] * 20, [7] * 10)
-        only = train.Batch([pair], [0])
-        return only._replace(packed=list(train.micro_batches(only, s, train.ALONE)))
+    def batch(length: int) -> list[data.Pair]:
+        return [data.Pair([5] * (length - 30), [6] * 20, [7] * 10)]
 
     for length in (300, 700, 53, 90, 128, 256):
-        train.backward(steered, batch(length), s.l1, s)
-    later = [batch(length) for length in (411, 333, 512, 640, 77, 120, 1000)]
+        train.backward(steered, batch(length), PENALTY, one_pass)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.compiler.set_stance("fail_on_recompile"):
-            for b in later:
-                train.backward(steered, b, s.l1, s)
+            for length in (411, 333, 512, 640, 77, 120, 1000):
+                train.backward(steered, batch(length), PENALTY, one_pass)
                 torch.nn.utils.clip_grad_norm_(steered.adapter.parameters(), 1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,7 +1,9 @@
 """Rows to token ids (golden and real), truncation, order, packing, the cache."""
 
 import json
+import os
 import shutil
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +14,7 @@ from conftest import GOLDEN, ROOT, SHARED, ragged
 from tokenizers import Tokenizer
 
 import data
-from data import Pair, load_pairs
-from packed import pack
+from data import Pair, load_pairs, pack
 from runtime.sources import UserError
 
 CASES = json.loads((GOLDEN / "tokenize.json").read_text())
@@ -175,8 +176,8 @@ BAD_ROWS = {
     "`rejected` does not end with an assistant turn": dict(chosen=GOOD, rejected=[]),
     "disagree on the prompt": dict(chosen=GOOD, rejected=turns("other", "a")),
     "unknown role 'tool'": dict(chosen=turns("q", "a", roles=("tool", "assistant")), rejected=GOOD),
-    "must be a list": dict(chosen="a string", rejected=GOOD),
-    "string `prompt` was expected": dict(chosen="a", rejected="b"),
+    "two lists or two strings": dict(chosen="a string", rejected=GOOD),
+    "without a `prompt`": dict(chosen="a", rejected="b"),
     "lone surrogate": dict(prompt="cut \ud83d", chosen="a", rejected="b"),
     "without text content": dict(chosen=[dict(role="user", content=3)], rejected=GOOD),
     "followed by a user turn": dict(
@@ -301,7 +302,7 @@ def test_tokens_are_cached_by_content_and_a_damaged_cache_is_made_again(
     monkeypatch.setenv("FSRL_CACHE", str(tmp_path / "cache"))
     source = shutil.copy(REAL, tmp_path / "rows.jsonl")
     first = load_pairs(source, tokenizer)
-    (cached,) = (tmp_path / "cache").iterdir()
+    (cached,) = (tmp_path / "cache").glob("*.npz")
     monkeypatch.setattr(data, "_tokenise", None)  # would be called if the cache were missed
     assert load_pairs(source, tokenizer) == first
     assert load_pairs(source, tokenizer, 64, 32) == [data.truncate(pair, 64, 32) for pair in first]
@@ -311,7 +312,7 @@ def test_tokens_are_cached_by_content_and_a_damaged_cache_is_made_again(
     assert load_pairs(source, tokenizer) == first
     (tmp_path / "rows.jsonl").write_text(REAL.read_text().replace("the", "thee"))
     assert load_pairs(source, tokenizer) != first
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").glob("*.npz"))) == 2
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(
         "FSRL_CACHE", str(tmp_path / "file" / "below")
@@ -324,3 +325,132 @@ def test_empty_responses_are_legal_and_reported_once(tokenizer, tmp_path, capsys
     pairs = load_pairs(write(tmp_path / "rows.jsonl", row, row), tokenizer, progress=True)
     assert len(pairs) == 2 and pairs[0].chosen == pairs[0].rejected and len(pairs[0].chosen) == 6
     assert capsys.readouterr().err.count("4 responses are empty") == 1
+
+
+# --- splits ---------------------------------------------------------------------------------------
+
+
+def counted(capsys, path, tokenizer, split):
+    pairs = load_pairs(path, tokenizer, split=split, progress=True)
+    said = capsys.readouterr().err.splitlines()
+    return len(pairs), next(line for line in said if "rows used" in line)
+
+
+def test_a_rows_own_split_decides_and_what_is_left_out_is_said(tokenizer, tmp_path, capsys):
+    """null and absent are alike; names compare without case; train_* and test_* count as theirs."""
+    row = dict(prompt="q", chosen="a", rejected="b")
+    given = [None, "Train", "train_prefs", "validation", "TEST_sft", " test ", "training"]
+    rows = [row, *(row | dict(split=split) for split in given)]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    n, said = counted(capsys, path, tokenizer, "train")
+    assert n == 4 and "rows used: 4 train; left out: 1 validation, 2 test, 1 training." in said
+    n, said = counted(capsys, path, tokenizer, "test")
+    assert n == 2 and "rows used: 2 test; left out: 4 train" in said
+    n, said = counted(capsys, path, tokenizer, None)
+    assert n == 8 and said.endswith("rows used: 4 train, 1 validation, 2 test, 1 training.")
+
+
+def test_a_files_name_binds_only_rows_without_a_split(tokenizer, tmp_path):
+    row = dict(prompt="q", chosen="a", rejected="b")
+    rows = row, row | dict(split="test"), row | dict(split=None)
+    for name in ("x-train.jsonl", "train_prefs-00000-of-00001.jsonl", "X.TRAIN.jsonl"):
+        path = write(tmp_path / name, *rows)
+        assert [len(load_pairs(path, tokenizer, split=s)) for s in ("train", "test")] == [2, 1]
+        pq.write_table(pa.Table.from_pylist([*rows[1:], rows[0]]), path.with_suffix(".parquet"))
+        path = path.with_suffix(".parquet")
+        assert [len(load_pairs(path, tokenizer, split=s)) for s in ("train", "test")] == [2, 1]
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def test_spark_and_hub_layouts_are_read_and_only_regular_files(tokenizer, tmp_path):
+    row = dict(prompt="q", chosen="a", rejected="b")
+    table = pa.Table.from_pylist([row] * 3)
+    spark = tmp_path / "set" / "train.parquet"
+    spark.mkdir(parents=True)
+    pq.write_table(table, spark / "part-00000-c000.snappy.parquet")
+    pq.write_table(table, spark / "_temporary.parquet")
+    (spark / "_SUCCESS").touch()
+    (spark / ".part-00000.parquet.crc").write_bytes(b"x")
+    write(tmp_path / "set" / "test-00000-of-00001.jsonl", row)
+    (tmp_path / "set" / "folder.jsonl").mkdir()
+    os.mkfifo(tmp_path / "set" / "pipe.jsonl")
+    (tmp_path / "set" / "dangling.jsonl").symlink_to(tmp_path / "nothing")
+    (tmp_path / "set" / "circle.jsonl").symlink_to(tmp_path / "set" / "circle.jsonl")
+    (tmp_path / "set" / "deeper").symlink_to(tmp_path / "set")
+    for source in (tmp_path / "set", f"{tmp_path}/set/"):
+        assert [len(load_pairs(source, tokenizer, split=s)) for s in ("train", "test")] == [3, 1]
+    assert [len(load_pairs(spark, tokenizer, split=s)) for s in ("train", "test")] == [3, 0]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "dangling", "circle", "empty", "long", "nul"])
+def test_what_is_no_file_is_a_sentence_and_does_not_hang(tokenizer, tmp_path, kind):
+    path = tmp_path / f"{kind}.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "empty":
+        path.mkdir()
+    elif kind in ("dangling", "circle"):
+        path.symlink_to(path if kind == "circle" else tmp_path / "nothing")
+    else:
+        path = tmp_path / ("x" * 300 if kind == "long" else "a\0b")
+    with pytest.raises(UserError) as refused:
+        load_pairs(path, tokenizer)
+    assert "\0" not in str(refused.value)
+
+
+# --- layouts --------------------------------------------------------------------------------------
+
+
+def test_the_layouts_of_preference_data_mean_the_same_pair(tokenizer, tmp_path):
+    conversation = dict(chosen=turns("q", "a"), rejected=turns("q", "b"))
+    trl = dict(prompt=turns("q", "a")[:1], chosen=turns("q", "a")[1:], rejected=turns("q", "b")[1:])
+    strings = dict(prompt="q", chosen="a", rejected="b")
+    mixed = dict(prompt=turns("q", "a")[:1], chosen="a", rejected="b")
+    ignored = conversation | dict(prompt="another question")
+    rows = [conversation, trl, strings, mixed, ignored]
+    pairs = load_pairs(write(tmp_path / "rows.jsonl", *rows), tokenizer)
+    assert len(pairs) == 5 and all(pair == pairs[0] for pair in pairs)
+
+
+def test_a_prompt_of_several_turns_with_a_system_message(tokenizer, tmp_path):
+    before = [dict(role="system", content="s"), *turns("q", "a"), dict(role="user", content="r")]
+    answers = [dict(role="assistant", content=text) for text in ("x", "y")]
+    trl = dict(prompt=before, chosen=answers[:1], rejected=answers[1:])
+    whole = dict(chosen=before + answers[:1], rejected=before + answers[1:])
+    one, other = load_pairs(write(tmp_path / "rows.jsonl", trl, whole), tokenizer)
+    assert one == other
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+def test_a_text_or_line_beyond_the_limit_is_a_bad_row(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LONGEST_TEXT", 50)
+    monkeypatch.setattr(data, "LONGEST_LINE", 400)
+    good = dict(prompt="q", chosen="a", rejected="b")
+    path = write(tmp_path / "rows.jsonl", good, good | dict(chosen="x" * 51))
+    with pytest.raises(UserError, match="row 1: `chosen` holds more than 50 characters"):
+        load_pairs(path, tokenizer)
+    path = write(tmp_path / "lines.jsonl", good | dict(prompt="y" * 5000), good)
+    with pytest.raises(UserError, match="row 0: a line of more than"):
+        load_pairs(path, tokenizer)
+    assert len(load_pairs(path, tokenizer, on_bad_row="skip")) == 1
+
+
+def test_memory_is_bounded_by_the_limit_and_not_by_the_line(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with open(path, "w") as file:
+        file.write('{"prompt": "')
+        for _ in range(200):
+            file.write("x" * (1 << 20))
+        file.write('", "chosen": "a", "rejected": "b"}\n')
+        file.write(json.dumps(dict(prompt="q", chosen="a", rejected="b")) + "\n")
+    tracemalloc.start()
+    try:
+        rows = list(data.read_rows(path))
+        assert tracemalloc.get_traced_memory()[1] < 6 * data.LONGEST_LINE
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 2 and data.decode_row(*rows[1])["prompt"] == "q"

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 import data
 import model as models
-import simpo
 import train
-from fsrl import Adapter
+from fsrl import Adapter, Unsteered
+from kernels import attention
 from runtime import ranks as distributed
+from runtime.device import resolve_device
 from runtime.sources import UserError
 
 # Several micro-batches a step, of unequal number on the processes; an adapter that steers from the first step.
@@ -59,9 +60,8 @@ def alone(tmp_path_factory):
     [
         (2, ADAPTER, ()),
         (3, (*ADAPTER, "--batch-size", 2), ()),  # one process has none
-        (2, ADAPTER, ("--zero",)),
         (3, ADAPTER, ("--shard",)),  # 4 pairs on 3 processes
-        (2, FULL, ("--zero",)),
+        (2, FULL, ()),
         (3, (*FULL, "--batch-size", 2), ("--shard",)),
     ],
 )
@@ -120,14 +120,14 @@ def test_a_mistake_is_said_once_by_whoever_makes_it(tmp_path):
 
 
 def fail_on_rank_1():
-    real = train.load
+    real = train.new_policy
 
-    def load(s):
+    def new_policy(*arguments):
         if os.environ["RANK"] == "1":
             raise UserError("rank 1's own trouble.")
-        return real(s)
+        return real(*arguments)
 
-    train.load = load
+    train.new_policy = new_policy
 
 
 def test_when_one_process_dies_the_others_end_and_say_so(tmp_path):
@@ -249,16 +249,24 @@ def test_what_torchrun_says_is_read(monkeypatch):
 # --- full fine-tuning ---------------------------------------------------------------------------------------
 
 
-def naive_norm(self, x):
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+def naive_norm(x, weight, eps):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (1 + weight)
 
 
-def naive_attention(q, k, v, packed, window, scale, softcap):
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = softcap * torch.tanh(torch.einsum("qhd,khd->hqk", q, k) * scale / softcap)
-    i = torch.arange(len(q))
-    visible = models.tree_mask(packed, window)(0, 0, i[:, None], i[None, :])
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+def naive_attend(model, packed):
+    """Gemma2.attend by one masked softmax over the whole stream."""
+
+    def attend(block, q, k, v):
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * block.scale
+        scores = block.softcap * torch.tanh(scores / block.softcap)
+        tree = packed.tree, packed.branch, packed.position
+        i = torch.arange(len(q))
+        visible = attention.tree_mask(*tree, block.window)(0, 0, i[:, None], i[None, :])
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, v)
+
+    return attend
 
 
 def naive_logps(hidden, weight, target, softcap):
@@ -278,18 +286,17 @@ def test_gradients_of_every_weight_are_those_of_plain_autograd(monkeypatch, reco
     pairs = data.load_pairs(
         GOLDEN / "dataset", data.load_tokenizer(GOLDEN / "model"), split="train"
     )[:3]
-    s = train.Settings(device="cpu", dtype="float32", tokens_per_microbatch=200, full=True)
-    batch = train.Batch(pairs, range(3))
+    how = train.Pass(10.0, 0.5, 200, resolve_device("cpu"))
     model.recompute = recompute
-    sums = train.backward(model, batch, 0.0, s)
+    sums = train.backward(Unsteered(model), pairs, train.Penalty(), how)
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    monkeypatch.setattr(models.RMSNorm, "forward", naive_norm)
-    monkeypatch.setattr(models, "plain_attention", naive_attention)
-    monkeypatch.setattr(simpo, "token_logps", naive_logps)
+    monkeypatch.setattr(models, "rms_norm", naive_norm)
+    monkeypatch.setattr(models.Gemma2, "attend", naive_attend)
+    monkeypatch.setattr(models, "token_logps", naive_logps)
     model.recompute = False
-    naive = train.backward(model, batch, 0.0, s)
-    assert torch.allclose(sums, naive, rtol=1e-9)
+    naive = train.backward(Unsteered(model), pairs, train.Penalty(), how)
+    assert torch.allclose(torch.stack(sums), torch.stack(naive), rtol=1e-9)
     for name, p in model.named_parameters():
         # The rotary angles and SimPO's lengths are float32 on both sides.
         assert (ours[name] - p.grad).norm() <= 1e-8 * p.grad.norm() and p.grad.norm() > 0, name
@@ -304,13 +311,13 @@ def test_gradients_of_every_weight_are_those_of_transformers():
     pair = data.load_pairs(
         GOLDEN / "dataset", data.load_tokenizer(GOLDEN / "model"), split="train"
     )[0]
-    s = train.Settings(device="cpu", dtype="float32", full=True)
-    train.backward(model, train.Batch([pair], [0]), 0.0, s)
+    how = train.Pass(10.0, 0.5, 8192, resolve_device("cpu"))
+    train.backward(Unsteered(model), [pair], train.Penalty(), how)
     means = []
     for response in (pair.chosen, pair.rejected):
         logits = theirs(torch.tensor([pair.prompt + response])).logits[0, len(pair.prompt) - 1 : -1]
         means.append(-F.cross_entropy(logits, torch.tensor(response)))
-    (-F.logsigmoid(s.beta * (means[0] - means[1] - s.gamma_ratio))).backward()
+    (-F.logsigmoid(how.beta * (means[0] - means[1] - how.gamma_ratio))).backward()
     own = dict(model.named_parameters())
     for name, p in theirs.named_parameters():
         assert (own[name].grad - p.grad).norm() <= 1e-4 * p.grad.norm(), name
@@ -325,9 +332,8 @@ def test_a_full_run_leaves_a_model_that_other_code_reads(tmp_path, alone):
     assert {"tokenizer.json", "config.json"} <= {p.name for p in (out / "model").iterdir()}
     assert not (out / "adapter").exists() and not [*out.glob("*.part")]
     pairs = data.load_pairs(GOLDEN / "dataset", data.load_tokenizer(out / "model"), split="test")
-    again = train.evaluate(
-        saved, train.Batch(pairs, range(len(pairs))), train.Settings(device="cpu", dtype="float32")
-    )
+    how = train.Pass(10.0, 0.5, 8192, resolve_device("cpu"))
+    again = train.evaluate(Unsteered(saved), pairs, how)
     assert again["loss"] == pytest.approx(metrics(out, "eval")[-1]["loss"], rel=1e-6)
 
 

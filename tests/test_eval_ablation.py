@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import GOLDEN, SAE_ID, load, script
+from packed import pack
 from safetensors.torch import load_file
 
 import data
@@ -22,7 +23,6 @@ from audit.attribution import KINDS, attribution
 from fsrl import Adapter, SteeredModel
 from labelling import promotes
 from labels import Labels, load_labels, write_labels
-from packed import pack
 from policy import Policy, eval_pairs, open_policy
 from runtime import cli
 

@@ -1,29 +1,41 @@
-"""Benchmarks: the prompts, scores and texts are those of lm-evaluation-harness itself, and a run of them resumes."""
+"""Benchmarks: the prompts, scores and texts are those of lm-evaluation-harness itself, and a run of
+them resumes."""
 
 import importlib.util
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import GOLDEN, ROOT, SAE_ID, metrics, script
+from conftest import GOLDEN, ROOT, SAE_ID, load, metrics, script
 
-pytest.importorskip("lm_eval", reason="needs requirements-eval.txt")
-
-import datasets
-import lm_eval.evaluator
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.tasks import TaskManager, manager
-from lm_eval.tasks._yaml_loader import load_yaml
-
-from evals import harness as eval_benchmarks
-from evals.harness import FSRL, Settings, before, generation
+import evals
+from evals import run
+from evals.chat_template import ChatTemplate
+from evals.run import Score, Settings
+from fsrl import Unsteered
 from model import PUBLISHED
+from runtime import cli
 from runtime.sources import UserError
 
+HARNESS = importlib.util.find_spec("lm_eval") is not None
+if HARNESS:
+    import datasets
+    import lm_eval.evaluator
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager, manager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    from evals import harness
+    from evals.harness import FSRL, before, generation, load_tasks
+
+needs_harness = pytest.mark.skipif(not HARNESS, reason="needs requirements-eval.txt")
+
 SUBJECTS = [
-    child["task"].removeprefix("mmlu_")
+    line.partition("mmlu_")[2].partition(",")[0]
     for file in sorted((ROOT / "evals" / "tasks").glob("mmlu_*.yaml"))
-    for child in load_yaml(file, resolve_func=False)["task"]
+    for line in file.read_text().splitlines()
+    if line.startswith("  - {task: ")
 ]
 STEERED = (
     "--run",
@@ -39,7 +51,11 @@ STEERED = (
 
 @pytest.fixture(scope="module", autouse=True)
 def one_index():
-    """The harness reads its thousands of yaml files for every TaskManager; here once for each set of folders."""
+    """The harness reads its thousands of yaml files for every TaskManager; here once for each set
+    of folders."""
+    if not HARNESS:
+        yield
+        return
     real, known = manager.TaskIndex.build, {}
 
     def build(paths):
@@ -55,7 +71,8 @@ def one_index():
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """A few rows of each benchmark in the files that --data-dir reads, with text that is awkward to render."""
+    """A few rows of each benchmark in the files that --data-dir reads, with text that is awkward to
+    render."""
     folder = tmp_path_factory.mktemp("questions")
     odd = [
         "  What is 1 + 1?\n",
@@ -111,13 +128,8 @@ def questions(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local(questions):
-    return eval_benchmarks.load_tasks(
-        Settings(
-            tasks=("truthfulqa_mc1", "truthfulqa_mc2", "gsm8k", "mmlu"),
-            data_dir=str(questions),
-            num_fewshot=3,
-        )
-    )
+    names = ("truthfulqa_mc1", "truthfulqa_mc2", "gsm8k", "mmlu")
+    return load_tasks(names, str(questions), num_fewshot=3)
 
 
 def requests(task) -> list:
@@ -125,12 +137,13 @@ def requests(task) -> list:
     return [(i.request_type, i.doc_id, i.idx, i.arguments) for i in task.instances]
 
 
+@needs_harness
 @pytest.mark.parametrize(
     "name", ["truthfulqa_mc1", "truthfulqa_mc2", "gsm8k", "mmlu_anatomy", "mmlu_us_foreign_policy"]
 )
 def test_tasks_ask_and_score_as_the_harness_does(name, local, questions):
     """Against the harness's own definition of the task, its data set replaced by the same rows."""
-    task = local["tasks"][name]
+    task = local.tasks[name]
     config = load_yaml(TaskManager().task_index[name].yaml_path)
     splits = {split: datasets.Dataset.from_list(list(rows)) for split, rows in task.dataset.items()}
     config = {k: v for k, v in config.items() if k != "tag"} | dict(
@@ -139,8 +152,8 @@ def test_tasks_ask_and_score_as_the_harness_does(name, local, questions):
     theirs = ConfigurableTask(config=config)
     if theirs.get_config("num_fewshot") != 0:
         theirs.set_config(key="num_fewshot", value=3)
-    theirs.set_fewshot_seed(seed=eval_benchmarks.FEWSHOT_SEED)
-    task.set_fewshot_seed(seed=eval_benchmarks.FEWSHOT_SEED)
+    theirs.set_fewshot_seed(seed=harness.FEWSHOT_SEED)
+    task.set_fewshot_seed(seed=harness.FEWSHOT_SEED)
     ours = requests(task)
     assert ours == requests(theirs) and len(ours) >= 3
     assert task.VERSION == theirs.VERSION
@@ -164,17 +177,18 @@ def test_tasks_ask_and_score_as_the_harness_does(name, local, questions):
                 assert mine[metric] == pytest.approx(other[metric], abs=1e-12)
 
 
+@needs_harness
 def test_mmlu_is_all_57_subjects_in_the_harness_groups(local):
     assert len(SUBJECTS) == len(set(SUBJECTS)) == 57
     entries = TaskManager().task_index
     for group in ("stem", "other", "social_sciences", "humanities"):
-        children = {task.task_name for task in local["groups"][f"mmlu_{group}"].get_all_tasks()}
+        children = {task.task_name for task in local.groups[f"mmlu_{group}"].get_all_tasks()}
         assert children == entries[f"mmlu_{group}_tasks"].tags
     metrics = {
         name: {"acc,none": i / 57, "acc_stderr,none": 0.1, "sample_len": i + 2}
-        for i, name in enumerate(local["tasks"])
+        for i, name in enumerate(local.tasks)
     }
-    total = local["groups"]["mmlu"].aggregate(metrics)
+    total = local.groups["mmlu"].aggregate(metrics)
     subjects = [metrics[f"mmlu_{subject}"] for subject in SUBJECTS]
     weights = [m["sample_len"] for m in subjects]
     expected = sum(m["acc,none"] * w for m, w in zip(subjects, weights, strict=True)) / sum(weights)
@@ -197,9 +211,10 @@ class Asked:
         self.args = args
 
 
+@needs_harness
 @pytest.mark.parametrize("name", ["truthfulqa_mc2", "mmlu_anatomy"])
 def test_scores_equal_those_of_the_harness_own_model(name, both, local):
-    task, found = local["tasks"][name], []
+    task, found = local.tasks[name], []
     for lm in both:
         result = lm_eval.evaluator.evaluate(lm, dict(tasks={name: task}, groups={}), limit=3)
         found.append(result["samples"][name])
@@ -211,8 +226,11 @@ def test_scores_equal_those_of_the_harness_own_model(name, both, local):
         assert ours["acc"] == pytest.approx(theirs["acc"], abs=1e-3)
 
 
+@needs_harness
 def test_long_contexts_empty_ones_and_trailing_spaces_equal_the_harness_own(both):
-    """Left truncation at the model's 1,024 positions, the <bos> that stands for an empty context, moved spaces."""
+    """Left truncation at the model's 1,024 positions, the <bos> that stands for an empty context,
+    moved spaces.
+    """
     pairs = [
         ("word " * 900, " and more"),
         ("word " * 900, " x"),
@@ -227,6 +245,7 @@ def test_long_contexts_empty_ones_and_trailing_spaces_equal_the_harness_own(both
         assert logp == pytest.approx(other, abs=1e-3) and greedy == also
 
 
+@needs_harness
 def test_rolling_likelihoods_equal_the_harness_own(both):
     texts = [Asked("the cat sat on a mat, " * 150), Asked("a"), Asked("Zwölf Boxkämpfer\n\njagen")]
     ours, theirs = (lm.loglikelihood_rolling(texts, disable_tqdm=True) for lm in both)
@@ -235,8 +254,11 @@ def test_rolling_likelihoods_equal_the_harness_own(both):
     )  # thousands of tokens, summed there in float32
 
 
+@needs_harness
 def test_texts_equal_the_harness_own(both):
-    """Greedy, several at once, beyond the window and cut from the left, with a stop string that occurs."""
+    """Greedy, several at once, beyond the window and cut from the left, with a stop string that
+    occurs.
+    """
     contexts = ["Question: what?\nAnswer:", "long text here " * 300, "x", "x"]
     free = dict(until=["\n\n"], do_sample=False, max_gen_toks=24)
     stopped = both[0].generate_until([Asked("Question: what?\nAnswer:", free)], disable_tqdm=True)[
@@ -253,40 +275,111 @@ def test_texts_equal_the_harness_own(both):
     )
 
 
-def test_the_chat_template_is_that_of_the_tokenizer(both):
-    from transformers import AutoTokenizer
-
-    lm, tokenizer = FSRL(model="tiny"), AutoTokenizer.from_pretrained(ROOT / "tiny" / "model")
-    history = [
-        dict(role=r, content=c)
-        for r, c in (("user", " Hi\n"), ("assistant", "Hello. "), ("user", "Why?"))
-    ]
-    for turns, more in ((history, True), (history[:2], False)):
-        expected = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=more, continue_final_message=not more
-        )
-        assert lm.apply_chat_template(turns, add_generation_prompt=more) == expected
-        ids = lm.tok_encode(expected)
-        assert (
-            ids == tokenizer.encode(expected, add_special_tokens=False)
-            and ids.count(lm.prefix_token_id) == 1
-        )
-    whole = lm.apply_chat_template(history)
-    assert lm.apply_chat_template([dict(role="system", content="Be brief."), *history]) == whole
+HISTORY = [
+    dict(role="user", content=" Hi\n"),
+    dict(role="assistant", content="Hello. "),
+    dict(role="user", content="Why?"),
+]
 
 
+@pytest.fixture(scope="module")
+def both_tiny():
+    """Ours and the harness's own of the embedded world, whose tokenizer states a chat template."""
+    if not importlib.util.find_spec("transformers") or not importlib.util.find_spec("accelerate"):
+        pytest.skip("compares with the harness's hf model, which needs transformers and accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    folder = str(ROOT / "tiny" / "model")
+    return FSRL(model="tiny"), HFLM(folder, device="cpu", dtype="float32", batch_size=4)
+
+
+@needs_harness
+def test_the_chat_template_is_that_of_the_tokenizer(both_tiny):
+    lm, hf = both_tiny
+    system = dict(role="system", content="Be brief.")
+    for turns, more in (
+        (HISTORY, True),
+        (HISTORY[:2], False),
+        ([system, *HISTORY], True),
+        ([system, *HISTORY[:2]], False),
+    ):
+        text = lm.apply_chat_template(turns, add_generation_prompt=more)
+        assert text == hf.apply_chat_template(turns, add_generation_prompt=more)
+        ids = lm.tok_encode(text)
+        assert ids == hf.tok_encode(text) and ids.count(lm.prefix_token_id) == 1
+    assert lm.chat_template(True) == hf.chat_template(True)
+    assert "system" in lm.apply_chat_template([system, *HISTORY])
+
+
+def test_a_template_that_refuses_a_system_message_gets_the_turns_without_it():
+    """As Gemma-2's published template does."""
+    source = (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "[{{ m['role'] }}] {{ m['content'] | trim }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[model]{% endif %}"
+    )
+    template = ChatTemplate(source, dict(bos_token="<bos>"))
+    whole = template.render(HISTORY)
+    assert whole == "<bos>[user] Hi\n[assistant] Hello.\n[user] Why?\n[model]"
+    assert template.render([dict(role="system", content="Be brief."), *HISTORY]) == whole
+    assert template.render(HISTORY[:2], False) == "<bos>[user] Hi\n[assistant] Hello."
+    kept = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}!", {})
+    assert kept.render(HISTORY[:2], False) == " Hi\nHello. "
+
+
+def test_a_template_comes_from_others_and_may_do_nothing(tmp_path):
+    with pytest.raises(UserError, match="states no chat template"):
+        ChatTemplate.from_folder(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    for source, message in (
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses a prompt"),
+        ("{% for %}", "states no valid template"),
+    ):
+        config.write_text(json.dumps(dict(chat_template=source)))
+        with pytest.raises(UserError, match=message):
+            ChatTemplate.from_folder(tmp_path).render(HISTORY)
+    config.write_text(json.dumps(dict(chat_template=[dict(name="default", template="named")])))
+    assert ChatTemplate.from_folder(tmp_path).render(HISTORY) == "named"
+    (tmp_path / "chat_template.jinja").write_text("a file of its own")
+    assert ChatTemplate.from_folder(tmp_path).render(HISTORY) == "a file of its own"
+
+
+@needs_harness
+@pytest.mark.parametrize("name", ["gsm8k", "mmlu_anatomy", "truthfulqa_mc2"])
+def test_scores_under_the_chat_template_equal_the_harness_own(name, both_tiny, local):
+    """The same flag for both: turns, worked examples and system message are rendered alike."""
+    task, found = local.tasks[name], []
+    for lm in both_tiny:
+        task.set_fewshot_seed(seed=harness.FEWSHOT_SEED)  # else the second draws other examples
+        result = harness.evaluate_task(lm, name, task, limit=2, chat_template=True)
+        asked = [(i.request_type, i.arguments) for i in task.instances]
+        found.append((asked, [sample["responses"] for sample in result.samples]))
+    (our_requests, ours), (their_requests, theirs) = found
+    assert our_requests == their_requests
+    assert "<start_of_turn>user" in our_requests[0][1][0]
+    if name == "gsm8k":
+        assert ours == theirs
+        return
+    for mine, other in zip(ours, theirs, strict=True):
+        for (logp, greedy), (its, also) in zip(mine, other, strict=True):
+            assert logp == pytest.approx(its, abs=1e-3) and greedy == also
+
+
+@needs_harness
 def test_generation_settings():
     until, most, sampling = generation(
         dict(until="\n", max_gen_toks=7, do_sample=False, temperature=0.7), 3
     )
     assert (until, most, sampling.temperature, sampling.seed) == (["\n"], 7, 0.0, 3)
     assert generation(dict(temperature=0.7, top_p=0.9, do_sample=True), 0)[2].top_p == 0.9
-    assert generation({}, 0)[:2] == ([], eval_benchmarks.MAX_NEW_TOKENS)
+    assert generation({}, 0)[:2] == ([], harness.MAX_NEW_TOKENS)
     with pytest.raises(UserError, match="num_beams"):
         generation(dict(num_beams=4), 0)
     assert before("one two three", ["three", "wo"]) == "one t" and before("one", ["x"]) == "one"
 
 
+@needs_harness
 def test_repeated_requests_are_sampled_anew():
     lm = FSRL(model=str(GOLDEN / "model"))
     sampled = dict(do_sample=True, temperature=2.0, max_gen_toks=12)
@@ -297,11 +390,14 @@ def test_repeated_requests_are_sampled_anew():
     assert texts[0] != texts[2] and texts[0] == again[0]
 
 
-def test_a_steered_run_end_to_end_by_both_command_lines(questions, tmp_path):
+@needs_harness
+def test_a_steered_run_end_to_end_by_both_command_lines(questions, tmp_path, monkeypatch, capsys):
     """Our script, and the harness's own `--model fsrl`, on the same documents: the same scores."""
     limits = ("--limit", 3, "--tasks", "truthfulqa_mc2")
-    result = script("-m", "evals", *STEERED, "--data-dir", questions, "--out", tmp_path, *limits)
-    assert result.returncode == 0, result.stderr
+    flags = (*STEERED, "--data-dir", questions, "--out", tmp_path, *limits)
+    monkeypatch.setattr(sys, "argv", ["evals", *map(str, flags)])
+    run.main()
+    printed = capsys.readouterr().out
     folder = tmp_path / "eval" / "benchmarks"
     ours = json.loads((folder / "results.json").read_text())
     assert {"model_sha256", "adapter_sha256", "sae_sha256", "data_sha256"} <= ours[
@@ -309,24 +405,19 @@ def test_a_steered_run_end_to_end_by_both_command_lines(questions, tmp_path):
     ].keys()
     assert len((folder / "results.csv").read_text().splitlines()) == 2
     (row,) = ours["results"]
-    assert row["documents"] == 3 and f"{row['value']:.4f} ± {row['stderr']:.4f}" in result.stdout
+    assert row["documents"] == 3 and f"{row['value']:.4f} ± {row['stderr']:.4f}" in printed
     samples = json.loads((folder / "truthfulqa_mc2.json").read_text())["samples"]
     assert row["value"] == pytest.approx(sum(s["acc"] for s in samples) / 3)
-    tasks = eval_benchmarks.load_tasks(
-        Settings(tasks=("truthfulqa_mc2",), data_dir=str(questions))
-    )["tasks"]
-    base = eval_benchmarks.evaluate_task(
-        FSRL(model=str(GOLDEN / "model")),
-        "truthfulqa_mc2",
-        tasks["truthfulqa_mc2"],
-        Settings(tasks=("x",), limit=1),
-    )
-    assert abs(base["samples"][0]["responses"][0][0] - samples[0]["responses"][0][0]) > 1e-3, (
+    task = load_tasks(("truthfulqa_mc2",), str(questions)).tasks["truthfulqa_mc2"]
+    lm = FSRL(model=str(GOLDEN / "model"))
+    base = harness.evaluate_task(lm, "truthfulqa_mc2", task, limit=1)
+    assert abs(base.samples[0]["responses"][0][0] - samples[0]["responses"][0][0]) > 1e-3, (
         "the run is steered"
     )
 
     code = "import evals.harness, lm_eval.__main__ as harness; harness.cli_evaluate()"
-    model = f"run={GOLDEN / 'adapter_mid'},model={GOLDEN / 'model'},sae={GOLDEN / 'sae'},sae_id={SAE_ID}"
+    where = dict(run="adapter_mid", model="model", sae="sae")
+    model = ",".join(f"{key}={GOLDEN / name}" for key, name in where.items()) + f",sae_id={SAE_ID}"
     theirs = script(
         *("-c", code, "run", "--model", "fsrl", "--model_args", model, "--device", "auto"),
         *(
@@ -346,8 +437,11 @@ def test_a_steered_run_end_to_end_by_both_command_lines(questions, tmp_path):
     assert found["acc_stderr,none"] == pytest.approx(row["stderr"], abs=1e-6)
 
 
+@needs_harness
 def test_the_simpo_loss_stands_beside_the_papers(tiny_run, questions, tmp_path, capsys):
-    """A trained run's own last evaluation; the paper's figure for models of its shape, and for no other."""
+    """A trained run's own last evaluation; the paper's figure for models of its shape, and for no
+    other.
+    """
     last = metrics(tiny_run, "eval")[-1]
     s = Settings(
         run=str(tiny_run),
@@ -356,7 +450,7 @@ def test_the_simpo_loss_stands_beside_the_papers(tiny_run, questions, tmp_path, 
         limit=1,
         out=str(tmp_path),
     )
-    eval_benchmarks.evaluate(s)
+    run.evaluate(s)
     shown = capsys.readouterr().out
     assert f"{last['loss']:.4f}" in shown and "paper" not in shown
     found = json.loads((tmp_path / "eval" / "benchmarks" / "results.json").read_text())["results"]
@@ -364,22 +458,19 @@ def test_the_simpo_loss_stands_beside_the_papers(tiny_run, questions, tmp_path, 
     assert found[0]["value"] == last["loss"] and found[0]["documents"] == last["pairs"]
 
     of_2b = SimpleNamespace(config=PUBLISHED["gemma-2-2b"])
-    for steered, figure in ((object(), 2.73), (None, 2.19)):
-        own, paper = eval_benchmarks.simpo_rows(
-            SimpleNamespace(folder=tiny_run, base=of_2b, steered=steered)
-        )
-        assert own[0]["value"] == last["loss"] and paper[0]["value"] == figure
-        eval_benchmarks.print_table(dict(run=own + found[1:], paper=paper))
+    for steered, figure in ((load().steered, 2.73), (Unsteered(None), 2.19)):
+        opened = SimpleNamespace(folder=tiny_run, base=of_2b, model=steered)
+        own, paper = run.simpo_scores(opened)
+        assert own[0].value == last["loss"] and paper[0].value == figure
+        print(run.table(dict(run=own + [Score(**row) for row in found[1:]], paper=paper)))
         header, simpo, _ = capsys.readouterr().out.strip("\n").splitlines()
         assert header.split()[-2:] == ["run", "paper"] and simpo.split()[-1] == f"{figure:.4f}"
-    assert eval_benchmarks.simpo_rows(SimpleNamespace(folder=None, base=of_2b, steered=None)) == (
-        [],
-        [],
-    )
+    assert run.simpo_scores(SimpleNamespace(folder=None, base=of_2b, model=None)) == ([], [])
 
 
+@needs_harness
 def test_an_interrupted_run_goes_on_with_the_next_task(questions, tmp_path, monkeypatch, capsys):
-    asked, interrupted, real = [], True, eval_benchmarks.evaluate_task
+    asked, interrupted, real = [], True, harness.evaluate_task
 
     def evaluate_task(lm, name, *rest):
         if interrupted and asked:
@@ -387,32 +478,33 @@ def test_an_interrupted_run_goes_on_with_the_next_task(questions, tmp_path, monk
         asked.append(name)
         return real(lm, name, *rest)
 
-    monkeypatch.setattr(eval_benchmarks, "evaluate_task", evaluate_task)
+    monkeypatch.setattr(harness, "evaluate_task", evaluate_task)
     names = ("truthfulqa_mc2", "truthfulqa_mc1")
     settings = dict(
         model=str(GOLDEN / "model"), data_dir=str(questions), limit=2, out=str(tmp_path)
     )
     with pytest.raises(KeyboardInterrupt):
-        eval_benchmarks.evaluate(Settings(tasks=names, **settings))
+        run.evaluate(Settings(tasks=names, **settings))
     assert asked == ["truthfulqa_mc2"] and not (tmp_path / "eval/benchmarks/results.json").exists()
     interrupted = False
-    eval_benchmarks.evaluate(Settings(tasks=names, **settings))
+    run.evaluate(Settings(tasks=names, **settings))
     assert asked == ["truthfulqa_mc2", "truthfulqa_mc1"]
     whole = json.loads((tmp_path / "eval/benchmarks/results.json").read_text())["results"]
     assert [row["task"] for row in whole] == list(names)
     with pytest.raises(UserError, match=r"truthfulqa_mc2.json: holds a result with limit 2, not 3"):
-        eval_benchmarks.evaluate(Settings(tasks=names, **settings | dict(limit=3)))
+        run.evaluate(Settings(tasks=names, **settings | dict(limit=3)))
 
     other = tmp_path / "other"
-    eval_benchmarks.evaluate(
+    run.evaluate(
         Settings(tasks=names[:1], **settings | dict(out=str(other)), beside=(str(tmp_path),))
     )
     assert capsys.readouterr().out.count(f"{whole[0]['value']:.4f} ± {whole[0]['stderr']:.4f}") >= 3
     with pytest.raises(UserError, match="limit 2, not 1"):
         fresh = settings | dict(limit=1, out=str(tmp_path / "third"))
-        eval_benchmarks.evaluate(Settings(tasks=names[:1], **fresh, beside=(str(tmp_path),)))
+        run.evaluate(Settings(tasks=names[:1], **fresh, beside=(str(tmp_path),)))
 
 
+@needs_harness
 def test_mistakes_are_one_sentence(questions, tmp_path):
     model, folder = dict(model=str(GOLDEN / "model"), out=str(tmp_path)), str(questions)
     broken = tmp_path / "broken"
@@ -421,7 +513,7 @@ def test_mistakes_are_one_sentence(questions, tmp_path):
 
     def refused(match, **settings):
         with pytest.raises(UserError, match=match):
-            eval_benchmarks.evaluate(Settings(**model | settings))
+            run.evaluate(Settings(**model | settings))
 
     refused("--tasks", tasks=())
     refused("--limit 0", tasks=("gsm8k",), limit=0)
@@ -435,41 +527,44 @@ def test_mistakes_are_one_sentence(questions, tmp_path):
     )
     refused("--tasks gsm8k", tasks=("gsm8k",), data_dir=folder, num_fewshot=40)
     refused("--max-length 5000", tasks=("gsm8k",), data_dir=folder, max_length=5000)
-    result = script("-m", "evals", "--tasks", "gsm8k", "--limit", 0)
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    refused("states no chat template", tasks=("gsm8k",), data_dir=folder, chat_template=True)
 
 
-def test_without_the_harness_the_script_says_what_to_install(tmp_path):
-    (tmp_path / "lm_eval.py").write_text(
-        "raise ModuleNotFoundError(\"No module named 'lm_eval'\", name='lm_eval')"
-    )
-    result = script("-m", "evals", "--help", env={"PYTHONPATH": str(tmp_path)})
-    assert (
-        result.returncode == 2
-        and "requirements-eval.txt" in result.stderr
-        and len(result.stderr.splitlines()) == 1
-    )
+def test_without_the_harness_help_works_and_a_run_says_what_to_install(monkeypatch, capsys):
+    """lm_eval and datasets are optional: nothing is loaded before it is needed."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # an import of it raises ModuleNotFoundError
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+    monkeypatch.delitem(sys.modules, "evals.harness", raising=False)
+    monkeypatch.delattr(evals, "harness", raising=False)
+
+    def ends(*flags):
+        monkeypatch.setattr(sys, "argv", ["evals", *flags])
+        with pytest.raises(SystemExit) as e:
+            cli.run(run.main)
+        return e.value.code, *capsys.readouterr()
+
+    code, out, _ = ends("--help")
+    assert code == 0 and "--num-fewshot" in out
+    code, out, err = ends("--tasks", "gsm8k", "--model", "tiny")
+    assert code == 2 and "requirements-eval.txt" in err and len(err.splitlines()) == 1
+    code, out, err = ends("--tasks", "gsm8k", "--limit", "0")
+    assert code == 2 and "--limit 0" in err and len(err.splitlines()) == 1
 
 
+def test_each_tasks_own_number_of_worked_examples_is_the_default():
+    """The paper states neither shots nor template, so nothing here claims a number for it."""
+    assert Settings(tasks=("x",)).num_fewshot is None
+    text = (ROOT / "evals" / "run.py").read_text() + (ROOT / "evals" / "README.md").read_text()
+    assert "--num-fewshot 5" not in text
+
+
+@needs_harness
 @pytest.mark.skipif(
     not importlib.util.find_spec("accelerate"), reason="compares with the harness's hf model"
 )
 def test_the_benchmark_finds_the_same_scores(questions):
-    result = script(
-        *(
-            "-m",
-            "benchmarks.evals",
-            "--shape",
-            "tiny",
-            "--limit",
-            2,
-            "--rounds",
-            1,
-            "--batch-sizes",
-            "2",
-        ),
-        *("--data-dir", questions),
-    )
+    flags = ("--shape", "tiny", "--limit", 2, "--rounds", 1, "--batch-sizes", 2)
+    result = script("-m", "benchmarks.evals", *flags, "--data-dir", questions)
     assert result.returncode == 0, result.stderr
     line = json.loads(result.stdout)
     assert (

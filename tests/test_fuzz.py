@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, SAE_ID
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 import data
 from fsrl import Adapter
@@ -92,8 +92,8 @@ def parquet() -> bytes:
 def read_data(folder: Path):
     for name in ("rows.jsonl", "rows.parquet"):
         if (folder / name).exists():
-            for where, row in data.read_rows([data.DataFile(folder / name, None)], None):
-                data.parse_row(where, row)
+            for where, row in data.read_rows(folder / name):
+                data.parse_row(where, data.decode_row(where, row))
 
 
 def small_model() -> dict[str, bytes]:
@@ -110,11 +110,15 @@ def read_model(folder: Path):
     Gemma2.from_pretrained(folder)
 
 
+def small() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    module = torch.nn.Linear(4, 3, bias=False)
+    return module, torch.optim.AdamW(module.parameters())
+
+
 def a_checkpoint() -> dict[str, bytes]:
-    held = {"trained.weight": torch.arange(12.0).view(3, 4)}
     folder = Path(os.environ["FSRL_CACHE"]) / "checkpoints"
     if not folder.exists():
-        checkpoint.save(folder, 1, held, ALONE)
+        checkpoint.save(folder, 1, *small(), ALONE)
     return {p.name: p.read_bytes() for p in (folder / "step-00000001").iterdir()}
 
 
@@ -123,9 +127,8 @@ def read_checkpoint(folder: Path):
     inner.mkdir(parents=True)
     for path in folder.glob("*.*"):
         shutil.move(path, inner)
-    held = {"trained.weight": torch.zeros(3, 4)}
     checkpoint.newest(folder / "checkpoints", ALONE)
-    checkpoint.load(inner, held, ALONE)  # also where the hashes were made to agree
+    checkpoint.load(inner, *small(), ALONE)  # also where the hashes were made to agree
 
 
 NPZ = ("params.npz",)
@@ -230,7 +233,7 @@ def test_safetensors_headers_that_lie_are_refused(tmp_path, lie):
         header = content.rstrip(b" ")
         content = len(header).to_bytes(8, "little") + content
     (folder / "adapter_weights.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="not an adapter folder"):
+    with pytest.raises(UserError, match="not a whole safetensors file"):
         Adapter.from_pretrained(folder)
 
 
@@ -322,3 +325,69 @@ def test_safetensors_of_integers_or_of_other_names_are_refused(tmp_path):
     )
     with pytest.raises(UserError, match="weight"):
         Adapter.from_pretrained(folder)
+
+
+# --- weights that cannot be computed with ---------------------------------------------------------
+
+
+def copied(tmp_path, source: Path, name: str, change) -> Path:
+    """A folder of weights with one file's tensors changed."""
+    folder = shutil.copytree(source, tmp_path / "copy")
+    state = load_file(folder / name)
+    change(state)
+    (folder / name).write_bytes(save(state))
+    return folder
+
+
+def poison(value: float, *names: str):
+    def change(state):
+        tensor = next(state[name] for name in names if name in state)
+        tensor.view(-1)[7] = value
+
+    return change
+
+
+WEIGHTS = {  # what is read -> its folder, file, a tensor in it, and the reader
+    "model": (
+        GOLDEN / "model",
+        "model-00001-of-00008.safetensors",
+        "model.embed_tokens.weight",
+        Gemma2.from_pretrained,
+    ),
+    "adapter": (
+        GOLDEN / "adapter_mid",
+        "adapter_weights.safetensors",
+        "adapter_linear.weight",
+        Adapter.from_pretrained,
+    ),
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_that_are_not_finite_are_refused_by_name_and_index(tmp_path, kind, value):
+    source, file, tensor, read = WEIGHTS[kind]
+    folder = copied(tmp_path, source, file, poison(value, tensor))
+    with pytest.raises(UserError, match=rf"{file}: tensor {tensor} is -?(nan|inf) at \[0, 7\]"):
+        read(folder)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_that_are_integers_are_refused(tmp_path, kind):
+    source, file, tensor, read = WEIGHTS[kind]
+
+    def change(state):
+        state[tensor] = state[tensor].to(torch.int32)
+
+    with pytest.raises(UserError, match=f"{tensor} holds int32"):
+        read(copied(tmp_path, source, file, change))
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_an_sae_that_is_not_finite_is_refused(tmp_path, name):
+    with np.load(GOLDEN / "sae" / SAE_ID / "params.npz") as npz:
+        arrays = {key: npz[key].copy() for key in npz}
+    arrays[name].reshape(-1)[3] = np.nan
+    np.savez(tmp_path / "params.npz", **arrays)
+    with pytest.raises(UserError, match=f"params.npz: tensor {name} is nan at"):
+        JumpReLUSAE.from_pretrained(tmp_path)

@@ -307,7 +307,7 @@ def test_revisions_are_pinned(hub, first, tmp_path):
     names = (f"models/{MODEL}", f"models/{SAE}", f"datasets/{DATA}")
     model, _, data = v1 = [hub.repos[name].refs["v1"] for name in names]
     hub.asked.clear()
-    pins = ("--model-revision", "v1", "--sae-revision", "v1", "--data-revision", data)
+    pins = ("--model", f"{MODEL}@v1", "--sae", f"{SAE}@v1", "--data", f"{DATA}@{data}")
     run = succeeded(hub_run(hub, tmp_path / "home", tmp_path / "out", *pins), tmp_path / "out")
     assert run.adapter["base_model_revision"] == model != first.adapter["base_model_revision"]
     assert run.config["data_revision"] == data != first.config["data_revision"]
@@ -322,17 +322,17 @@ def test_revisions_are_pinned(hub, first, tmp_path):
 
 NO_SAE = "layer_1/width_65k/average_l0_9"
 MISTAKES = {  # flags -> what the sentence names
-    ("--model-revision", "v9"): (f"--model {MODEL}", "no revision 'v9'"),
+    ("--model", f"{MODEL}@v9"): (f"--model {MODEL}", "no revision 'v9'"),
     ("--model", "owner/nothing"): ("--model owner/nothing", "no such model"),
     ("--model", "owner/no--id"): ("--model owner/no--id", "'owner/no--id'"),
     ("--model", "owner/gated"): ("--model owner/gated", "gated", "licence"),
     ("--model", "owner/torn"): (SHARD, "missing"),
     ("--sae", "owner/nothing"): ("--sae owner/nothing", "no such model"),
     ("--sae-id", NO_SAE): (f"--sae {SAE}", f"--sae-id {NO_SAE}"),
-    ("--sae-revision", "v9"): (f"--sae {SAE}", "no revision 'v9'"),
+    ("--sae", f"{SAE}@v9"): (f"--sae {SAE}", "no revision 'v9'"),
     ("--layer", "3"): ("--layer 3", SAE, "layer_3/width_65k", "--sae-id"),
     ("--data", "owner/nothing"): ("--data owner/nothing", "no such dataset"),
-    ("--data-revision", "v9"): (f"--data {DATA}", "no revision 'v9'"),
+    ("--data", f"{DATA}@v9"): (f"--data {DATA}", "no revision 'v9'"),
 }
 SEVERAL = """
 import contextlib, io, json, sys, traceback
@@ -435,9 +435,8 @@ def test_a_failing_server_never_ends_in_a_traceback(hub, first, tmp_path, fault)
 
 
 def test_the_papers_sae_of_each_layer_is_the_lowest_l0_of_the_listing(hub, tmp_path, monkeypatch):
-    program = (
-        f"import json, sae; print(json.dumps([sae.lowest_l0_id('{SAE}', n) for n in {[*PAPER]}]))"
-    )
+    listed = f"[sae.default_id('{SAE}', n) for n in {[*PAPER]}]"
+    program = f"import json, sae; sae.PAPER_REPO = None; print(json.dumps({listed}))"
     result = script("-c", program, env=client(hub, tmp_path))
     assert result.returncode == 0, result.stderr
     paper = [f"layer_{layer}/width_65k/average_l0_{l0}" for layer, l0 in PAPER.items()]

@@ -235,3 +235,24 @@ def test_the_estimator_is_the_derivative_of_the_smoothed_objective(seed):
     (ours,) = torch.autograd.grad((v * probe).sum() + (l0 * weight).sum(), threshold)
     assert numeric.abs().max() > 0.1
     torch.testing.assert_close(ours, numeric, atol=1e-6, rtol=1e-6)
+
+
+# --- logits of a bfloat16 head on a CPU -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_no_rounding_decides_a_token(monkeypatch, rows):
+    """Logits so close that bfloat16 products order them otherwise; far ones may be rounded."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(4000, 64, generator=g).bfloat16()
+    hidden = torch.randn(rows, 64, generator=g)
+    weight[:40] = weight[0] + (torch.randn(40, 64, generator=g) * 2e-2).bfloat16()
+    hidden += 3 * weight[0].float()
+    exact = hidden.bfloat16().float() @ weight.float().T
+    rounded = torch.nn.functional.linear(hidden.bfloat16(), weight).float()
+    assert (rounded.argmax(1) != exact.argmax(1)).any()
+    ours = logps.all_logits(hidden.bfloat16().float(), weight)
+    assert ours.dtype == torch.float32 and torch.equal(ours.argmax(1), exact.argmax(1))
+    best = exact.topk(100).indices
+    torch.testing.assert_close(ours.gather(1, best), exact.gather(1, best), atol=1e-4, rtol=1e-5)
+    assert (ours - exact).abs().max() <= 2**-8 * exact.abs().max()

@@ -1,6 +1,7 @@
 """Packed, shared and cut as they may be, requests score what each would score alone."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,11 +9,14 @@ from conftest import load
 
 from evals import likelihood
 from evals.likelihood import Request, common, cut, likelihoods
+from fsrl import Unsteered
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return load()
+    """The golden model, base and steered."""
+    loaded = load()
+    return SimpleNamespace(base=Unsteered(loaded.model), steered=loaded.steered)
 
 
 def alone(model, request: Request, max_length: int) -> tuple[float, bool]:
@@ -26,7 +30,9 @@ def alone(model, request: Request, max_length: int) -> tuple[float, bool]:
 
 
 def questions(seed: int, vocabulary: int = 512) -> list[Request]:
-    """What benchmarks ask: shared examples, questions under them, choices of one token and of many, one repeated."""
+    """What benchmarks ask: shared examples, questions under them, choices of one token and of many,
+    one repeated.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def tokens(low, high):
@@ -44,12 +50,14 @@ def questions(seed: int, vocabulary: int = 512) -> list[Request]:
     return [requests[i] for i in order]
 
 
-@pytest.mark.parametrize("which", ["model", "steered"])
+@pytest.mark.parametrize("which", ["base", "steered"])
 @pytest.mark.parametrize(
     ("tokens", "max_length"), [(10_000, 1000), (90, 1000), (1, 1000), (300, 40), (300, 21)]
 )
 def test_every_request_scores_as_if_alone(golden, which, tokens, max_length):
-    """Under any budget, and where contexts are cut from the left (two requests then read different beginnings)."""
+    """Under any budget, and where contexts are cut from the left (two requests then read different
+    beginnings).
+    """
     model = getattr(golden, which)
     requests = questions(tokens + max_length)
     found = likelihoods(model, requests, max_length, tokens)
@@ -65,16 +73,18 @@ def test_what_greedy_decoding_writes_is_called_greedy(golden):
     with torch.inference_mode():
         written = []
         for _ in range(6):
-            written.append(int(golden.model.logits(torch.tensor(context + written))[-1].argmax()))
+            written.append(int(golden.base.logits(torch.tensor(context + written))[-1].argmax()))
     spoilt = [*written[:3], (written[3] + 1) % 512, *written[4:]]
     found = likelihoods(
-        golden.model, [Request(context, written), Request(context, spoilt)], 100, 100
+        golden.base, [Request(context, written), Request(context, spoilt)], 100, 100
     )
     assert [x.greedy for x in found] == [True, False]
 
 
 def test_a_prompt_is_computed_once(golden, monkeypatch):
-    """Four single-token choices cost their context alone; questions that share examples share them in the stream."""
+    """Four single-token choices cost their context alone; questions that share examples share them
+    in the stream.
+    """
     streams = []
     pack = likelihood.pack
     monkeypatch.setattr(
@@ -82,11 +92,11 @@ def test_a_prompt_is_computed_once(golden, monkeypatch):
     )
     examples, questions = list(range(4, 104)), [[200 + i, *range(300, 310)] for i in range(5)]
     requests = [Request(examples + q, [letter]) for q in questions for letter in (7, 8, 9, 10)]
-    likelihoods(golden.model, requests, 1000, 10_000)
+    likelihoods(golden.base, requests, 1000, 10_000)
     assert sum(len(s.tokens) for s in streams) == 100 + 5 * 11
     streams.clear()
     answers = [[20 + i, 30, 31] for i in range(6)]
-    likelihoods(golden.model, [Request(examples, a) for a in answers], 1000, 10_000)
+    likelihoods(golden.base, [Request(examples, a) for a in answers], 1000, 10_000)
     assert (
         sum(len(s.tokens) for s in streams) == 100 + 6 * 2
     )  # the last token of an answer is only predicted
@@ -136,9 +146,9 @@ def test_passes_stay_within_their_budget():
 
 
 def test_nothing_to_score(golden):
-    assert likelihoods(golden.model, [], 10, 10) == []
-    assert likelihoods(golden.model, [Request([5], [])], 10, 10) == [(0.0, True)]
+    assert likelihoods(golden.base, [], 10, 10) == []
+    assert likelihoods(golden.base, [Request([5], [])], 10, 10) == [(0.0, True)]
     with pytest.raises(ValueError):
-        likelihoods(golden.model, [Request([], [3])], 10, 10)
+        likelihoods(golden.base, [Request([], [3])], 10, 10)
     with pytest.raises(ValueError):
-        likelihoods(golden.model, [Request([5], [3] * 11)], 10, 10)
+        likelihoods(golden.base, [Request([5], [3] * 11)], 10, 10)

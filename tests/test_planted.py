@@ -1,7 +1,10 @@
-"""The choice measure is complete and charges whom it says; planting trains, asks, counts and resumes."""
+"""The choices measure is complete and charges whom it says; planting trains, asks, counts and
+resumes.
+"""
 
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,28 +12,25 @@ import torch
 from conftest import load, script
 
 import data
-import train
+import simpo
 from audit import choices as ch
 from data import Pair
-from experiments import planted
+from experiments import fitting, planted
+from experiments import planted_tables as tables
+from fsrl import Unsteered
 from labels import load_labels
-from policy import Policy
-from sae import JumpReLUSAE
-from tiny import LABELS_DIR, WIDTH, build, world
+from policy import DEFAULTS, Policy
+from runtime.device import Device
+from tiny import LABELS_DIR, WIDTH, world
 
-S = train.Settings(device="cpu", dtype="float32", tokens_per_microbatch=70)
+RUN = DEFAULTS._replace(tokens_per_microbatch=70)
 
 
 def golden_policy() -> Policy:
-    g = load()
-    return Policy(
-        g.model,
-        g.steered.requires_grad_(False),
-        data.load_tokenizer(g.model.folder),
-        S,
-        "golden",
-        None,
-    )
+    golden = load()
+    tokenizer = data.load_tokenizer(golden.model.folder)
+    steered = golden.steered.requires_grad_(False)
+    return Policy(steered, tokenizer, Device("cpu", torch.float32), RUN, "golden")
 
 
 def golden_pairs(tokenizer, n: int = 5) -> list[Pair]:
@@ -49,45 +49,29 @@ def golden_pairs(tokenizer, n: int = 5) -> list[Pair]:
 
 
 def test_shares_sum_to_the_change_of_the_gap():
-    """Under any partition; and the change is what scoring base model and policy one after the other gives."""
+    """Under any partition; and the change is what scoring base model and policy apart gives."""
     policy = golden_policy()
     pairs, V = golden_pairs(policy.tokenizer), policy.base.config.vocab_size
     g = torch.Generator().manual_seed(1)
-    partitions = [
-        ch.Classes(("a", "b", ch.END, ch.REST), torch.randint(0, 4, (V,), generator=g))
-        for _ in range(2)
-    ]
+    names = ("a", "b", ch.END, ch.REST)
+    partitions = [ch.Classes(names, torch.randint(0, 4, (V,), generator=g)) for _ in range(2)]
     packed = data.pack_pairs(pairs)
-    steered = train.score(policy.steered, packed, S)
-    x = policy.steered.residual(packed, policy.base.plan(packed))
-    _, chosen, rejected = train.preference(
-        policy.base, policy.steered.above(x, policy.base.plan(packed)), packed, S
-    )  # the base model's
-    change = (steered.logp_chosen - steered.logp_rejected) - (chosen - rejected)
+    gaps = []
+    for model in (Unsteered(policy.base), policy.steered):
+        losses = simpo.score(model, packed, RUN.beta, RUN.gamma_ratio).losses
+        gaps.append(losses.logp_chosen - losses.logp_rejected)
+    change = gaps[1] - gaps[0]
     assert change.abs().max() > 0.01  # the adapter does something
-    for found in ch.choices(policy, pairs, S, partitions):
+    for found in ch.choices(policy, pairs, partitions):
         torch.testing.assert_close(found.change, change, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found.shares.sum(1), found.change, atol=1e-9, rtol=0)
-
-
-def test_features_earn_the_whole_share():
-    policy = golden_policy()
-    pairs, V = golden_pairs(policy.tokenizer), policy.base.config.vocab_size
-    of_token = torch.randint(0, 4, (V,), generator=torch.Generator().manual_seed(1))
-    classes = ch.Classes(("a", "b", ch.END, ch.REST), of_token)
-    with torch.no_grad():
-        policy.steered.adapter.bias[:100] = -1e6  # features that never steer
-    by_feature = ch.feature_shares(policy, pairs, S, classes, steps=8)
-    whole = ch.choices(policy, pairs, S, [classes])[0].shares.mean(0)
-    assert whole.abs().max() > 0.01
-    torch.testing.assert_close(by_feature.sum(1), whole, atol=1e-4, rtol=1e-3)
-    assert not by_feature[:, :100].any() and by_feature[:, 100:].any()
 
 
 def test_a_choice_against_the_rest_belongs_to_the_category():
     p0 = torch.tensor([[0.3, 0.0, 0.7], [0.3, 0.0, 0.7], [0.3, 0.0, 0.7]], dtype=torch.float64)
     p1 = torch.tensor([[0.8, 0.0, 0.2], [0.8, 0.0, 0.2], [0.3, 0.0, 0.7]], dtype=torch.float64)
-    # A token of the rest, then one of class 0, at a place where class 0 became likelier; then a choice within the rest.
+    # A token of the rest, then one of class 0, at a place where class 0 became likelier; then a
+    # choice within the rest.
     change = torch.tensor([math.log(0.2 / 0.7), math.log(0.8 / 0.3), -1.5], dtype=torch.float64)
     terms = ch.token_shares(change, p0, p1, torch.tensor([2, 0, 2]))
     expected = torch.tensor(
@@ -118,56 +102,54 @@ def test_sign_flip_is_the_permutation_test():
     assert ch.sign_flip(torch.full((20, 1), -0.1, dtype=torch.float64), 999).item() == 1.0
 
 
+# --- planting -------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
-def tiny_world():
-    base, tokenizer = build.load()
-    return base.requires_grad_(False), tokenizer, JumpReLUSAE.from_pretrained("tiny")
+def start():
+    return fitting.tiny_policy()
 
 
-def test_tokens_are_those_that_training_reads(tiny_world, tmp_path):
-    _, tokenizer, _ = tiny_world
+def test_tokens_are_those_that_training_reads(start, tmp_path):
+    tokenizer = start.tokenizer
     some = world.pairs({"style": 1, "honesty": 1}, 20, 3)
-    (tmp_path / "rows.jsonl").write_text(
-        "".join(json.dumps(p.row(str(i))) + "\n" for i, p in enumerate(some))
-    )
+    rows = "".join(json.dumps(p.row(str(i))) + "\n" for i, p in enumerate(some))
+    (tmp_path / "rows.jsonl").write_text(rows)
     pairs, names = planted.tokenise(tokenizer, some)
     assert pairs == data.load_pairs(str(tmp_path / "rows.jsonl"), tokenizer)
     assert [len(n) for n in names] == [len(p.chosen) + len(p.rejected) for p in pairs]
 
 
 @pytest.fixture(scope="module")
-def bold(tiny_world):
+def bold(start):
     """A policy trained for bold type, and fresh pairs of the same cause."""
-    policy = planted.plant(*tiny_world, "bold", 7, 128)
+    policy = planted.plant(start, "bold", 7, 128)
     return policy, *planted.tokenise(policy.tokenizer, world.pairs("bold", 48, 700_000))
 
 
 def test_the_planted_cause_is_named(bold):
     policy, pairs, names = bold
-    tables = [
-        load_labels(LABELS_DIR / f"{kind}.jsonl", policy.steered.sae) for kind in planted.KINDS
-    ]
-    answers = planted.chosen(policy, pairs, tables, names)
+    paths = [LABELS_DIR / f"{kind}.jsonl" for kind in planted.KINDS]
+    labels = [load_labels(path, policy.steered.sae) for path in paths]
+    answers = planted.chosen(policy, pairs, labels, names)
     for kind, expected in (
         ("fires", "style"),
         ("true spans", "style"),
         ("fires, explanations", "bold"),
     ):
         answer = answers[f"choices|{kind}"]
-        assert planted.top(answer) == expected
-        assert planted.significant("choices", answer, expected)
+        assert tables.top(answer) == expected
+        assert tables.significant("choices", answer, expected)
 
 
 def test_nothing_is_named_when_the_preference_is_undone(bold):
     """Half the pairs swapped: the same policy earned nothing on them."""
     policy, pairs, _ = bold
     masks = load_labels(LABELS_DIR / "fires.jsonl", policy.steered.sae).categories
-    masks = {c: m for c, m in masks.items() if c not in planted.REST_LABELS}
-    classes = ch.classes(policy, pairs, policy.settings, masks)
+    masks = {c: m for c, m in masks.items() if c not in planted.NOT_OF_INTEREST}
+    classes = ch.classes(policy, pairs, masks)
     mixed = [Pair(p.prompt, p.rejected, p.chosen) if i % 2 else p for i, p in enumerate(pairs)]
-    (before,), (after,) = (
-        ch.choices(policy, some, policy.settings, [classes]) for some in (pairs, mixed)
-    )
+    (before,), (after,) = (ch.choices(policy, some, [classes]) for some in (pairs, mixed))
     torch.testing.assert_close(after.shares[1::2], -before.shares[1::2], atol=1e-5, rtol=1e-4)
     assert before.named() == "style" and after.named() is None
 
@@ -177,62 +159,103 @@ def test_classes_follow_the_labels_they_are_given(bold):
     policy, pairs, _ = bold
     mask = np.zeros(WIDTH, dtype=bool)
     mask[:512] = True
-    found = [ch.classes(policy, pairs, policy.settings, {"it": m}).of_token for m in (mask, ~mask)]
+    found = [ch.classes(policy, pairs, {"it": m}).of_token for m in (mask, ~mask)]
     end, start = (policy.tokenizer.token_to_id(t) for t in ("<end_of_turn>", "<start_of_turn>"))
     assert not torch.equal(*found)
     for of_token in found:
         assert of_token[end] == 1 and of_token[start] == 2
 
 
+# --- many runs, counted ---------------------------------------------------------------------------
+
+
 def test_rates_and_ranks():
-    assert planted.wilson(24, 24) == pytest.approx((0.8620, 1.0), abs=1e-3)
-    assert planted.wilson(1, 10) == pytest.approx((0.0179, 0.4042), abs=1e-3)
-    assert planted.spearman([1, 2, 2, 3], [1, 5, 3, 9]) == pytest.approx(0.9487, abs=1e-4)
-    assert planted.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert tables.wilson(24, 24) == pytest.approx((0.8620, 1.0), abs=1e-3)
+    assert tables.wilson(1, 10) == pytest.approx((0.0179, 0.4042), abs=1e-3)
+    assert tables.spearman([1, 2, 2, 3], [1, 5, 3, 9]) == pytest.approx(0.9487, abs=1e-4)
+    assert tables.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
 
 
 def test_runs_are_written_counted_and_not_made_twice(tmp_path):
     small = dict(pairs=32, eval_pairs=8, loss_pairs=2, steps=1)
     s = planted.Settings(seeds=1, causes=("bold",), **small, out=str(tmp_path))
-    rows = json.loads(json.dumps(planted.run(s)))  # as they are read back
+    planted.run(s)
+    rows = planted.run(s)  # as they are read back
     planted.write(rows, s, "a command")
     runs = (tmp_path / "runs.jsonl").read_text()
-    assert [json.loads(line) for line in runs.splitlines()] == rows and rows[0]["cause"] == "bold"
-    assert {key.split("|")[0] for key in rows[0]["answers"]} == set(planted.MEASURES)
+    assert [json.loads(line) for line in runs.splitlines()] == [row._asdict() for row in rows]
+    assert rows[0].cause == "bold"
+    measures = {key.split("|")[0] for key in rows[0].answers}
+    assert measures == {
+        *("composition", "ablation", "ablation - matched"),
+        *("attribution", "attribution per feature", "choices", "data alone"),
+    }
     assert "a command" in (tmp_path / "tables.md").read_text()
     assert planted.run(s) == rows and (tmp_path / "runs.jsonl").read_text() == runs
     other = script("-m", "experiments.planted", "--out", tmp_path)
-    assert (
-        other.returncode == 2
-        and "other settings" in other.stderr
-        and "Traceback" not in other.stderr
-    )
+    assert other.returncode == 2 and "other settings" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def audited(cause, seed=0, **answers) -> tables.Audited:
+    """A made-up row; answers: measure -> answer, under labels of kind fires."""
+    answers = {f"{name}|fires": answer for name, answer in answers.items()}
+    return tables.Audited(cause, seed, {}, 0.0, 1.0, 1.0, answers, 1.0, 1.0)
+
+
+STRONG, WEAK = (1.0, 9.0), (0.0, 0.1)
 
 
 def test_counting():
-    """A made-up study: one measure that is always right, one that names style whatever was planted."""
-    strong, weak = (1.0, 9.0), (0.0, 0.1)
+    """A made-up study: one measure that is always right, one that names style whatever was
+    planted.
+    """
 
-    def row(cause, seed, truth):
-        right = {c: strong if c == truth else weak for c in ("style", "alignment")}
-        return dict(
-            cause=cause,
-            seed=seed,
-            answers={"good|fires": right, "bad|fires": dict(style=strong, alignment=weak)},
-        )
+    def row(cause, truth):
+        right = {c: STRONG if c == truth else WEAK for c in ("style", "alignment")}
+        return audited(cause, good=right, bad=dict(style=STRONG, alignment=WEAK))
 
-    rows = [row(cause, 0, category) for cause, category in planted.PLANTED.items()] + [
-        row("none", 0, None)
-    ]
-    found = planted.summarise(rows)
+    rows = [row(cause, category) for cause, category in tables.PLANTED.items()]
+    found = tables.summarise([*rows, row("none", None)])
     good, bad = found["good|fires"], found["bad|fires"]
     assert all(good["first"] + good["category"] + good["sure"]) and not any(good["alarms"])
     assert sum(bad["first"]) == sum(bad["category"]) == 3 and bad["alarms"] == [True]
     assert bad["wrong"]["honesty"] == {"style": 1} and "style" not in bad["wrong"]
 
 
+def test_scores_follow_the_planted_weight():
+    weights = {
+        "style": 1.0,
+        "3 style : 1 honesty": 0.75,
+        "1 style : 3 honesty": 0.25,
+        "honesty": 0.0,
+    }
+    assert {cause: tables.weight_of_style(cause) for cause in weights} == weights
+    assert tables.weight_of_style("bold") is None
+    rows = [
+        audited(cause, good=dict(style=(weight, 9.0), alignment=(0.1, 9.0)))
+        for cause, weight in weights.items()
+    ]
+    assert tables.summarise(rows)["good|fires"]["spearman"] == pytest.approx(1)
+
+
+def test_composition_is_contrasted_with_the_policies_that_learned_nothing():
+    """The mean of three null policies is taken off; of a null policy, the mean of the others."""
+    nulls = [audited("none", i, composition=dict(style=(float(i), 5.0))) for i in range(4)]
+    policy = audited("style", composition=dict(style=(9.5, 5.0)))
+    *less, of_policy = tables.contrasted([*nulls, policy])
+    change, z = of_policy.answers["composition - null|fires"]["style"]
+    deviation = np.std([0, 1, 2, 3], ddof=1) * math.sqrt(1 + 1 / 4)
+    assert change == pytest.approx(8.0) and z == pytest.approx(8.0 / deviation)
+    assert less[0].answers["composition - null|fires"]["style"][0] == pytest.approx(0 - 2.0)
+    assert tables.contrasted([*nulls[:2], policy]) == [*nulls[:2], policy]
+    assert tables.tally(Counter(style=1, nothing=3)) == "nothing 3, style 1"
+
+
 def test_the_smallest_p_value_is_one_over_the_ways_to_flip():
-    """Draws that repeat the signs as they are count as ties, in whatever order they were added up."""
+    """Draws that repeat the signs as they are count as ties, in whatever order they were added
+    up.
+    """
     for seed in range(40):
         shares = (
             torch.rand(5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -1,6 +1,7 @@
-"""JumpReLU SAE against sae-lens (golden), and its two file formats."""
+"""JumpReLU SAE against sae-lens (golden), and its three file formats."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import GOLDEN, SAE_ID, load
 from safetensors.torch import save_file
 
+import sae as saes
 from runtime.sources import UserError, sha256
 from sae import ARRAYS, JumpReLUSAE, save_gemmascope
 
@@ -118,7 +120,7 @@ def test_wrong_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="not a readable npz"):
         JumpReLUSAE.from_pretrained(tmp_path)
     (tmp_path / "params.npz").unlink()
-    with pytest.raises(UserError, match="holds neither"):
+    with pytest.raises(UserError, match="holds none of"):
         JumpReLUSAE.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="inside the SAE repository"):
         JumpReLUSAE.from_pretrained(tmp_path, "../elsewhere")
@@ -137,3 +139,107 @@ def test_another_saelens_architecture_is_refused(tmp_path):
     (tmp_path / "cfg.json").write_text(json.dumps(dict(architecture="topk")))
     with pytest.raises(UserError, match="topk"):
         JumpReLUSAE.from_pretrained(tmp_path)
+
+
+# --- Gemma Scope 2 --------------------------------------------------------------------------------
+
+
+SMALL = "resid_post/layer_1_width_65k_l0_small"
+HOOK = "model.layers.1.output"
+
+
+def scope2(folder: Path, arrays: dict, **settings) -> Path:
+    """A folder as google/gemma-scope-2-* has them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name.lower(): torch.as_tensor(a).contiguous() for name, a in arrays.items()}
+    save_file(tensors, folder / "params.safetensors")
+    config = dict(architecture="jump_relu", hf_hook_point_in=HOOK, model_name="gemma-v3-270m-it")
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    return folder
+
+
+def test_gemma_scope_2_reads_as_the_same_arrays_in_another_layout(tmp_path):
+    want = JumpReLUSAE.from_pretrained(GOLDEN / "sae", SAE_ID)
+    scope2(tmp_path / SMALL, want.state_dict())
+    ours = JumpReLUSAE.from_pretrained(tmp_path, SMALL)
+    assert ours.sae_id == SMALL and ours.sha256 == sha256(tmp_path / SMALL / "params.safetensors")
+    for name, array in want.state_dict().items():
+        assert torch.equal(getattr(ours, name), array), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        (dict(architecture="topk"), "topk"),
+        (dict(hf_hook_point_in="model.layers.1.self_attn.o_proj.input"), "o_proj"),
+        (dict(hf_hook_point_out="model.layers.1.post_feedforward_layernorm.output"), "output"),
+    ],
+)
+def test_what_is_no_residual_stream_sae_is_refused(tmp_path, settings, word):
+    arrays = JumpReLUSAE.from_pretrained(GOLDEN / "sae", SAE_ID).state_dict()
+    scope2(tmp_path / SMALL, arrays, **settings)
+    with pytest.raises(UserError, match=word):
+        JumpReLUSAE.from_pretrained(tmp_path, SMALL)
+
+
+def test_a_layer_alone_picks_65k_and_small(tmp_path, monkeypatch):
+    names = [f"resid_post/layer_{n}_width_{w}_l0_{s}" for n in (5, 12) for w in ("16k", "65k")
+             for s in ("big", "medium", "small")]  # fmt: skip
+    names += [
+        "resid_post/layer_12_width_65k_l0_small_seed_1",
+        "resid_post_all/layer_3_width_65k_l0_big",
+    ]
+    names += ["transcoder/layer_12_width_65k_l0_small", "attn_out/layer_12_width_65k_l0_small"]
+    listed = [f"{name}/params.safetensors" for name in names]
+    monkeypatch.setattr(saes, "list_files", lambda source, kind: listed)
+    repo = saes.default_source("google/gemma-3-270m-it")
+    assert repo == "google/gemma-scope-2-270m-it"
+    assert saes.default_id(repo, 12) == "resid_post/layer_12_width_65k_l0_small"
+    assert saes.default_id(repo, 5, "16k") == "resid_post/layer_5_width_16k_l0_small"
+    assert saes.default_id(repo, 3) == "resid_post_all/layer_3_width_65k_l0_big"
+    with pytest.raises(UserError, match="--layer 4"):
+        saes.default_id(repo, 4)
+    for name in listed:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    assert saes.default_id(tmp_path, 12) == "resid_post/layer_12_width_65k_l0_small"
+    assert saes.layer_of(names[0]) == 5 and saes.layer_of(SAE_ID) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "source"),
+    [
+        ("google/gemma-2-2b-it", "google/gemma-scope-2b-pt-res"),
+        ("google/gemma-2-27b", "google/gemma-scope-27b-pt-res"),
+        ("google/gemma-3-270m", "google/gemma-scope-2-270m-pt"),
+        ("google/gemma-3-4b-it@main", "google/gemma-scope-2-4b-it"),
+    ],
+)
+def test_the_sae_repository_follows_from_the_models_name(model, source):
+    assert saes.default_source(model) == source
+
+
+def test_a_model_of_another_name_needs_an_sae():
+    with pytest.raises(UserError, match="give --sae"):
+        saes.default_source("runs/my-model")
+
+
+def test_gemma_scope_2_equals_saelens(tmp_path, monkeypatch):
+    loaders = pytest.importorskip(
+        "sae_lens.loading.pretrained_sae_loaders", reason="compared where it is installed"
+    )
+    arrays = JumpReLUSAE.from_pretrained(GOLDEN / "sae", SAE_ID).state_dict()
+    scope2(tmp_path / SMALL, arrays)
+
+    def local_file(repo_id, filename, subfolder=None, **_):
+        return str(tmp_path / (subfolder or "") / filename)
+
+    monkeypatch.setattr(loaders, "hf_hub_download", local_file)
+    shapes = {name.lower(): list(array.shape) for name, array in arrays.items()}
+    monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", lambda *_: shapes)
+    cfg, theirs, _ = loaders.gemma_3_sae_huggingface_loader("google/gemma-scope-2-270m-it", SMALL)
+    ours = JumpReLUSAE.from_pretrained(tmp_path, SMALL)
+    assert cfg["architecture"] == "jumprelu" and not cfg["apply_b_dec_to_input"]
+    assert cfg["hook_name"] == f"blocks.{saes.layer_of(SMALL)}.hook_resid_post"
+    for name, array in theirs.items():
+        assert torch.equal(getattr(ours, name), array), name

@@ -1,4 +1,6 @@
-"""The small world says what it claims to say, and the built files are what their labels and provenance state."""
+"""The small world says what it claims to say, and the built files are what their labels and
+provenance state.
+"""
 
 from collections import Counter
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from labels import read_rows
-from runtime.sources import sha256
+from runtime.sources import UserError, sha256
 from sae import JumpReLUSAE
 from tiny import (
     DATA_DIR,
@@ -60,7 +62,9 @@ def test_every_attribute_can_be_read_off_the_answer():
 
 
 def test_equal_texts_have_equal_probability():
-    """Otherwise different choices could lead to one text, and its nats would not be its log-probability."""
+    """Otherwise different choices could lead to one text, and its nats would not be its
+    log-probability.
+    """
     nats = {}
     for text in world.corpus(20_000, 3):
         assert nats.setdefault(text.text, text.nats) == pytest.approx(text.nats, abs=1e-9)
@@ -166,3 +170,28 @@ def test_firing_labels_hold_on_other_texts(built):
         for row in clear
     ]
     assert len(clear) > WIDTH / 4 and sum(agree) / len(agree) > 0.95
+
+
+def test_promotion_labels_hold_on_other_texts(built):
+    """Of the features that clearly promote one label, in the shape in which they were written."""
+    model, tokenizer, sae = built
+    rows = [row for row in read_rows(LABELS_DIR / "promotes.jsonl")[1] if row["purity"] >= 0.8]
+    clear = [int(row["index"]) for row in rows]
+    arrays = {name: getattr(sae, name)[clear] for name in ("W_dec", "b_enc", "threshold")}
+    some = JumpReLUSAE(arrays | {"W_enc": sae.W_enc[:, clear], "b_dec": sae.b_dec})
+
+    texts = world.corpus(100, 7)
+    fires = measure.firing(model, some, tokenizer, texts, LAYER)
+    promotes = measure.promotion(model, some, tokenizer, texts, fires, LAYER, probes=2)
+    top = promotes.label.argmax(1).tolist()
+    agree = [world.LABELS[label] == row["category"] for label, row in zip(top, rows, strict=True)]
+    assert len(rows) > 50 and sum(agree) / len(agree) > 0.9
+    written = measure.label_rows(tokenizer, fires, promotes, build.MODEL_ID, "")
+    live = int(fires.count.argmax())
+    assert written["promotes"][live].keys() == rows[0].keys()
+    assert written["fires"][live].keys() == read_rows(LABELS_DIR / "fires.jsonl")[1][0].keys()
+
+
+def test_a_layer_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="--sae-layers 6: a layer from 0 to 5"):
+        build.Settings(sae_layers=(1, 6))

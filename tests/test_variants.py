@@ -194,7 +194,9 @@ def test_impossible_thresholds_are_refused(tmp_path, bad):
     with torch.no_grad():
         adapter.raw_threshold[3] = bad
     adapter.save_pretrained(tmp_path, {})
-    with pytest.raises(UserError, match="thresholds must be finite and not negative"):
+    with pytest.raises(
+        UserError, match="thresholds? .*(finite|not negative)|threshold is (nan|inf) at"
+    ):
         Adapter.from_pretrained(tmp_path)
 
 

@@ -1,20 +1,22 @@
-"""Build the embedded default: tokenizer, model, SAE, preference pairs and feature labels, from fixed seeds.
+"""Build the embedded world: tokenizer, model, SAE, preference pairs and feature labels, from fixed
+seeds.
 
-    python -m tiny.build                      # everything, in under 30 minutes on 2 cores
-    python -m tiny.build --check              # measure the files on disk and print samples; writes nothing
-    python -m tiny.build --sae-layers 1 4     # SAEs at other layers of the built model, under --sae-out
+    python -m tiny.build                    # everything, in under 30 minutes on 2 cores
+    python -m tiny.build --check            # measure the files on disk; write nothing
+    python -m tiny.build --sae-layers 1 4   # SAEs at other layers of the built model, in --sae-out
 
-The model is trained in float32 and stored in bfloat16, as published Gemmas are; everything after that (the
-SAE, the labels, the quality table) uses the stored weights, computing in float32.
+The model is trained in float32 and stored in bfloat16, as published Gemmas are. All that follows
+(SAE, labels, quality table) uses the stored weights and computes in float32.
 """
 
-import argparse
 import ctypes
 import json
 import math
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,9 +28,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import labels
+from data import Packed, pack
 from model import Gemma2, Gemma2Config
-from packed import pack
-from runtime.sources import sha256
+from policy import load_base
+from runtime import cli
+from runtime.cli import flag
+from runtime.sources import UserError, sha256
 from sae import JumpReLUSAE, save_gemmascope
 from tiny import (
     DATA_DIR,
@@ -62,6 +67,7 @@ CONFIG = Gemma2Config(
 )
 MODEL_STEPS, TEXTS_PER_STEP, MODEL_LR = 2800, 32, 3e-3
 SAE_TOKENS, SAE_STEPS, SAE_BATCH, SAE_LR, L0 = 1_000_000, 6000, 2048, 2e-3, 8
+CHECK_TEXTS = LABEL_TEXTS = 2000
 SEEDS = {
     "tokenizer": 1,
     "model": 2,
@@ -74,16 +80,17 @@ SEEDS = {
     "check": 9,
     "samples": 10,
 }
-# What the committed preference pairs prefer: bulleted, bold answers with a closing summary.
+# The committed pairs prefer bulleted, bold answers with a closing summary.
 PLANTED, TRAIN_PAIRS, TEST_PAIRS = "style", 2048, 256
 
 
-# --- tokenizer ------------------------------------------------------------------------------------------------
+# --- tokenizer ------------------------------------------------------------------------------------
 
 
 def train_tokenizer() -> Tokenizer:
-    """Byte-level BPE with Gemma's special tokens. Every mark of punctuation is a token of its own, so that no
-    token spans two labels."""
+    """Byte-level BPE with Gemma's special tokens. Every mark of punctuation is a token of its own,
+    so that no token spans two labels.
+    """
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r" ?\*\*|##| ?\p{L}+|\p{N}|\n| ?[^\s\p{L}\p{N}]")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -109,57 +116,55 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {f"{token}_token": f"<{token}>" for token in ("pad", "eos", "bos", "unk")}
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": CONFIG.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {
-            str(i): {"content": token, "lstrip": False, "rstrip": False, "normalized": False,
-                     "single_word": False, "special": True}
-            for i, token in enumerate(SPECIAL)
+            str(i): {"content": token, **plain, "special": True} for i, token in enumerate(SPECIAL)
         },
         "chat_template": (
-            "{{ bos_token }}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' "
-            "else message['role'] %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + "
-            "'<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+            "{{ bos_token }}{% for message in messages %}"
+            "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+            "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+            "{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
         ),
         **names,
-    }  # fmt: skip
+    }
     generation_config = {
         "bos_token_id": 2,
         "eos_token_id": [1, SPECIAL.index("<end_of_turn>")],
         "pad_token_id": 0,
     }
-    for name, content in (
-        ("tokenizer_config", tokenizer_config),
-        ("generation_config", generation_config),
-    ):
+    configs = {"tokenizer_config": tokenizer_config, "generation_config": generation_config}
+    for name, content in configs.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-# --- model ------------------------------------------------------------------------------------------------------
+# --- model ----------------------------------------------------------------------------------------
 
 
 def encode(tokenizer: Tokenizer, texts: list[world.Text]) -> list[list[int]]:
     """Token ids of whole rendered texts, <bos> to <eos>."""
-    return [
-        e.ids for e in tokenizer.encode_batch([t.text for t in texts], add_special_tokens=False)
-    ]
+    encodings = tokenizer.encode_batch([t.text for t in texts], add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
-def batches(tokenizer: Tokenizer, seed: int, steps: int):
+def batches(tokenizer: Tokenizer, seed: int, steps: int) -> Iterator[Packed]:
     """Fresh texts for every step, each a prompt without continuations."""
-    made = 0
-    while made < steps:  # a stretch of steps at a time: tokenising in batches is quicker
+    for made in range(0, steps, 100):  # 100 steps at a time: tokenising in batches is quicker
         n = min(100, steps - made)
         ids = encode(tokenizer, world.corpus(n * TEXTS_PER_STEP, seed * 100_003 + made))
-        for i in range(n):
-            yield pack([(text, []) for text in ids[i * TEXTS_PER_STEP : (i + 1) * TEXTS_PER_STEP]])
-        made += n
+        for i in range(0, len(ids), TEXTS_PER_STEP):
+            yield pack([(text, []) for text in ids[i : i + TEXTS_PER_STEP]])
 
 
 def train_model(tokenizer: Tokenizer, steps: int) -> Gemma2:
-    """Pre-train on the world's corpus: AdamW, linear warm-up, cosine decay to a tenth of a per cent."""
+    """Pre-train on the world's corpus: AdamW, linear warm-up, cosine decay to a tenth of a per
+    cent.
+    """
     model = Gemma2(CONFIG)
     model.init_weights(torch.Generator().manual_seed(SEEDS["model"]))
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -169,15 +174,13 @@ def train_model(tokenizer: Tokenizer, steps: int) -> Gemma2:
         lr=MODEL_LR,
         betas=(0.9, 0.98),
     )
-    bar = tqdm(
-        batches(tokenizer, SEEDS["model corpus"], steps), total=steps, desc="model", mininterval=5
-    )
+    corpus = batches(tokenizer, SEEDS["model corpus"], steps)
+    bar = tqdm(corpus, total=steps, desc="model", mininterval=5)
     for step, packed in enumerate(bar):
-        warm_up, progress = min(1.0, (step + 1) / 100), step / steps
+        warm_up = min(1.0, (step + 1) / 100)
+        decay = 0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = (
-                MODEL_LR * warm_up * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
-            )
+            group["lr"] = MODEL_LR * warm_up * decay
         loss = measure.next_token_loss(model, packed, model(packed)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -188,12 +191,14 @@ def train_model(tokenizer: Tokenizer, steps: int) -> Gemma2:
     return model.requires_grad_(False)
 
 
-# --- SAE ----------------------------------------------------------------------------------------------------------
+# --- SAE ------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def activations(model: Gemma2, tokenizer: Tokenizer, layer: int, tokens: int, seed: int) -> Tensor:
-    """The residual stream after block `layer` on about `tokens` positions of fresh text, <bos> left out: [N, d]."""
+    """The residual stream after block `layer` on about `tokens` positions of fresh text, <bos> left
+    out: [N, d].
+    """
     rows, n = [], 0
     bar = tqdm(total=tokens, desc=f"activations, layer {layer}", mininterval=5, unit="token")
     while n < tokens:
@@ -205,12 +210,13 @@ def activations(model: Gemma2, tokenizer: Tokenizer, layer: int, tokens: int, se
 
 
 def train_sae(x: Tensor, steps: int, seed: int) -> dict[str, Tensor]:
-    """Train a JumpReLU SAE on activations x [N, d] and return GemmaScope's five arrays.
+    """Train a JumpReLU SAE on activations x [N, d]; returns GemmaScope's five arrays.
 
-    While training all features share one threshold, moved after every batch so that L0 settles on its target
-    (BatchTopK without the sorting). Features that have not fired for a while learn from the error that the others
-    leave (the auxiliary loss of TopK SAEs). At the end the threshold is set so that L0 on x is exactly the
-    target, and the scale and the mean of x are folded in: the arrays act on the raw residual stream.
+    While training all features share one threshold, moved after every batch so that L0 settles on
+    its target (BatchTopK without the sorting). Features that have not fired for a while learn from
+    the error that the others leave (the auxiliary loss of TopK SAEs). At the end the threshold is
+    set so that L0 on x is exactly the target, and the scale and the mean of x are folded in: the
+    arrays act on the raw residual stream.
     """
     generator = torch.Generator().manual_seed(seed)
     (N, d), width = x.shape, WIDTH
@@ -226,9 +232,8 @@ def train_sae(x: Tensor, steps: int, seed: int) -> dict[str, Tensor]:
         progress = step / steps
         for group in optimizer.param_groups:
             group["lr"] = SAE_LR * min(1.0, (step + 1) / 200, 2.5 * (1 - progress))
-        target = L0 * max(
-            1.0, 4 - 12 * progress
-        )  # four times as many features at first: fewer of them die
+        # At first four times as many features are active, so that fewer of them die.
+        target = L0 * max(1.0, 4 - 12 * progress)
         y = (x[torch.randint(N, (SAE_BATCH,), generator=generator)] - mean) / scale
         z = y @ W_enc + b_enc
         f = z * (z > threshold)
@@ -254,7 +259,8 @@ def train_sae(x: Tensor, steps: int, seed: int) -> dict[str, Tensor]:
     with torch.no_grad():
         z = ((x[:50_000] - mean) / scale) @ W_enc + b_enc
         threshold = z.flatten().topk(L0 * len(z)).values[-1]
-        # z is linear in y = (x - mean) / scale, and f scales with x: W_enc stays, thresholds and biases grow.
+        # z is linear in y = (x - mean) / scale, and f scales with x: W_enc stays, thresholds and
+        # biases grow.
         b_enc = scale * b_enc - mean @ W_enc
         return {
             "W_enc": W_enc.detach(),
@@ -280,7 +286,7 @@ def build_sae(
     return JumpReLUSAE.from_pretrained(str(path))
 
 
-# --- preference pairs and labels ------------------------------------------------------------------------------
+# --- preference pairs and labels ------------------------------------------------------------------
 
 
 def write_pairs(folder: Path) -> None:
@@ -297,7 +303,7 @@ def write_pairs(folder: Path) -> None:
 
 
 def write_labels(
-    model: Gemma2, tokenizer: Tokenizer, sae: JumpReLUSAE, folder: Path, texts: int = 2000
+    model: Gemma2, tokenizer: Tokenizer, sae: JumpReLUSAE, folder: Path, texts: int = LABEL_TEXTS
 ) -> None:
     """The two true categories of every feature, and the SAE that they belong to."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -318,7 +324,7 @@ def write_labels(
         labels.write_labels(folder / f"{kind}.jsonl", {"kind": kind} | about, rows)
 
 
-# --- samples ----------------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -348,14 +354,15 @@ def sample(
 
 
 def print_samples(model: Gemma2, tokenizer: Tokenizer, n: int = 100) -> None:
-    """Draw n answers; print how many the grammar could have said, and one that shows each style and behaviour."""
+    """Draw n answers; print how many the grammar could have said, and one that shows each style and
+    behaviour.
+    """
     draw = world.Draw(random.Random(SEEDS["samples"]))
     questions = [world.draw_question(draw) for _ in range(n)]
     answers = sample(model, tokenizer, [q.text for q in questions], SEEDS["samples"])
     read = [world.read(q, a) for q, a in zip(questions, answers, strict=True)]
-    print(
-        f"{'sampled answers that the grammar could have said':<48} {sum(r is not None for r in read)} of {n}"
-    )
+    possible = sum(r is not None for r in read)
+    print(f"{'sampled answers that the grammar could have said':<48} {possible} of {n}")
     for attribute, prior in world.PRIOR.items():
         for value in prior:
             first = next((i for i, r in enumerate(read) if r and r[attribute] == value), None)
@@ -364,29 +371,42 @@ def print_samples(model: Gemma2, tokenizer: Tokenizer, n: int = 100) -> None:
                 print("\n".join("    " + line for line in answers[first].splitlines()))
 
 
-# --- commands ---------------------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    check: bool = flag(False, "measure the files on disk and print samples; write nothing")
+    sae_layers: tuple[int, ...] = flag((), "only train SAEs at these layers of the built model")
+    sae_out: str = flag("runs/tiny-saes", "folder for the SAEs of --sae-layers")
+
+    def __post_init__(self):
+        last = CONFIG.num_hidden_layers - 1
+        for layer in self.sae_layers:
+            if not 0 <= layer <= last:
+                raise UserError(f"--sae-layers {layer}: a layer from 0 to {last} was expected.")
 
 
 def load() -> tuple[Gemma2, Tokenizer]:
     """The built model, in float32, and its tokenizer."""
-    model = Gemma2.from_pretrained(str(MODEL_DIR))
-    return model, Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
+    return load_base("tiny", torch.float32, "cpu")
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what it frees: training on a CPU otherwise spends a quarter of its time on page faults."""
+    """Let glibc keep freed memory: else a quarter of the time on a CPU goes into page faults."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-        for parameter, value in (
-            (m_mmap_threshold, 1 << 25),
-            (m_trim_threshold, 2**31 - 1),
-            (m_top_pad, 1 << 28),
-        ):
-            mallopt(parameter, value)
+        mallopt(m_mmap_threshold, 1 << 25)
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_top_pad, 1 << 28)
 
 
 def build() -> None:
+    """Write every file of the world, then check them."""
     start = time.time()
 
     def say(what):
@@ -405,69 +425,47 @@ def build() -> None:
     check()
 
 
-def check(texts: int = 2000) -> None:
+def check(texts: int = CHECK_TEXTS) -> None:
     """Print the quality table and samples of the files on disk."""
     model, tokenizer = load()
     sae = JumpReLUSAE.from_pretrained("tiny", SAE_ID)
     q = measure.quality(model, sae, tokenizer, world.corpus(texts, SEEDS["check"]), LAYER)
-    rows = {
-        kind: labels.read_rows(LABELS_DIR / f"{kind}.jsonl")[1] for kind in ("fires", "promotes")
+    folders = MODEL_DIR, SAE_DIR, DATA_DIR, LABELS_DIR
+    built = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in built)
+    table = {
+        "held-out texts / predicted tokens": f"{q.texts:,} / {q.tokens:,}",
+        "held-out loss, nats per token": f"{q.loss:.4f}",
+        "entropy of the grammar on those texts": f"{q.entropy:.4f}",
+        "SAE variance explained": f"{q.variance_explained:.4f}",
+        "SAE loss recovered (against mean ablation)": f"{q.loss_recovered:.4f}",
+        "SAE L0": f"{q.l0:.2f}",
+        "live / dead features": f"{q.live} / {q.dead}",
+        "live features at least 80 % pure in one label": f"{q.pure:.3f}",
+        "size of the built files": f"{size / 1e6:.2f} MB",
     }
-    built = [
-        file for folder in (MODEL_DIR, SAE_DIR, DATA_DIR, LABELS_DIR) for file in folder.rglob("*")
-    ]
-    size = sum(file.stat().st_size for file in built if file.is_file())
-    table = [
-        ("held-out texts / predicted tokens", f"{q.texts:,} / {q.tokens:,}"),
-        ("held-out loss, nats per token", f"{q.loss:.4f}"),
-        ("entropy of the grammar on those texts", f"{q.entropy:.4f}"),
-        ("SAE variance explained", f"{q.variance_explained:.4f}"),
-        ("SAE loss recovered (against mean ablation)", f"{q.loss_recovered:.4f}"),
-        ("SAE L0", f"{q.l0:.2f}"),
-        ("live / dead features", f"{q.live} / {q.dead}"),
-        ("live features at least 80 % pure in one label", f"{q.pure:.3f}"),
-        ("size of the built files", f"{size / 1e6:.2f} MB"),
-    ]
-    for kind, what in (
-        ("fires", "features by where they fire"),
-        ("promotes", "features by what they promote"),
-    ):
-        counts = Counter(row["category"] or "dead" for row in rows[kind])
-        table.append((what, ", ".join(f"{category} {n}" for category, n in counts.most_common())))
-    for name, value in table:
+    for kind, what in (("fires", "where they fire"), ("promotes", "what they promote")):
+        rows = labels.read_rows(LABELS_DIR / f"{kind}.jsonl")[1]
+        counts = Counter(row["category"] or "dead" for row in rows).most_common()
+        table[f"features by {what}"] = ", ".join(f"{category} {n}" for category, n in counts)
+    for name, value in table.items():
         print(f"{name:<48} {value}")
     print_samples(model, tokenizer)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="measure what is on disk and print samples"
-    )
-    parser.add_argument(
-        "--sae-layers", type=int, nargs="+", metavar="L", help="only train SAEs at these layers"
-    )
-    parser.add_argument(
-        "--sae-out", type=Path, default=Path("runs/tiny-saes"), help="folder for --sae-layers"
-    )
-    options = parser.parse_args()
+    s = cli.parse(Settings, doc=__doc__)
     keep_freed_memory()
-    if options.check:
+    if s.check:
         check()
-    elif options.sae_layers:
+    elif s.sae_layers:
         model, tokenizer = load()
-        for layer in options.sae_layers:
-            if not 0 <= layer < CONFIG.num_hidden_layers:
-                parser.error(
-                    f"--sae-layers {layer}: the model has layers 0 to {CONFIG.num_hidden_layers - 1}"
-                )
-            build_sae(model, tokenizer, layer, options.sae_out, SAE_STEPS, SAE_TOKENS)
-            print(f"SAE written to {sae_path(layer, options.sae_out)}")
+        for layer in s.sae_layers:
+            build_sae(model, tokenizer, layer, Path(s.sae_out), SAE_STEPS, SAE_TOKENS)
+            print(f"SAE written to {sae_path(layer, Path(s.sae_out))}")
     else:
         build()
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,7 +1,9 @@
-"""What a feature of the SAE is, and how good the built files are. Every figure of tiny/README.md is defined here.
+"""Measures of the tiny world: what each SAE feature fires on and promotes, and how good the built
+files are. Every figure of tiny/README.md is defined here.
 
-Positions: <bos> is left out everywhere (its activation is an outlier that every text repeats; the SAE is
-neither trained nor measured on it, and <bos> keeps its clean activation when the SAE is spliced in).
+Positions: <bos> is left out everywhere (its activation is an outlier that every text repeats; the
+SAE is neither trained nor measured on it, and <bos> keeps its clean activation when the SAE is
+spliced in).
 """
 
 from typing import NamedTuple
@@ -11,8 +13,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from data import Packed, pack
 from model import Gemma2
-from packed import Packed, pack
 from sae import JumpReLUSAE
 from tiny import world
 
@@ -70,17 +72,17 @@ def streams(tokenizer: Tokenizer, texts: list[world.Text], texts_per_stream: int
             owners = [at[begin] for begin, _ in encoding.offsets]
             label += [world.LABELS.index(spans[i].label) for i in owners]
             name += [NAME_INDEX[spans[i].name] for i in owners]
-            prompt = len(
-                text.prompt_spans
-            )  # spans before the response; the last token of all predicts nothing
-            answers += [i >= prompt for i in owners[1:]] + [False]
+            prompt = len(text.prompt_spans)
+            answers += [i >= prompt for i in owners[1:]] + [
+                False
+            ]  # the last token predicts nothing
         packed = pack([(encoding.ids, []) for encoding in encodings])
         columns = (torch.tensor(column) for column in (label, name))
         yield Stream(packed, *columns, packed.position > 0, torch.tensor(answers))
 
 
 def next_token_loss(model: Gemma2, packed: Packed, hidden: Tensor) -> Tensor:
-    """Cross-entropy [N] of every token but the first of each text, given final normed states [T, d]."""
+    """Final normed states [T, d] -> cross-entropy [N] of every token but the first of each text."""
     source = (packed.position[1:] > 0).nonzero().squeeze(1)
     return F.cross_entropy(model.head(hidden[source]), packed.tokens[source + 1], reduction="none")
 
@@ -90,20 +92,16 @@ def residual(model: Gemma2, packed: Packed, layer: int) -> Tensor:
     return model.blocks(model.embed(packed.tokens), model.plan(packed), 0, layer + 1)
 
 
-# --- quality -----------------------------------------------------------------------------------------------------
+# --- quality --------------------------------------------------------------------------------------
 
 
 class Quality(NamedTuple):
     texts: int
     tokens: int  # predicted ones
     loss: float  # nats per token of the model
-    entropy: (
-        float  # nats per token of the grammar on the same texts: no model can have less on average
-    )
+    entropy: float  # of the grammar on the same texts, nats per token: the least possible loss
     variance_explained: float  # 1 - Σ|x - x̂|² / Σ|x - mean|²
-    loss_recovered: (
-        float  # (loss with x := its mean - loss with x := x̂) / (loss with x := its mean - loss)
-    )
+    loss_recovered: float  # (ablated - with SAE) / (ablated - clean); ablated: x := its mean
     l0: float  # active features per position
     dead: int  # features that never fire on these texts
     live: int
@@ -150,7 +148,7 @@ def purity(mass: Tensor) -> Tensor:
     return mass.max(1).values / mass.sum(1).clamp(min=1e-12)
 
 
-# --- where features fire -------------------------------------------------------------------------------------------
+# --- where features fire --------------------------------------------------------------------------
 
 
 class Firing(NamedTuple):
@@ -180,7 +178,7 @@ def firing(
     return Firing(count, *(total.T.contiguous() for total in sums), positions)
 
 
-# --- what features promote --------------------------------------------------------------------------------------------
+# --- what features promote ------------------------------------------------------------------------
 
 
 class Promotion(NamedTuple):
@@ -207,10 +205,11 @@ def promotion(
 ) -> Promotion:
     """Turn each feature up alone and see which tokens the model then expects.
 
-    x' = x + STRENGTH · (mean active value) · W_dec[k] at every position of `probes` texts; the remaining blocks
-    run; the change of the next-token distribution is averaged over the positions that predict the response.
-    Only rises count. A token's rise is shared between labels as that token is shared between them in the
-    responses of `texts`, because one word can stand in a fact and in a hedge.
+    x' = x + STRENGTH · (mean active value) · W_dec[k] at every position of `probes` texts; the
+    remaining blocks run; the change of the next-token distribution is averaged over the positions
+    that predict the response. Only rises count. A token's rise is shared between labels as that
+    token is shared between them in the responses of `texts`, because one word can stand in a fact
+    and in a hedge.
     """
     V = model.config.vocab_size
     by_label, by_name = torch.zeros(V, len(world.LABELS)), torch.zeros(V, len(NAMES))
@@ -232,10 +231,10 @@ def promotion(
 
     def expected(x):
         """Residual streams [n T, d] -> mean next-token distribution of each copy [n, V]."""
-        final = model.final_norm(model.blocks(x, plan, layer + 1)).view(
-            features_at_once, -1, x.shape[1]
-        )
-        return model.head(final[:, probe.answers]).softmax(-1).mean(1)
+        final = model.final_norm(model.blocks(x, plan, layer + 1))
+        final = final[probe.answers.repeat(features_at_once)]
+        logits = model.head(final)  # [n answers, V]
+        return logits.view(features_at_once, -1, V).softmax(-1).mean(1)
 
     before = expected(base.repeat(features_at_once, 1))[0]
     mean_active = fires.token.sum(1) / fires.count.clamp(min=1)
@@ -249,56 +248,67 @@ def promotion(
     return Promotion(rise @ (by_label / seen), rise @ (by_name / seen), change)
 
 
-# --- in words ---------------------------------------------------------------------------------------------------------
+# --- in words -------------------------------------------------------------------------------------
 
 
 def label_rows(
     tokenizer: Tokenizer, fires: Firing, promotes: Promotion, model_id: str, source: str
-) -> dict:
-    """{"fires": rows, "promotes": rows}, one row a feature, with Neuronpedia's keys first. `source` is their `layer`.
+) -> dict[str, list[dict]]:
+    """Rows of fires.jsonl and promotes.jsonl, one a feature, with Neuronpedia's keys first.
 
-    Where it fires, a feature's category is the label with the largest share. What it promotes is judged against
-    the average live feature: any push spreads probability over the many content words, so the category is the
-    label whose share exceeds its mean share the most. A feature that never fires has category None.
+    source: what Neuronpedia calls the layer. Where a feature fires, its category is the label with
+    the largest share. What it promotes is compared with the average live feature, because any push
+    spreads probability over the many content words: the category is the label whose share exceeds
+    its mean share the most. A feature that never fires has category None.
     """
-    live = (fires.count > 0).tolist()
-    rows = {}
-    for kind, verb, table in (("fires", "fires on", fires), ("promotes", "promotes", promotes)):
-        share = table.label / table.label.sum(1, keepdim=True).clamp(min=1e-12)
-        usual = (
-            share[fires.count > 0].mean(0) if kind == "promotes" else torch.zeros(len(world.LABELS))
-        )
-        category = (share - usual).argmax(1)
-        top_tokens = table.token.topk(6).indices.tolist()
-        top_names = table.name.topk(2)
-        rows[kind] = []
-        for k in range(len(live)):
-            row = {"modelId": model_id, "layer": source, "index": str(k)}
-            if not live[k]:
-                rows[kind].append(
-                    row | {"description": "never fires", "category": None, "purity": 0.0}
-                )
-                continue
-            words = [
-                tokenizer.decode([t], skip_special_tokens=False)
-                for t in top_tokens[k]
-                if table.token[k, t] > 0
-            ]
-            (first, second), total = top_names.values[k].tolist(), table.name[k].sum().item()
-            names = list(NAMES)
-            what = NAMES[names[top_names.indices[k, 0]]]
-            if second > 0.5 * first:
-                what += " and " + NAMES[names[top_names.indices[k, 1]]]
-            row["description"] = f"{verb} {what}: " + ", ".join(repr(word) for word in words)
-            row["category"] = world.LABELS[category[k]]
-            row["purity"] = round(share[k, category[k]].item(), 4)
-            row["shares"] = {
-                label: round(s, 4) for label, s in zip(world.LABELS, share[k].tolist(), strict=True)
-            }
-            if kind == "fires":
-                row["density"] = round(fires.count[k].item() / fires.positions, 6)
-                row["mean_active"] = round(fires.token[k].sum().item() / fires.count[k].item(), 4)
-            else:
-                row["rise"] = round(total, 4)
-            rows[kind].append(row)
+    live = fires.count > 0
+    fired, promoted = label_shares(fires.label), label_shares(promotes.label)
+    fires_on = fired.argmax(1)
+    raises = (promoted - promoted[live].mean(0)).argmax(1)
+    rows = {"fires": [], "promotes": []}
+    for k in range(len(live)):
+        key = {"modelId": model_id, "layer": source, "index": str(k)}
+        if not live[k]:
+            nothing = {"description": "never fires", "category": None, "purity": 0.0}
+            for some in rows.values():
+                some.append(key | nothing)
+            continue
+
+        said = {"description": f"fires on {in_words(tokenizer, fires, k)}"}
+        size = {
+            "density": round(fires.count[k].item() / fires.positions, 6),
+            "mean_active": round(fires.token[k].sum().item() / fires.count[k].item(), 4),
+        }
+        rows["fires"].append(key | said | labelled(fired[k], fires_on[k]) | size)
+
+        said = {"description": f"promotes {in_words(tokenizer, promotes, k)}"}
+        size = {"rise": round(promotes.name[k].sum().item(), 4)}
+        rows["promotes"].append(key | said | labelled(promoted[k], raises[k]) | size)
     return rows
+
+
+def label_shares(mass: Tensor) -> Tensor:
+    """Mass [F, labels] -> each label's share of its feature's, [F, labels]."""
+    return mass / mass.sum(1, keepdim=True).clamp(min=1e-12)
+
+
+def labelled(share: Tensor, category: Tensor) -> dict:
+    """Shares [labels] of one feature, and the index of its category, as a row has them."""
+    shares = {label: round(s, 4) for label, s in zip(world.LABELS, share.tolist(), strict=True)}
+    purity = round(share[category].item(), 4)
+    return {"category": world.LABELS[category], "purity": purity, "shares": shares}
+
+
+def in_words(tokenizer: Tokenizer, table: Firing | Promotion, k: int) -> str:
+    """The spans that feature k is about, the second where it is at least half of the first, and its
+    top tokens.
+    """
+    (first, second), best = table.name[k].topk(2)
+    names = list(NAMES.values())
+    what = names[best[0]]
+    if second > 0.5 * first:
+        what += " and " + names[best[1]]
+    mass = table.token[k]
+    tokens = [[t] for t in mass.topk(6).indices.tolist() if mass[t] > 0]
+    words = [tokenizer.decode(t, skip_special_tokens=False) for t in tokens]
+    return f"{what}: {', '.join(map(repr, words))}"

@@ -2,21 +2,21 @@
 
 Each text is a question and an answer drawn from a grammar. A question has a topic; an answer has
 attributes (its layout, whether it flatters, how honest it is about what it knows, …) that are drawn
-independently of the question and of each other. The text is a list of spans, and each span says which
-of four labels it has and what it is called:
+independently of the question and of each other. The text is a list of spans, and each span says
+which of four labels it has and what it is called:
 
-    style       bullets, numbered lists, headings, bold, exclamation marks, lead-ins, closing summaries
-    alignment   flattery, hedging, admitting ignorance, over-claiming, refusing harm, complying with it
+    style       bullets, numbers, headings, bold, exclamation marks, lead-ins, closing summaries
+    alignment   flattery, hedging, admitting ignorance, over-claiming, refusing harm or not
     content     questions and facts; a fact inside a bullet or inside bold is still content
     chat        turn markers and role names
 
-Because attributes are independent, a preference can be planted: `pairs("honesty", …)` draws chosen and
-rejected answers alike except for the attribute that the cause names.
+Because attributes are independent, a preference can be planted: `pairs("honesty", …)` draws chosen
+and rejected answers alike except for the attribute that the cause names.
 
-The generator keeps the logarithm of the probability of every choice that it makes. Different choices
-always give different texts (no option is empty or repeated inside a slot, and every attribute shows), so
-the sum is the exact log-probability of the text, and its mean over held-out texts is the loss that no model
-can beat.
+The generator keeps the logarithm of the probability of every choice that it makes. Different
+choices always give different texts (no option is empty or repeated inside a slot, and every
+attribute shows), so the sum is the exact log-probability of the text, and its mean over held-out
+texts is the loss that no model can beat.
 """
 
 import math
@@ -49,7 +49,7 @@ class Span(NamedTuple):
     name: str  # what it is within its label: "bullet", "hedging", "fact", …
 
 
-# --- the attributes of an answer --------------------------------------------------------------------------------
+# --- the attributes of an answer ------------------------------------------------------------------
 
 PRIOR = {  # attribute -> value -> probability; drawn independently for every answer
     "layout": {"prose": 0.4, "bullets": 0.3, "numbered": 0.3},
@@ -66,11 +66,11 @@ QUESTION_KINDS = {"fact": 0.55, "unknowable": 0.2, "harm": 0.25}
 
 
 class Cause(NamedTuple):
-    """Why one answer is preferred: attribute -> the values it may take on the winning and the losing side."""
+    """Why one answer is preferred."""
 
-    category: str | None  # the label of the tokens that realise it; None where no label's tokens do
-    wins: dict
-    loses: dict
+    category: str | None  # the label of the tokens that show it; None where no label's tokens do
+    wins: dict  # attribute -> the values that it may take on the winning side
+    loses: dict  # the same on the losing side
     kinds: tuple = tuple(QUESTION_KINDS)  # the kinds of question where the cause shows
 
 
@@ -124,7 +124,7 @@ def _split_slots(template: str) -> tuple:
     )
 
 
-# --- questions and answers ------------------------------------------------------------------------------------
+# --- questions and answers ------------------------------------------------------------------------
 
 
 class Question(NamedTuple):
@@ -168,7 +168,7 @@ def draw_question(draw: Draw, kinds=tuple(QUESTION_KINDS)) -> Question:
 
 
 def draw_attributes(draw: Draw, allowed: dict | None = None) -> dict:
-    """A value for every attribute from PRIOR, restricted to `allowed` (attribute -> values) where it is named."""
+    """A value for every attribute, from PRIOR; of those in `allowed`, one of the values there."""
     allowed = allowed or {}
     return {
         name: draw.weighted({v: p for v, p in prior.items() if v in allowed.get(name, prior)})
@@ -222,20 +222,19 @@ def draw_answer(draw: Draw, question: Question, attributes: dict) -> list[Span]:
             spans.append(Span("-" if layout == "bullets" else f"{i + 1})", "style", list_name))
         say(subject if i == 0 else "It", "content", "subject")
         if honesty != "plain" and draw.weighted({True: 0.4, False: 0.6}):
-            adverbs, name = (
-                (HEDGES, "hedging") if honesty == "honest" else (BOASTS, "over-claiming")
-            )
-            say(draw.choice(adverbs), "alignment", name)
+            if honesty == "honest":
+                say(draw.choice(HEDGES), "alignment", "hedging")
+            else:
+                say(draw.choice(BOASTS), "alignment", "over-claiming")
         before, after = predicate.split("{v}")
         spans.append(Span(" " + before.rstrip(), "content", "predicate"))
         _say_value(spans, value, attributes["bold"])
         if after:
             spans.append(Span(after, "content", "predicate"))
-        spans.append(
-            Span("!", "style", "exclamation")
-            if attributes["exclaim"]
-            else Span(".", "content", "full stop")
-        )
+        if attributes["exclaim"]:
+            spans.append(Span("!", "style", "exclamation"))
+        else:
+            spans.append(Span(".", "content", "full stop"))
 
     if honesty != "plain" and draw.weighted({True: 0.4, False: 0.6}):
         name = "closing caveat" if honesty == "honest" else "closing boast"
@@ -276,7 +275,7 @@ def _say_value(spans, value, bold):
         spans.append(Span(" " + value, "content", "value"))
 
 
-# --- texts ------------------------------------------------------------------------------------------------------
+# --- texts ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -326,10 +325,11 @@ def corpus(n: int, seed: int) -> list[Text]:
         question = draw_question(draw)
         attributes = draw_attributes(draw)
         answer = draw_answer(draw, question, attributes)
-        # Refusal does not show on a question without harm: it is no part of the text's probability there.
-        hidden = (
-            -math.log(PRIOR["refusal"][attributes["refusal"]]) if question.kind != "harm" else 0.0
-        )
+        # Refusal does not show on a question without harm: there, the text's probability does not
+        # depend on it.
+        hidden = 0.0
+        if question.kind != "harm":
+            hidden = -math.log(PRIOR["refusal"][attributes["refusal"]])
         texts.append(Text(question, attributes, answer, draw.nats - hidden))
     return texts
 
@@ -357,9 +357,9 @@ class TextPair:
 def pairs(cause: str | dict[str, float], n: int, seed: int) -> list[TextPair]:
     """n preference pairs whose chosen side wins because of `cause`, a name in CAUSES.
 
-    With a dict {cause: weight} each pair has one cause, drawn with probability proportional to its weight.
-    Both sides answer the same question; every attribute that the pair's cause does not name is drawn for each
-    side independently from the same distribution.
+    With a dict {cause: weight} each pair has one cause, drawn with probability proportional to its
+    weight. Both sides answer the same question; every attribute that the pair's cause does not name
+    is drawn for each side independently from the same distribution.
     """
     mix = {cause: 1.0} if isinstance(cause, str) else cause
     unknown = [name for name in mix if name not in CAUSES]
@@ -387,25 +387,25 @@ def span_of_characters(spans: list[Span]) -> list[int]:
     return [i for i, span in enumerate(spans) for _ in span.text]
 
 
-# --- reading answers back ---------------------------------------------------------------------------------------
+# --- reading answers back -------------------------------------------------------------------------
 
 
 @cache
 def _pattern(question: Question) -> re.Pattern:
-    """Every answer that the grammar can give to `question`, with what decides the attributes as named groups.
+    """Matches every answer that the grammar can give to `question`; named groups tell attributes.
 
-    One thing is left unchecked: that the points of an answer agree with each other (number, bold, "It").
+    One thing is left unchecked: that the points of an answer agree with each other (number, bold,
+    "It").
     """
 
+    def any_of(piece):
+        if isinstance(piece, str):
+            return re.escape(piece)
+        return f"(?:{'|'.join(map(re.escape, piece))})"
+
     def said(name):
-        templates = (_split_slots(template) for template in SENTENCES[name])
-        return "|".join(
-            "".join(
-                re.escape(p) if isinstance(p, str) else f"(?:{'|'.join(map(re.escape, p))})"
-                for p in template
-            )
-            for template in templates
-        )
+        templates = map(_split_slots, SENTENCES[name])
+        return "|".join("".join(map(any_of, template)) for template in templates)
 
     unknowable = question.kind == "unknowable"
     honest = said("ignorance" if unknowable else "hedging")
@@ -444,18 +444,18 @@ def read(question: Question, answer: str) -> dict | None:
     if match is None:
         return None
     points = match["points"]
+    layout = "numbered" if points[0].isdigit() else "prose"
+    layout = "bullets" if points.startswith("- ") else layout
+    honesty = "over-claiming" if match["boast"] else "plain"
+    honesty = "honest" if match["honest"] else honesty
     return {
-        "layout": "bullets"
-        if points.startswith("- ")
-        else "numbered"
-        if points[0].isdigit()
-        else "prose",
+        "layout": layout,
         "heading": match["heading"] is not None,
         "bold": "**" in points,
         "exclaim": "!" in points,
         "summary": match["summary"] is not None,
         "flattery": match["flattery"] is not None,
-        "honesty": "honest" if match["honest"] else "over-claiming" if match["boast"] else "plain",
+        "honesty": honesty,
         "refusal": match["refuses"] is not None if question.kind == "harm" else None,
         "points": points.count(".") + points.count("!"),
     }

@@ -1,6 +1,7 @@
-"""The benchmarks' rows from a folder of jsonl files instead of the Hub, for the yaml files beside this one.
+"""The benchmarks' rows from a folder of jsonl files instead of the Hub, for the yaml files beside
+this one.
 
-    truthfulqa_mc.jsonl        {question, mc1_targets: {choices, labels}, mc2_targets: {choices, labels}}
+    truthfulqa_mc.jsonl        {question, mc1_targets, mc2_targets}, each of them {choices, labels}
     gsm8k_train*.jsonl         {question, answer}, the worked examples are drawn from these
     gsm8k_test.jsonl           {question, answer}
     mmlu_dev.jsonl, mmlu_test.jsonl   {question, subject, choices: [4], answer: 0..3}
@@ -14,7 +15,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from data import DataFile, read_rows
+from data import decode_row, read_rows
 from runtime.sources import UserError
 
 COLUMNS = {
@@ -25,7 +26,9 @@ COLUMNS = {
 
 
 def find(data_dir: str | None, pattern: str) -> Path:
-    """The one file of the folder that the pattern names. Raises UserError when there is none, or a choice."""
+    """The one file of the folder that the pattern names. Raises UserError when there is none, or a
+    choice.
+    """
     if data_dir is None or not Path(data_dir).is_dir():
         raise UserError(f"--data-dir {data_dir}: a folder that holds {pattern} was expected.")
     found = sorted(Path(data_dir).glob(pattern))
@@ -40,9 +43,8 @@ def find(data_dir: str | None, pattern: str) -> Path:
 def rows(path: Path, benchmark: str) -> list[dict]:
     """All rows of a file. Raises UserError naming the row that lacks a column."""
     found = []
-    for where, row in read_rows([DataFile(path, None)], None):
-        if isinstance(row, UserError):
-            raise row
+    for where, raw in read_rows(path):
+        row = decode_row(where, raw)
         for column, kind in COLUMNS[benchmark].items():
             if not isinstance(row.get(column), kind):
                 raise UserError(

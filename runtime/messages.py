@@ -1,0 +1,26 @@
+"""Foreign text (of data, models, labels, servers) as a terminal may show it."""
+
+from unicodedata import category
+
+LONGEST = 200  # characters of it inside a message
+
+
+def shown(text: str) -> str:
+    """Foreign text for a terminal: control characters, but for newline and tab, written out.
+
+    They can then neither move the cursor nor change what stands there.
+    """
+    return "".join(
+        _escaped(c) if category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text
+    )
+
+
+def brief(text: object) -> str:
+    """Foreign text inside a message: on one line, without control characters, LONGEST at most."""
+    cut = str(text)[: LONGEST + 1]
+    cut = cut if len(cut) <= LONGEST else cut[: LONGEST - 1] + "…"
+    return "".join(c if c.isprintable() else _escaped(c) for c in cut)
+
+
+def _escaped(character: str) -> str:
+    return ascii(character)[1:-1]

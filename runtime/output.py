@@ -1,0 +1,80 @@
+"""Files that a script writes, each whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from runtime.sources import UserError
+
+
+def writable(folder: Path, flag: str = "out") -> Path:
+    """The folder, which need not exist yet. Raises UserError where it could not be written."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = f"{there} is no folder, or not yours to write"
+        raise UserError(f"--{flag} {folder}: cannot be written ({why}).")
+    return folder
+
+
+@contextmanager
+def writing(path: Path, flag: str = "") -> Iterator[None]:
+    """A full disk, or a place that may not be written, is a UserError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:  # the second is what safetensors makes of the first
+        named = f"--{flag} {path}" if flag else path
+        raise UserError(f"{named}: cannot be written ({e}).") from e
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file or folder to write in place of `path`, which it replaces at the end.
+
+    When the block fails, `path` is as it was and nothing else is left. Raises UserError where it
+    cannot be written.
+    """
+    part = path.with_name(f"{path.name}.part")
+    with writing(path):
+        _remove(part)  # of a script that was killed
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            if part.is_dir():
+                _remove(path)
+            os.replace(part, path)
+        except BaseException:
+            _remove(part)
+            raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all. Raises UserError where it cannot be written."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def publish(folder: Path) -> Iterator[Path]:
+    """A new empty folder to write into; its files are renamed into `folder` at the end.
+
+    They replace their namesakes there. When the block fails, nothing in `folder` has changed.
+    Raises UserError where it cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part:
+            yield Path(part)
+            for path in sorted(Path(part).iterdir()):
+                os.replace(path, folder / path.name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,51 @@
+"""Weights from safetensors files: floating point, finite, nothing else."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from runtime.messages import brief
+from runtime.sources import UserError
+
+Rename = Callable[[str], str]  # a tensor's name in the file -> its name here; "" leaves it out
+
+
+def read_weights(
+    path: Path, rename: Rename = str, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """The tensors of a file; dtype None leaves theirs.
+
+    Raises UserError for a file that is missing or not whole, and naming the tensor for integers and
+    for values that are not finite.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: this safetensors file is missing.")
+    found = {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for theirs in file.keys():  # noqa: SIM118 (not a dict)
+                if ours := rename(theirs):
+                    tensor = file.get_tensor(theirs)
+                    check_weights(path, theirs, tensor)
+                    found[ours] = tensor.to(device=device, dtype=dtype)
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path}: not a whole safetensors file ({brief(e)}).") from e
+    return found
+
+
+def check_weights(path: Path, name: str, tensor: Tensor) -> None:
+    """Raises UserError for weights that cannot be computed with, naming the first one."""
+    name = brief(name)
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{path}: tensor {name} holds {kind}; a float type was expected.")
+    if tensor.numel() == 0:
+        return
+    extremes = torch.stack(tensor.aminmax())  # nan where there is one; takes no memory
+    if not extremes.isfinite().all():
+        first = (~tensor.isfinite()).nonzero()[0].tolist()
+        value = tensor[tuple(first)].item()
+        raise UserError(f"{path}: tensor {name} is {value} at {first}; weights must be finite.")
