@@ -153,7 +153,7 @@ def decode_row(where: str, row: dict | bytes) -> dict:
         except (ValueError, RecursionError) as e:
             raise UserError(f"{where}: not a line of json ({brief(e)}).") from e
     if not isinstance(row, dict):
-        raise UserError(f"{where}: an object with chosen and rejected was expected.")
+        raise UserError(f"{where}: a json object was expected.")
     return row
 
 

@@ -110,6 +110,15 @@ class Adapter(nn.Module):
             self.raw_threshold.clamp_(min=0)
 
     @torch.no_grad()
+    def rescale(self, unit: float) -> None:
+        """Measure a fresh adapter's bias, thresholds and ε in another unit of steering."""
+        self.bias *= unit
+        if self.raw_threshold is not None:
+            self.set_threshold(self.threshold * unit)
+        if self.bandwidth is not None:
+            self.bandwidth *= unit
+
+    @torch.no_grad()
     def silence(self, features: list[int]) -> None:
         """v = 0 for these features, under training too: a ReLU at 0 passes no gradient on."""
         self.weight[features] = 0

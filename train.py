@@ -6,6 +6,11 @@
     torchrun --nproc-per-node 8 train.py ...      # the same run on 8 GPUs; --shard for large models
     python train.py ... --out OUT --resume        # goes on where OUT's last checkpoint is
 
+--unit is the size of steering that counts as 1 in --l1 and in the learning rate of biases and
+thresholds: a number, or `stream` for 1 % of the residual stream's median norm. The paper's is 1.
+Streams of Gemma 3 are a hundred times as long as Gemma-2's, so that in their own unit the same --l1
+and --lr mean about the same.
+
 Deviations from the paper and the authors' code (all of them: docs/paper.md):
 
 1. The headline loss, train and eval, is SimPO alone; the L1 penalty is reported beside it.
@@ -58,7 +63,8 @@ PRESETS = {"tiny": dict(**TINY, lr=2e-3, threshold_lr=0.2, epochs=1, eval_every=
 # tolerance at most.
 FREE = {"out", "resume", "eval_every", "checkpoint_every", "device", "timeout", "shard"}
 FREE |= {"tokens_per_microbatch", "samples"}
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "constant", "constant-with-warmup")
+UNIT_PAIRS = 8  # that the stream's norm is taken from
 SAMPLE_TOKENS = 96  # of an answer before or after training, at most
 
 
@@ -72,6 +78,7 @@ class Settings:
     layer: int = flag(DEFAULTS.layer, "steer the residual stream after this block (counted from 0)")
     l1: float | None = flag(None, "weight α of the L1 penalty (default: 0.02; jumprelu: 0)")
     l0: float = flag(0.0, "weight λ of the L0 penalty, for --adapter jumprelu")
+    unit: str | None = flag(None, "of steering, see above; unset: 1, of Gemma 3 stream")
     penalty_warmup_ratio: float = flag(0.0, "share of the steps before the penalty sets in")
     beta: float = flag(DEFAULTS.beta, "β of SimPO")
     gamma_ratio: float = flag(DEFAULTS.gamma_ratio, "ρ = γ/β of SimPO")
@@ -80,7 +87,7 @@ class Settings:
     lr: float | None = flag(None, "peak learning rate; unset: 5e-7, with --full 2e-7")
     threshold_lr: float | None = flag(None, "that of thresholds (default: 1000 times --lr)")
     warmup_ratio: float = flag(0.1, "share of the steps in which the cosine schedule rises")
-    schedule: str = flag("cosine", "cosine (with warm-up) or constant (without)", SCHEDULES)
+    schedule: str = flag("cosine", "of the learning rate; cosine warms up, too", SCHEDULES)
     max_grad_norm: float = flag(1.0, "gradient norm is clipped here; 0: off")
     batch_size: int = flag(32, "pairs per optimiser step, exactly")
     tokens_per_microbatch: int = flag(8192, "tokens a forward pass: memory, not the result")
@@ -118,6 +125,8 @@ class Settings:
         cli.at_least(self, 0, "l1", "l0", "beta", "gamma_ratio", "lr", "threshold_lr")
         cli.at_least(self, 0, "max_grad_norm", "timeout", "eval_every", "checkpoint_every")
         cli.at_least(self, 0, "seed", "layer", "samples")
+        if self.unit not in (None, "stream"):
+            object.__setattr__(self, "unit", str(cli.number("unit", self.unit)))
         cli.at_least(self, 0, "warmup_ratio", "penalty_warmup_ratio", most=1)
         if self.l0 and not jumprelu:
             raise UserError(f"--l0 {self.l0}: only --adapter jumprelu can follow an L0 penalty.")
@@ -238,12 +247,12 @@ def batch_indices(step: int, pairs: int, size: int, seed: int, shuffle: bool) ->
 
 
 def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> float:
-    """Share of the peak learning rate at step 0, 1, ...; a cosine rises linearly from 0 first."""
-    if schedule == "constant":
-        return 1.0
-    warmup = math.ceil(warmup_ratio * steps)
+    """Share of the peak learning rate at step 0, 1, ...; a warm-up rises linearly from 0."""
+    warmup = 0 if schedule == "constant" else math.ceil(warmup_ratio * steps)
     if step < warmup:
         return step / warmup
+    if schedule != "cosine":
+        return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
@@ -260,12 +269,17 @@ def clip(trained: nn.Module, most: float) -> float:
     return float(norm)
 
 
-def make_optimizer(trained: nn.Module, lr: float, threshold_lr: float) -> torch.optim.Optimizer:
-    """AdamW. Each group keeps its peak learning rate: thresholds learn at one of their own."""
+def make_optimizer(
+    trained: nn.Module, lr: float, threshold_lr: float, unit: float = 1.0
+) -> torch.optim.Optimizer:
+    """AdamW. Each group keeps its peak learning rate: thresholds learn at one of their own.
+
+    unit: of steering, which an adapter's bias and thresholds are measured in.
+    """
     named = dict(trained.named_parameters())
-    threshold = named.pop("raw_threshold", None)
-    groups = [dict(params=list(named.values()), peak_lr=lr)]
-    groups += [] if threshold is None else [dict(params=[threshold], peak_lr=threshold_lr)]
+    own = {"bias": lr * unit, "raw_threshold": threshold_lr * unit}
+    groups = [dict(params=[p for name, p in named.items() if name not in own], peak_lr=lr)]
+    groups += [dict(params=[named[name]], peak_lr=own[name]) for name in own if name in named]
     how = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
     return torch.optim.AdamW(groups, lr=lr, **how)
 
@@ -298,6 +312,7 @@ class Job(NamedTuple):
     policy: Policy
     pairs: list[Pair]
     eval_pairs: list[Pair]  # empty where there is no evaluation data
+    unit: float  # of steering
     out: Path | None  # the folder to write; rank 0 alone knows it
     config: dict  # config.json, on rank 0
 
@@ -310,13 +325,17 @@ def prepare(s: Settings, device: Device, who: Ranks) -> Job:
     # What will be sharded stays on the CPU until then: it need not fit one device.
     place = device._replace(name="cpu") if s.shard else device
     new = (s.full, s.adapter, s.init_adapter, s.mask_features, s.seed)
-    policy = new_policy(recorded, place, *new)._replace(device=device)
+    policy = new_policy(recorded, place, *new)
     pairs, eval_pairs, files, revision = load_preferences(recorded, policy.tokenizer, who.first)
     if len(pairs) < s.batch_size:
         short = f"{len(pairs)} training pairs, fewer than --batch-size {s.batch_size}"
         raise UserError(f"--data {s.data}: {short}.")
+    unit = 1.0 if s.full else steering_unit(policy, s.unit, pairs)
+    if not s.init_adapter and not s.full:
+        policy.steered.adapter.rescale(unit)
+    policy = policy._replace(device=device)
     if not who.first:
-        return Job(policy, pairs, eval_pairs, None, {})
+        return Job(policy, pairs, eval_pairs, unit, None, {})
 
     if not eval_pairs:
         source = s.eval_data or s.data
@@ -328,8 +347,19 @@ def prepare(s: Settings, device: Device, who: Ranks) -> Job:
         digests |= {"sae": policy.steered.sae.sha256, **policy.steered.adapter.files}
     settings = asdict(s) | dict(device=device.name, dtype=device.dtype_name)
     config = describe(settings, digests, device.name, who.world)
-    config |= dict(adapter=None if s.full else identity(policy), data_revision=revision)
-    return Job(policy, pairs, eval_pairs, out, config)
+    config |= dict(adapter=None if s.full else identity(policy), data_revision=revision, unit=unit)
+    return Job(policy, pairs, eval_pairs, unit, out, config)
+
+
+def steering_unit(policy: Policy, given: str | None, pairs: list[Pair]) -> float:
+    """What --unit means for this model: a number, or 1 % of the stream's median norm."""
+    given = given or ("stream" if policy.base.config.qk_norm else "1")
+    if given != "stream":
+        return float(given)
+    with torch.inference_mode():
+        sample = pairs[:UNIT_PAIRS]
+        norms = [x[packed.position > 0].norm(dim=1) for _, packed, _, x in policy.streams(sample)]
+    return torch.cat(norms).median().item() / 100
 
 
 def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
@@ -344,7 +374,7 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
     wrapped = ranks.spread(model, policy.base.model.layers, adapter, s.shard, device, who)
     learning = {id(p) for p in model.parameters() if p.requires_grad}
     assert learning == {id(p) for p in trained.parameters()}, "exactly `trained` learns"
-    optimizer = make_optimizer(trained, s.lr, s.threshold_lr)
+    optimizer = make_optimizer(trained, s.lr, s.threshold_lr, job.unit)
 
     out = ranks.on_first(who, lambda: job.out)
     run = Run(out, trained, optimizer, steps, s.checkpoint_every, s.eval_every, who)
@@ -365,7 +395,8 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
         batch = [pairs[i] for i in indices]
         factor = lr_factor(step, steps, s.schedule, s.warmup_ratio)
         set_learning_rate(optimizer, factor)
-        penalty = Penalty(s.l1, s.l0) if step >= s.penalty_warmup_ratio * steps else Penalty()
+        penalizes = step >= s.penalty_warmup_ratio * steps
+        penalty = Penalty(s.l1 / job.unit, s.l0) if penalizes else Penalty()
 
         sums = backward(wrapped, batch, penalty, how)
         grad_norm = clip(trained, s.max_grad_norm)

@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from packed import pack
 
 from benchmarks.compare import plain_model
 from benchmarks.throughput import SHAPES, build, synchronise

@@ -112,7 +112,8 @@ class Run:
     width: str  # of the SAE, as the sweep was asked for it; "" where it was not
 
     def command(self, *more: str) -> list[str]:
-        return [sys.executable, str(HERE / "train.py"), *self.flags, "--out", str(self.out), *more]
+        start = [sys.executable, str(HERE / "train.py"), "--samples", "0"]  # nobody would see them
+        return [*start, *self.flags, "--out", str(self.out), *more]
 
     @property
     def penalty(self) -> str:

@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Callable
 
-from runtime.messages import shown
+from runtime.messages import brief, shown
 from runtime.sources import UserError
 
 
@@ -38,6 +38,17 @@ def at_least(settings, least: float, *names: str, most: float = math.inf) -> Non
             flag = name.replace("_", "-")
             bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise UserError(f"--{flag} {value}: a finite number, {bounds}, was expected.")
+
+
+def number(name: str, given: str) -> float:
+    """A positive finite number. Raises UserError for anything else."""
+    try:
+        value = float(given)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise UserError(f"--{name} {brief(given)}: a positive number was expected.")
+    return value
 
 
 def at_least_one(settings, *names: str) -> None:
@@ -113,10 +124,8 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except BrokenPipeError:
-        _discard(sys.stdout)
         raise SystemExit(0) from None
     except (UserError, OSError) as e:
-        _discard(sys.stdout)
         sentence = (
             str(e) if isinstance(e, UserError) else f"{e.filename or 'output'}: {e.strerror}."
         )
@@ -125,6 +134,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        _discard(sys.stdout)
 
 
 def _open_streams() -> None:
@@ -132,9 +143,9 @@ def _open_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")
-    if sys.stdin is None:
-        sys.stdin = open(os.devnull)
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):  # not where a test has put a buffer
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _discard(stream) -> None:

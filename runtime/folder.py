@@ -30,6 +30,7 @@ from runtime.output import replacing, writable, write_whole, writing
 from runtime.ranks import Interrupts, Ranks
 from runtime.sources import UserError
 
+FORMAT = "fsrl-run-2"  # of config.json; runs without one are of an earlier version
 PACKAGES = ("torch", "safetensors", "huggingface-hub", "tokenizers", "numpy", "pyarrow")
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -85,6 +86,7 @@ def describe(settings: Mapping, digests: Mapping[str, str], device: str, process
         f"{platform.machine()} CPU" if device == "cpu" else torch.cuda.get_device_name(device)
     )
     return dict(
+        format=FORMAT,
         settings=dict(settings),
         sha256=dict(digests),
         versions=dict(
@@ -290,8 +292,12 @@ INPUTS = {"model", "sae", "data", "eval_data", "init_adapter", "mask_features"}
 def _check_same_run(out: Path, config: dict, free: Collection[str]) -> None:
     try:
         before = json.loads((out / "config.json").read_text())
+        if before.get("format") != FORMAT:
+            raise UserError(
+                f"--resume: {out} is of an earlier version, which alone can go on with it."
+            )
         settings, hashes = dict(before["settings"]), dict(before["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{out}/config.json: not the config.json of a run ({brief(e)}).") from e
     for name, value in config["settings"].items():
         theirs = settings.get(name)

@@ -22,8 +22,9 @@ from generation.decode import GREEDY, Sampling, choose
 from kernels.cache import Cache
 from labels import load_labels
 from model import Gemma2
-from policy import greedy, open_policy
+from policy import DEFAULTS, Policy, greedy, open_policy
 from runtime import cli, ranks
+from runtime.device import resolve_device
 from runtime.sources import UserError
 from tiny import LABELS_DIR, MODEL_DIR
 
@@ -298,7 +299,8 @@ def test_training_samples_equal_these_tokens():
     (prompt,) = prompts(30)
     whole = [*prompt, *data.header_ids(tokenizer)]
     (new,) = decode.generate(steered, [whole], 24, decode.end_of_turn(tokenizer))
-    assert greedy(steered, tokenizer, prompt, 24) == tokenizer.decode(new)
+    policy = Policy(steered, tokenizer, resolve_device("cpu"), DEFAULTS, "golden")
+    assert greedy(policy, prompt, 24) == tokenizer.decode(new)
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -503,7 +505,7 @@ def test_control_characters_are_written_out(say, tiny_run, tmp_path):
         (b'{"prompt": "Why?"}\n[1, 2]\n', "row 1: a json object"),
         (b'{"prompt": [{"role": "judge", "content": "x"}]}\n', "row 0: unknown role"),
         (b'{"prompt": "\xff"}\n', "row 0: not a line of json"),
-        (b'{"prompt": "\\ud800"}\n', "row 0: holds half of a character"),
+        (b'{"prompt": "\\ud800"}\n', "row 0: `prompt` holds half a character"),
         (b"", "holds no prompt"),
     ],
 )

@@ -323,14 +323,14 @@ def test_revisions_are_pinned(hub, first, tmp_path):
 NO_SAE = "layer_1/width_65k/average_l0_9"
 MISTAKES = {  # flags -> what the sentence names
     ("--model", f"{MODEL}@v9"): (f"--model {MODEL}", "no revision 'v9'"),
-    ("--model", "owner/nothing"): ("--model owner/nothing", "no such model"),
-    ("--model", "owner/no--id"): ("--model owner/no--id", "'owner/no--id'"),
-    ("--model", "owner/gated"): ("--model owner/gated", "gated", "licence"),
-    ("--model", "owner/torn"): (SHARD, "missing"),
+    ("--model", "owner/nothing", "--sae", SAE): ("--model owner/nothing", "no such model"),
+    ("--model", "owner/no--id", "--sae", SAE): ("--model owner/no--id", "'owner/no--id'"),
+    ("--model", "owner/gated", "--sae", SAE): ("--model owner/gated", "gated", "licence"),
+    ("--model", "owner/torn", "--sae", SAE): (SHARD, "missing"),
     ("--sae", "owner/nothing"): ("--sae owner/nothing", "no such model"),
     ("--sae-id", NO_SAE): (f"--sae {SAE}", f"--sae-id {NO_SAE}"),
     ("--sae", f"{SAE}@v9"): (f"--sae {SAE}", "no revision 'v9'"),
-    ("--layer", "3"): ("--layer 3", SAE, "layer_3/width_65k", "--sae-id"),
+    ("--layer", "3"): ("--layer 3", SAE, "width 65k", "--sae-id"),
     ("--data", "owner/nothing"): ("--data owner/nothing", "no such dataset"),
     ("--data", f"{DATA}@v9"): (f"--data {DATA}", "no revision 'v9'"),
 }

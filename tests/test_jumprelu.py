@@ -95,21 +95,28 @@ def world():
     return policy, load_preferences(policy.run, policy.tokenizer)
 
 
-def test_a_run_in_memory_is_a_run_of_train(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(adapter="jumprelu", l0=0.1, threshold_lr=0.2),
+        # Thresholds start at 0, and the loss alone pushes some below.
+        dict(adapter="soft-threshold", l1=0.0, threshold_lr=1.0, schedule="constant"),
+    ],
+)
+def test_a_run_in_memory_is_a_run_of_train(world, tmp_path, monkeypatch, flags):
     """Same settings, same seed: the same weights after training and the same evaluation."""
     policy, (pairs, eval_pairs, *_) = world
-    flags = dict(adapter="jumprelu", l0=0.1, lr=0.002, seed=1, max_steps=2, batch_size=8)
-    settings = train.Settings(**flags, device="cpu", threshold_lr=0.2)
-    fresh = fitting.fresh(policy, "jumprelu", seed=1)
+    flags |= dict(lr=0.002, seed=1, max_steps=2, batch_size=4, device="cpu")
+    settings = train.Settings(**flags)
+    fresh = fitting.fresh(policy, flags["adapter"], seed=1)
     fitting.fit(fresh, pairs, settings)
-    found = train.evaluate(fresh.model, eval_pairs[:16], fitting.passes(fresh, settings))
+    found = train.evaluate(fresh.model, eval_pairs[:8], fitting.passes(fresh, settings))
 
-    monkeypatch.setattr(train, "greedy", lambda *_: "")
-    few = world[1]._replace(eval_pairs=eval_pairs[:16])
+    few = world[1]._replace(eval_pairs=eval_pairs[:8])
     monkeypatch.setattr(train, "load_preferences", lambda *_: few)
     out = tmp_path / "run"
-    place = dict(model="tiny", sae="tiny", data="tiny", layer=2, eval_every=0, out=str(out))
-    train.train(train.Settings(**flags, **place, device="cpu", threshold_lr=0.2))
+    place = dict(model="tiny", sae="tiny", data="tiny", layer=2, eval_every=0, samples=0)
+    train.train(train.Settings(**flags, **place, out=str(out)))
     theirs = Adapter.from_pretrained(out)
     for name, parameter in fresh.steered.adapter.named_parameters():
         assert torch.equal(parameter, theirs.get_parameter(name)), name

@@ -29,10 +29,8 @@ FLAGS = [*WHERE, "--layer", "1", "--batch-size", "4", "--max-steps", "2", "--eva
 def finished(tmp_path_factory):
     """One real run, standing where a sweep would have put it; copies stand in for others."""
     out = tmp_path_factory.mktemp("sweep") / "layer1-relu-l1_0.02-seed0"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "greedy", lambda *_: "")  # samples are other tests' business
-        flags = [*FLAGS, "--device", "cpu", "--out", str(out)]
-        return train.train(cli.parse(train.Settings, flags))
+    flags = [*FLAGS, "--device", "cpu", "--samples", "0", "--out", str(out)]
+    return train.train(cli.parse(train.Settings, flags))
 
 
 def pretend(finished, run: sweep.Run, loss=1.0, l0=10.0) -> None:
@@ -152,7 +150,7 @@ def test_the_papers_widths_are_looked_up_on_the_hub(monkeypatch):
     monkeypatch.setattr(sae, "list_files", lambda *_: files)
     assert sae.default_id(sae.PAPER_REPO, 12, "16k") == "layer_12/width_16k/average_l0_41"
     assert sae.default_id(sae.PAPER_REPO, 12, "65k") == "layer_12/width_65k/average_l0_21"
-    with pytest.raises(UserError, match="holds no layer_12/width_32k"):
+    with pytest.raises(UserError, match="holds no SAE of width 32k"):
         sae.default_id(sae.PAPER_REPO, 12, "32k")
 
 

@@ -189,6 +189,8 @@ def test_learning_rate_schedule_is_transformers_cosine():
     assert ours == pytest.approx(theirs, abs=1e-6)
     assert train.lr_factor(0, 25, "constant", 0.1) == 1.0
     assert train.lr_factor(0, 25, "cosine", 0.0) == 1.0
+    warmed = [train.lr_factor(step, 25, "constant-with-warmup", 0.1) for step in (0, 1, 2, 3, 24)]
+    assert warmed == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])
 
 
 def test_bfloat16_stays_near_float32_and_does_not_depend_on_packing(tmp_path):
@@ -259,6 +261,31 @@ def test_evaluation_is_a_mean_over_pairs_and_positions_whatever_the_packing():
     assert results[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
     l1 = sum(x.l1.item() for x in alone) / sum(data.positions([p]) for p in pairs)
     assert results[0]["l1"] == pytest.approx(l1, rel=1e-6)
+
+
+def test_the_unit_of_steering_scales_penalty_and_biases(tmp_path):
+    """`stream` is 1 % of the residual stream's median norm, which config.json records."""
+    flags = ("--max-steps", 4, "--lr", 1e-3, "--schedule", "constant")
+    found = {}
+    for name in ("1", "stream"):
+        assert quick_run(tmp_path / name, *flags, "--unit", name).returncode == 0
+        unit = json.loads((tmp_path / name / "config.json").read_text())["unit"]
+        bias = load_file(tmp_path / name / "adapter/adapter.safetensors")["bias"]
+        found[name] = unit, bias.abs().max().item(), metrics(tmp_path / name)
+    unit, bias, rows = found["stream"]
+    golden = load()
+    pairs = data.load_pairs(
+        GOLDEN / "dataset", data.load_tokenizer(GOLDEN / "model"), split="train"
+    )
+    norms = []
+    for pair in pairs[: train.UNIT_PAIRS]:
+        packed = data.pack_pairs([pair])
+        x = golden.steered.residual(packed, golden.model.plan(packed))
+        norms.append(x[packed.position > 0].norm(dim=1))
+    assert unit == pytest.approx(torch.cat(norms).median().item() / 100, rel=1e-5)
+    assert found["1"][0] == 1.0 and unit != 1.0
+    assert all(row["penalty"] == pytest.approx(0.02 * row["l1"] / unit) for row in rows)
+    assert bias == pytest.approx(unit * found["1"][1], rel=0.3)
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------
