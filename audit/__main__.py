@@ -8,9 +8,10 @@ Each part leaves its tables in OUT/eval/, as csv, json and png of the same numbe
 tables are there already is left alone, unless they were made with another adapter, other data,
 labels or settings. --only makes the parts that it names again, and no other.
 
-    usage        which features are active where (features.py): composition (Table 2), top_usage,
-                 top_value (Tables 3 and 4), value_difference (Figure 3), usage_rank (Figure 5), l0,
-                 l0_by_position, features.parquet, examples.json
+    usage        which features are active where (features.py): composition_paper (Table 2) and
+                 composition, which pools positions; top_usage, top_value (Tables 3 and 4),
+                 value_difference (Figure 3), usage_rank (Figure 5), l0, l0_by_position,
+                 features.parquet, examples.json
     ablation     topk (Figure 2), ablation and masks/, as eval_ablation.py makes them
     static       steering that does not read its context (static.py)
     choices      the widened preference gap by kinds of tokens (choices.py); it names the category
@@ -40,7 +41,7 @@ import eval_ablation
 from audit import card, effect_tables, features, figures, report, static
 from audit.attribution import attribute
 from audit.choices import choices, classes
-from audit.counting import CONTEXTS, Counts, count
+from audit.counting import CONTEXTS, FIRST, Counts, count
 from audit.label_noise import read_human
 from eval_ablation import Evaluation, open_evaluation, seconds_per_condition
 from labels import Labels
@@ -58,6 +59,9 @@ DRAWING = 0.7  # seconds that a figure takes, about
 class Settings(eval_ablation.Settings):
     human: str | None = flag(
         None, "a person's labels of some features, csv or jsonl: feature, category, label"
+    )
+    count_first: bool = flag(
+        False, "composition_paper is shown with the first position, <bos>, as the authors count it"
     )
     coefficients: tuple[float, ...] = flag((1, 2, 4), "c of static steering")
     top_features: tuple[int, ...] = flag(
@@ -103,14 +107,17 @@ class Audit:
     def __init__(self, e: Evaluation, s: Settings):
         self.e, self.s = e, s
         self.human = read_human(s.human, e.labels) if s.human else {}
-        self.masks = [
-            torch.from_numpy(mask) for table in e.labels for mask in table.categories.values()
-        ]
+        found = features.all_categories(e.labels)
+        self.masks = [torch.from_numpy(mask) for *_, mask in found]
+        self.labelled = [torch.from_numpy(labelled(table, name)) for table, name, _ in found]
 
     @functools.cached_property
     def counts(self) -> Counts:
-        masks = torch.stack(self.masks) if self.masks else None
-        return count(self.e.policy, self.e.pairs, masks, "usage")
+        policy, pairs = self.e.policy, self.e.pairs
+        if not self.masks:
+            return count(policy, pairs, what="usage")
+        masks, labelled = torch.stack(self.masks), torch.stack(self.labelled)
+        return count(policy, pairs, masks, "usage", labelled)
 
     def parts(self) -> list[Part]:
         """Those that the settings and the labels allow."""
@@ -123,8 +130,9 @@ class Audit:
     def usage_part(self) -> Part:
         e, s = self.e, self.s
         about = e.about | dict(human=sha256(Path(s.human)) if s.human else None)
+        about |= dict(first=FIRST[s.count_first])
         names = ("top_usage", "top_value", "value_difference", "usage_rank", "l0", "l0_by_position")
-        names = ("composition", *names) if self.masks else names
+        names = ("composition_paper", "composition", *names) if self.masks else names
 
         def make(folder: Path) -> None:
             counts = self.counts
@@ -132,8 +140,9 @@ class Audit:
             found = about | dict(positions=positions)
             tables = features.usage_tables(counts, e.labels)
             if self.masks:
-                settings = (self.human, s.bootstrap, s.seed)
-                tables["composition"] = features.composition_rows(counts, e.labels, *settings)
+                given = (counts, e.labels, self.human, s.bootstrap, s.seed)
+                tables["composition"] = features.composition_rows(*given)
+                tables["composition_paper"] = features.paper_composition_rows(*given)
             for name, rows in tables.items():
                 save(folder, name, found, rows)
             pq.write_table(features.feature_table(counts, e.labels), folder / "features.parquet")
@@ -223,6 +232,13 @@ class Audit:
         return Part("attribution", names, (parquet,), about, 3 + 3 * s.nodes, make)
 
 
+def labelled(table: Labels, category: str) -> np.ndarray:
+    """The features that have a label of the category, yes or no: bool [F]."""
+    if table.labelled is None:
+        return np.ones_like(table.categories[category])
+    return table.labelled[category]
+
+
 def over_both_responses(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
     """Usage and mean of v over the positions of prompt+chosen and prompt+rejected, [F] each."""
     positions = counts.positions[1:].sum()
@@ -299,21 +315,28 @@ def main() -> None:
     print(f"Written to {folder}, and {page}")
 
 
-def summary(tables: dict[str, dict]) -> str:
-    """The tables' main numbers, for the terminal."""
-    lines = []
-    rows = tables.get("composition", {}).get("rows", ())
-    if rows:
-        titles = f"{'category':<24}{'context':<17}{'SAE':>8}{'adapter':>9}{'change':>10}"
-        lines += ["", f"{titles}  95 % over pairs"]
-    for row in rows:
-        name = f"{row['labels']}: {row['category']}"
+def composition_lines(name: str, table: dict) -> list[str]:
+    titles = f"{'category':<24}{'context':<17}{'SAE':>8}{'adapter':>9}{'change':>10}"
+    lines = ["", name.replace("_", ", as the ") + ":", f"{titles}  95 % over pairs"]
+    for row in report.shown_rows(table):
+        category = f"{row['labels']}: {row['category']}"
         shares = f"{report.percent(row['sae']):>9}{report.percent(row['adapter']):>9}"
-        line = f"{name:<24}{row['context']:<16}{shares}{report.percent(row['change'], True):>10}"
+        line = (
+            f"{category:<24}{row['context']:<16}{shares}{report.percent(row['change'], True):>10}"
+        )
         line += f"  {report.between(row, 'low', 'high')}"
         if row.get("noisy_low") is not None:
             line += f"; with label noise {report.between(row, 'noisy_low', 'noisy_high')}"
         lines.append(line)
+    return lines
+
+
+def summary(tables: dict[str, dict]) -> str:
+    """The tables' main numbers, for the terminal."""
+    lines = []
+    for name in ("composition_paper", "composition"):
+        table = tables.get(name)
+        lines += composition_lines(name, table) if table else []
 
     rows = tables.get("choices", {}).get("rows", ())
     for labels in dict.fromkeys(row["labels"] for row in rows):

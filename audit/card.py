@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from audit.report import RunFiles, before_after, between, percent, read_run
+from audit.report import RunFiles, before_after, between, percent, read_run, shown_rows
 from runtime import page
 from runtime.output import write_whole
 
@@ -77,12 +77,22 @@ def card(run: RunFiles) -> str:
         kind=KINDS.get(activation, KINDS["relu"]),
         about=[(name, value) for name, value in about if value is not None],
         losses=losses(run),
-        composition=run.tables.get("composition"),
+        composition=composition(run),
         percent=percent,
         between=between,
         public_name=public_name,
         plain=plain,
     )
+
+
+def composition(run: RunFiles) -> dict | None:
+    """The paper's measure where it was made, else the pooled one."""
+    for name in ("composition_paper", "composition"):
+        table = run.tables.get(name)
+        if table:
+            how = "averaged over positions" if name == "composition_paper" else "pooled"
+            return dict(about=table["about"], rows=shown_rows(table), how=how)
+    return None
 
 
 def losses(run: RunFiles) -> dict | None:

@@ -3,7 +3,8 @@
 Written to OUT/eval/ from one pass over the evaluation pairs (counting.py):
 
     features.parquet     a row a feature: usage and mean of v and f by context, ranks, labels
-    composition          share of each category among active features (Table 2), with intervals
+    composition_paper    share of each category among active features, as Table 2 measures it
+    composition          the same pooled over positions (counting.py defines both)
     top_usage, top_value the most used features and those of largest mean value (Tables 3 and 4)
     value_difference     how many features have which mean v - f (Figure 3)
     usage_rank           usage against rank, with a log-linear fit (Figure 5)
@@ -25,11 +26,14 @@ from torch import Tensor
 
 from audit.counting import (
     CONTEXTS,
+    FIRST,
     SIDES,
     Counts,
     composition,
+    paper_composition,
     relative_change,
     resampled_composition,
+    resampled_paper_composition,
 )
 from audit.label_noise import Judged, noisy_changes
 from data import Pair
@@ -73,8 +77,9 @@ class Composition(NamedTuple):
     matched: bool  # whether the label file states the run's SAE
     category: str
     features: int
+    first: str  # whether the first position is left out, or counted (FIRST)
     context: str
-    sae: float  # share of the events
+    sae: float  # the category's share
     adapter: float
     change: float  # (adapter - sae) / sae
     low: float
@@ -88,32 +93,72 @@ class Composition(NamedTuple):
     judged: int | None  # features that a person judged
 
 
+Human = dict[tuple[str, str], Judged]  # by label file and category
+
+
+class Estimate(NamedTuple):
+    """A category's composition by one estimator."""
+
+    first: str
+    share: Tensor  # [2, 3]
+    drawn: Tensor  # [B, 2, 3], over pairs drawn with replacement
+    weights: Tensor  # [2, 3, F]: the share is weights @ labels / whole
+    whole: Tensor  # [2, 3]
+
+
 def composition_rows(
-    counts: Counts,
-    labels: list[Labels],
-    human: dict[tuple[str, str], Judged],
-    resamples: int,
-    seed: int,
+    counts: Counts, labels: list[Labels], human: Human, resamples: int, seed: int
 ) -> list[Composition]:
-    """counts.pair_events has the categories of all files, in order."""
-    drawn = relative_change(resampled_composition(counts.pair_events, resamples, seed))  # [B, C, 3]
-    named = [(table, name, mask) for table in labels for name, mask in table.categories.items()]
+    """Pooled shares. counts has the categories of all files, in order, as below."""
+    drawn = resampled_composition(counts.pair_events, resamples, seed)  # [B, C, 2, 3]
     rows = []
-    for c, (table, category, mask) in enumerate(named):
-        share = composition(counts, torch.from_numpy(mask))  # [2, 3]
-        change = relative_change(share)  # [3]
-        low, high = percentiles(drawn[:, c])
-        noise = [(None,) * 5] * 3
-        judged = human.get((table.name, category))
-        if judged is not None:
-            draws = noisy_changes(counts, mask, judged, resamples, seed) + drawn[:, c] - change
-            noisy = torch.stack([draws.nanmedian(0).values, *percentiles(draws)], 1).tolist()
-            noise = [(*row, judged.mcc, int(judged.confusion.sum())) for row in noisy]
-        about = (table.name, table.kind, table.matched, category, int(mask.sum()))
-        columns = (x.tolist() for x in (share[1], share[0], change, low, high))
-        for context, *numbers, its_noise in zip(CONTEXTS, *columns, noise, strict=True):
-            rows.append(Composition(*about, context, *numbers, *its_noise))
+    for c, (table, category, mask) in enumerate(all_categories(labels)):
+        share = composition(counts, torch.from_numpy(mask))
+        whole = counts.events.sum(-1)
+        estimate = Estimate(FIRST[0], share, drawn[:, c], counts.events, whole)
+        rows += _rows(estimate, table, category, human, resamples, seed)
     return rows
+
+
+def paper_composition_rows(
+    counts: Counts, labels: list[Labels], human: Human, resamples: int, seed: int
+) -> list[Composition]:
+    """Shares as the paper measures them, without and with the first position."""
+    shares, found = counts.shares, paper_composition(counts)  # [C, 2, 2, 3]
+    drawn = resampled_paper_composition(counts, resamples, seed)  # [B, C, 2, 2, 3]
+    rows = []
+    for i, first in enumerate(FIRST):
+        for c, (table, category, _) in enumerate(all_categories(labels)):
+            g = shares.group[c]
+            sums = shares.weights[g, i], shares.positions[g, i]
+            estimate = Estimate(first, found[c, i], drawn[:, c, i], *sums)
+            rows += _rows(estimate, table, category, human, resamples, seed)
+    return rows
+
+
+def all_categories(labels: list[Labels]) -> list[tuple[Labels, str, np.ndarray]]:
+    return [(table, name, mask) for table in labels for name, mask in table.categories.items()]
+
+
+def _rows(
+    of: Estimate, table: Labels, category: str, human: Human, resamples: int, seed: int
+) -> list[Composition]:
+    """A row for each context."""
+    mask = table.categories[category]
+    change, drawn = relative_change(of.share), relative_change(of.drawn)  # [3], [B, 3]
+    noise = [(None,) * 5] * 3
+    judged = human.get((table.name, category))
+    if judged is not None:
+        draws = noisy_changes(of.weights, of.whole, mask, judged, resamples, seed) + drawn - change
+        noisy = torch.stack([draws.nanmedian(0).values, *percentiles(draws)], 1).tolist()
+        noise = [(*row, judged.mcc, int(judged.confusion.sum())) for row in noisy]
+    about = (table.name, table.kind, table.matched, category, int(mask.sum()), of.first)
+    columns = (of.share[1], of.share[0], change, *percentiles(drawn))
+    contexts = zip(CONTEXTS, *(column.tolist() for column in columns), noise, strict=True)
+    return [
+        Composition(*about, context, *numbers, *its_noise)
+        for context, *numbers, its_noise in contexts
+    ]
 
 
 # --- Tables 3 and 4, Figures 3 and 5 --------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audit.counting import Counts, relative_change
+from audit.counting import relative_change
 from labels import Given, Labels, read_given, read_rows, sae_name
 from runtime.messages import brief
 from runtime.sources import UserError
@@ -30,10 +30,13 @@ class Judged(NamedTuple):
 
 
 def noisy_changes(
-    counts: Counts, machine: np.ndarray, judged: Judged, draws: int, seed: int
+    weights: Tensor, whole: Tensor, machine: np.ndarray, judged: Judged, draws: int, seed: int
 ) -> Tensor:
     """Relative changes [draws, 3] of a category's composition, under labels that a person might
-    have given. machine: bool [F], the labels that the machine gave.
+    have given.
+
+    weights [2, 3, F] and whole [2, 3]: the composition under labels bool [F] is weights @ labels /
+    whole. machine: bool [F], the labels that the machine gave.
 
     Each draw takes P(person says yes | machine's label m) from its posterior, Beta(yes_m + 1/2,
     no_m + 1/2), then each feature's label from that probability. Features that the person judged
@@ -44,12 +47,11 @@ def noisy_changes(
     rng = np.random.default_rng((seed, 1))
     yes = rng.beta(judged.confusion[:, 1] + 0.5, judged.confusion[:, 0] + 0.5, size=(draws, 2))
     known = np.array(list(judged.known), dtype=np.int64)
-    events = counts.events.double()
     changes = torch.empty(draws, 3, dtype=torch.float64)
     for i in range(draws):
         labels = rng.random(len(machine)) < yes[i][machine.astype(int)]
         labels[known] = list(judged.known.values())
-        share = events @ torch.from_numpy(labels).double() / events.sum(-1)  # [2, 3, F] -> [2, 3]
+        share = weights.double() @ torch.from_numpy(labels).double() / whole  # [2, 3]
         changes[i] = relative_change(share)
     return changes
 

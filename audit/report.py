@@ -75,7 +75,18 @@ EFFECTS = {  # tables of eval_ablation.py, static.py and effect_tables.py
         "The largest shares; the parquet file has them all.",
     ),
 }
-ELSEWHERE = ("choices", "composition", "examples")  # tables that have a section of their own
+COMPOSITION = {  # tables of features.py -> heading, and what the share is
+    "composition_paper": (
+        "What it uses (Table 2)",
+        "At each position, the share of each category among the active labelled features, averaged "
+        "over positions:",
+    ),
+    "composition": (
+        "What it uses, pooled over positions",
+        "Of all active features at all positions, the share in each category:",
+    ),
+}
+ELSEWHERE = ("choices", *COMPOSITION, "examples")  # tables that have a section of their own
 
 
 # --- what lies in OUT -----------------------------------------------------------------------------
@@ -180,7 +191,7 @@ def write_report(out: str | Path) -> Path:
             facts=facts(run),
             training=training(run),
             choices=choices(run),
-            composition=composition(run),
+            compositions=list(compositions(run)),
             features=features(run),
             examples=examples(run),
             figures=figures(run),
@@ -270,8 +281,11 @@ def choices(run: RunFiles) -> dict | None:
 
 
 class Forest(NamedTuple):
-    """Table 2 as a picture: a row for each category and context, its interval drawn in the row."""
+    """Composition as a picture: a row for each category and context, its interval drawn in it."""
 
+    heading: str
+    note: str
+    first: str | None  # whether the first position counts, where that was a choice
     groups: list[list[dict]]  # rows of a category
     noise: bool  # whether a row has an interval with label noise
     edges: tuple[float, float]  # of the drawn field
@@ -283,23 +297,35 @@ class Forest(NamedTuple):
         return f"{5 + 190 * (value - left) / (right - left):.1f}"
 
 
-def composition(run: RunFiles) -> Forest | None:
-    table = run.tables.get("composition", {})
-    rows = table.get("rows")
-    if not rows:
-        return None
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        # Tables of an earlier version leave out the columns that a row does not fill.
-        empty = dict.fromkeys(("noisy_low", "noisy_high", "mcc"))
-        groups.setdefault((row["labels"], row["category"]), []).append(empty | row)
-    ends = [
-        row.get(key) for row in rows for key in ("change", "low", "high", "noisy_low", "noisy_high")
-    ]
-    ends = [end for end in ends if end is not None]
-    noise = any(row.get("noisy_low") is not None for row in rows)
-    edges = min([0.0, *ends]), max([0.01, *ends])
-    return Forest(list(groups.values()), noise, edges, label_notes(table))
+def compositions(run: RunFiles) -> Iterator[Forest]:
+    for name, (heading, note) in COMPOSITION.items():
+        table = run.tables.get(name, {})
+        rows = shown_rows(table)
+        if not rows:
+            continue
+        groups: dict[tuple, list[dict]] = {}
+        for row in rows:
+            # Tables of an earlier version leave out the columns that a row does not fill.
+            empty = dict.fromkeys(("noisy_low", "noisy_high", "mcc"))
+            groups.setdefault((row["labels"], row["category"]), []).append(empty | row)
+        numbers = ("change", "low", "high", "noisy_low", "noisy_high")
+        ends = [row.get(key) for row in rows for key in numbers]
+        ends = [end for end in ends if end is not None]
+        yield Forest(
+            heading=heading,
+            note=note,
+            first=table["about"]["first"] if name == "composition_paper" else None,
+            groups=list(groups.values()),
+            noise=any(row.get("noisy_low") is not None for row in rows),
+            edges=(min([0.0, *ends]), max([0.01, *ends])),
+            labels=label_notes(table),
+        )
+
+
+def shown_rows(table: dict) -> list[dict]:
+    """Rows of a composition: of the variant that the audit was asked to show."""
+    first = (table.get("about") or {}).get("first")
+    return [row for row in table.get("rows") or () if row.get("first") in (None, first)]
 
 
 def label_notes(table: dict) -> list[dict]:

@@ -31,7 +31,8 @@ command = importlib.import_module("audit.__main__")
 HOSTILE = "<script>alert('x')</script> & \"$x^{2$ \u202e"
 USAGE = ("top_usage", "top_value", "value_difference", "usage_rank", "l0", "l0_by_position")
 EFFECTS = ("topk", "ablation", "static", "choices", "attribution", "attribution_features")
-TABLES = ("composition", *USAGE, *EFFECTS)
+COMPOSITIONS = ("composition_paper", "composition")
+TABLES = (*COMPOSITIONS, *USAGE, *EFFECTS)
 SMALL = ("--pairs", 12, "--bootstrap", 40, "--random-sets", 1, "--keep", 1, "--nodes", 2)
 SMALL += ("--static-pairs", 16, "--coefficients", 1, 2, "--top-features", 4, 8)
 
@@ -97,6 +98,7 @@ def drawn(name: str, rows: list[dict], about: dict) -> set[float]:
 
 
 @pytest.mark.parametrize("name, keys", [
+    ("composition_paper", ("sae", "adapter", "change", "low", "high", "noisy_low", "noisy_high")),
     ("composition", ("sae", "adapter", "change", "low", "high", "noisy_low", "noisy_high")),
     ("top_usage", ("usage",)),
     ("top_value", ("value",)),
@@ -114,8 +116,8 @@ def drawn(name: str, rows: list[dict], about: dict) -> set[float]:
 def test_pictures_draw_the_rows(audited, name, keys):
     stored = read(audited[0], name)
     found = drawn(name, stored["rows"], stored["about"])
-    scale = 100 if name == "composition" else 1
-    for row in stored["rows"]:
+    scale = 100 if name in COMPOSITIONS else 1
+    for row in report.shown_rows(stored) if name in COMPOSITIONS else stored["rows"]:
         for key in keys:
             assert row.get(key) is None or row[key] * scale in found, (key, row)
 
@@ -156,6 +158,22 @@ def test_composition_agrees_with_the_features(audited):
         if judged:
             assert row["noisy_high"] - row["noisy_low"] > 0
             assert row["judged"] == 60 and row["mcc"] == 1
+
+
+def test_both_variants_of_the_papers_composition_are_there(audited):
+    rows = read(audited[0], "composition_paper")["rows"]
+    assert len(rows) == 2 * 2 * 4 * 3
+    assert [row["first"] for row in rows] == ["left out"] * 24 + ["counted"] * 24
+    for row, other in zip(rows[:24], rows[24:], strict=True):
+        assert row["category"] == other["category"] and row["sae"] != other["sae"]
+        assert row["change"] == pytest.approx(row["adapter"] / row["sae"] - 1)
+        judged = (row["labels"], row["category"]) == ("hostile", "style")
+        assert (row["noisy_low"] is not None) is judged and row["low"] <= row["high"]
+    # Each feature of a file has one category, so that the shares at a position sum to 1.
+    for key in ("sae", "adapter"):
+        assert sum(row[key] for row in rows[:24]) == pytest.approx(2 * 3)
+    text = (audited[0] / "report.html").read_text()
+    assert "What it uses (Table 2)" in text and "&lt;bos&gt;, is left out" in text
 
 
 def test_examples_are_the_first_pairs(audited):
@@ -284,7 +302,7 @@ def test_an_adapter_folder_without_labels(tmp_path, monkeypatch):
     flags = [word for name, folder in where.items() for word in (f"--{name}", GOLDEN / folder)]
     run(*flags, "--sae-id", SAE_ID, *SMALL, "--device", "cpu", "--out", tmp_path / "out")
     files = {path.stem for path in (tmp_path / "out" / "eval").iterdir()}
-    without = {"composition", "ablation", "choices"}
+    without = {*COMPOSITIONS, "ablation", "choices"}
     assert files == {*TABLES, "features", "examples", "masks"} - without
     rows = read(tmp_path / "out", "top_usage")["rows"]
     assert [row["rank"] for row in rows] == [*range(1, features.TOP + 1)] * 6

@@ -2,7 +2,10 @@
 noise say what they should.
 """
 
+import contextlib
 import json
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from audit import counting, label_noise
 from audit.counting import CONTEXTS, count, relative_change, resampled_composition
 from audit.label_noise import Judged, noisy_changes, read_human
 from data import Pair, pack
-from policy import DEFAULTS, Policy, open_policy
+from policy import DEFAULTS, Policy, Stream, open_policy
 from runtime.device import Device
 from runtime.sources import UserError
 from runtime.tables import percentiles
@@ -111,8 +114,11 @@ def test_packing_and_pieces_do_not_matter(policy, counted, tokens, monkeypatch):
     monkeypatch.setattr(fsrl, "STEER_ROWS", 3)
     monkeypatch.setitem(fsrl.STEER_ELEMENTS, "cpu", 7 * policy.steered.sae.d_sae)
     other = policy._replace(run=RUN._replace(tokens_per_microbatch=tokens))
-    for name, a, b in zip(counts._fields, counts, count(other, pairs, masks), strict=True):
+    found = count(other, pairs, masks)
+    for name, a, b in zip(counts._fields[:-1], counts, found, strict=False):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-4 if name == "stream" else 1e-6)
+    for a, b in zip(counts.shares[1:], found.shares[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_relative_change_by_hand():
@@ -132,6 +138,89 @@ def test_the_l0_of_the_audit_is_that_of_the_evaluation(tiny_run):
     events = counts.events[0, 1:].sum().item()
     mean = (events + bos * 2 * len(pairs)) / (positions + 2 * len(pairs))
     assert mean == pytest.approx(whole["l0"], rel=1e-3)
+
+
+# --- the paper's measure --------------------------------------------------------------------------
+
+
+class Features(NamedTuple):
+    """Stands for a steered model: v and f are given for each token id, three of them a position."""
+
+    values: torch.Tensor  # [2, tokens, F]
+
+    def streams(self, pairs, what=None):
+        for i, pair in enumerate(pairs):
+            packed = pack([(pair.prompt, (pair.chosen, pair.rejected))])
+            yield Stream([i], packed, None, packed.tokens[:, None].float())
+
+    def autocast(self):
+        return contextlib.nullcontext()
+
+    @property
+    def steered(self):
+        def of(side):
+            return lambda x: self.values[side][x[:, 0].long()]
+
+        sae = SimpleNamespace(d_sae=self.values.shape[-1], d_model=1, encode=of(1))
+        return SimpleNamespace(sae=sae, adapter=of(0), pieces=lambda x: (x,))
+
+    device = CPU
+
+
+def test_the_papers_measure_of_three_positions_by_hand():
+    """Features 0 and 1 are in the category, 0 to 3 are labelled, 4 is not. After <bos> stand three
+    positions, at which 2 of 3, 0 of 1 and no labelled features are active.
+    """
+    v = torch.zeros(2, 9, 5)
+    v[:, 0, 0] = 9.0  # <bos>: 1 of 1
+    v[:, 1] = torch.tensor([0.5, 2.0, 1.0, 0.0, 7.0])
+    v[:, 2] = torch.tensor([1e-7, 0.0, 0.0, 0.3, 7.0])  # feature 0 is below 1e-6
+    v[:, 3] = torch.tensor([0.0, 0.0, 0.0, 0.0, 7.0])
+    v[1, 1, 2] = 0.0  # what the SAE finds: 2 of 2 at the first of the three
+    pairs = [Pair([0, 1, 2, 3], [], [])]
+    mask = torch.tensor([[1, 1, 0, 0, 0]], dtype=torch.bool)
+    labelled = torch.tensor([[1, 1, 1, 1, 0]], dtype=torch.bool)
+    counts = count(Features(v), pairs, mask, labelled=labelled)
+    found = counting.paper_composition(counts)[0, :, :, 0]  # [2 first, 2 sides], the prompt's
+    without, with_first = [(2 / 3 + 0) / 2, (1 + 0) / 2], [(1 + 2 / 3 + 0) / 3, (1 + 1 + 0) / 3]
+    torch.testing.assert_close(found, torch.tensor([without, with_first], dtype=torch.float64))
+    assert counts.shares.positions[0, :, :, 0].tolist() == [[2, 2], [3, 3]]
+    # The pooled share counts every value but 0: 2 of 4, 1 of 3 and 0 of 1 without <bos>.
+    assert counting.composition(counts, mask[0])[0, 0] == pytest.approx(3 / 8)
+    # The same by the weights of each feature, which label noise uses.
+    weights = counts.shares.weights[0] @ mask[0].double() / counts.shares.positions[0]
+    torch.testing.assert_close(weights[:, :, 0], found)
+
+
+@pytest.mark.parametrize("context", range(3), ids=CONTEXTS)
+def test_the_papers_measure_equals_separate_dense_runs(golden, policy, counted, context):
+    pairs, masks, _ = counted
+    generator = torch.Generator().manual_seed(2)
+    labelled = masks | (torch.rand(masks.shape, generator=generator) < 0.5)
+    counts = count(policy, pairs, masks, labelled=labelled)
+    found = counting.paper_composition(counts)[:, 0, :, context]  # [C, 2]
+    _, v, f, _, owners = naive(golden, pairs, context)
+    for c, (mask, known) in enumerate(zip(masks, labelled, strict=True)):
+        for side, value in enumerate((v, f)):
+            active = value.abs() > 1e-6
+            among = active[:, known].sum(1)
+            share = active[:, mask].sum(1) / among
+            assert found[c, side].item() == pytest.approx(share[among > 0].mean().item())
+            own = share[(owners == 2) & (among > 0)].sum()
+            assert counts.shares.pair_shares[2, 0, side, context, c].item() == pytest.approx(
+                own.item()
+            )
+
+
+def test_the_papers_measure_is_resampled_over_pairs(policy, counted):
+    pairs, masks, _ = counted
+    counts = count(policy, pairs, masks, labelled=masks | masks.flip(0))
+    drawn = counting.resampled_paper_composition(counts, 5, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    for b in range(5):
+        chosen = torch.randint(len(pairs), (len(pairs),), generator=generator)
+        again = count(policy, [pairs[i] for i in chosen], masks, labelled=masks | masks.flip(0))
+        torch.testing.assert_close(drawn[b], counting.paper_composition(again))
 
 
 # --- intervals ------------------------------------------------------------------------------------
@@ -178,17 +267,19 @@ def test_label_noise_follows_the_confusion(counted):
     machine[:40] = True
     point = relative_change(counting.composition(counts, torch.from_numpy(machine)))
     many = 10**7
+    weights = counts.events, counts.events.sum(-1)
     # A person who always agrees.
     agrees = Judged(np.array([[many, 0], [0, many]]), {})
-    drawn = noisy_changes(counts, machine, agrees, 5, seed=0)
+    drawn = noisy_changes(*weights, machine, agrees, 5, seed=0)
     torch.testing.assert_close(drawn, point.expand(5, 3), rtol=1e-2, atol=1e-2)
     # Every feature was judged, so that nothing is left to guess.
     whole = {k: bool(m) for k, m in enumerate(machine)}
-    known = noisy_changes(counts, machine, Judged(np.ones((2, 2), dtype=int), whole), 5, seed=0)
+    nobody = Judged(np.ones((2, 2), dtype=int), whole)
+    known = noisy_changes(*weights, machine, nobody, 5, seed=0)
     torch.testing.assert_close(known, point.expand(5, 3))
     # Labels without information show no change.
     coin = Judged(np.full((2, 2), many), {})
-    drawn = noisy_changes(counts, machine, coin, 400, seed=0)
+    drawn = noisy_changes(*weights, machine, coin, 400, seed=0)
     assert (drawn.mean(0).abs() < 0.1).all() and (drawn.std(0) > 0.02).all()
 
 
