@@ -7,10 +7,14 @@ Every number is the SimPO loss of train.py over the evaluation pairs. The residu
 adapter is computed once; each condition then takes one pass over the blocks above. Written to
 OUT/eval/, as csv and json (`python -m audit` draws them):
 
-    topk      at each position only the k % of the dictionary with the largest |v| (Figure 2), the
-              number of features rounded up; 0 % is the base model, 100 % the policy
+    topk      at each position only the k % of the dictionary with the largest |v| (Figure 2); 0 %
+              is the base model, 100 % the policy
     ablation  the features of each category zeroed, beside controls
     masks/    the sets of features behind `ablation`, as train.py --mask-features takes them
+
+The authors' published curve keeps 0.01 to 10 % in doubling steps, rounded down:
+
+    --rounding down --keep 0.01 0.02 0.04 0.08 0.16 0.32 0.64 1.28 2.56 5.12 10
 
 A category has two kinds of controls. `random`: as many features, drawn among all outside the
 category, used or not. `matched`: for each feature of the category that the policy uses, the most
@@ -65,6 +69,9 @@ class Settings:
     assume_labels_match: bool = flag(False, "take label files that name no SAE for the run's")
     keep: tuple[float, ...] = flag(
         (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10), "% of the dictionary kept, for topk"
+    )
+    rounding: str = flag(
+        "up", "of the number of features kept; the authors' curve has it down", ("up", "down")
     )
     random_sets: int = flag(2, "random controls of each category")
     bootstrap: int = flag(1000, "resamples of the pairs behind each interval")
@@ -334,10 +341,11 @@ class Ablated(NamedTuple):
     excess_high: float | None
 
 
-def kept(percent: float, features: int) -> int:
-    """percent of the dictionary, rounded up."""
+def kept(percent: float, features: int, rounding: str = "up") -> int:
+    """How many features percent of the dictionary is."""
     # The inner rounding undoes float products such as 7.000000000000001.
-    return math.ceil(round(percent / 100 * features, 9))
+    exact = round(percent / 100 * features, 9)
+    return math.ceil(exact) if rounding == "up" else math.floor(exact)
 
 
 def topk_rows(percents: list[float], features: int, losses: Tensor, s: Settings) -> list[Kept]:
@@ -345,7 +353,7 @@ def topk_rows(percents: list[float], features: int, losses: Tensor, s: Settings)
     low, high = interval(losses, s.bootstrap, s.seed)
     mean = losses.mean(1)
     recovered = (mean[0] - mean) / (mean[0] - mean[-1])
-    counts = [kept(percent, features) for percent in percents]
+    counts = [kept(percent, features, s.rounding) for percent in percents]
     columns = (column.tolist() for column in (mean, low, high, recovered))
     return [Kept(*row) for row in zip(percents, counts, *columns, strict=True)]
 
@@ -388,7 +396,7 @@ def evaluate(e: Evaluation, s: Settings) -> Results:
     sets = feature_sets(e.labels, usage, s.random_sets, s.seed)
     masks = np.array([x.mask for x in sets]).reshape(len(sets), len(usage))
     percents = sorted({percent for percent in s.keep if 0 < percent < 100})
-    counts = [kept(percent, len(usage)) for percent in percents]
+    counts = [kept(percent, len(usage), s.rounding) for percent in percents]
     losses = all_losses(e.policy, e.pairs, counts, torch.from_numpy(masks))
     curve = topk_rows([0.0, *percents, 100.0], len(usage), losses.topk, s)
     ablation = ablation_rows(sets, losses.ablation, losses.topk[-1], usage, s) if sets else []

@@ -57,8 +57,8 @@ def sides_and_contexts() -> Iterator[tuple[int, str, int, str]]:
 def usage_tables(counts: Counts, labels: list[Labels]) -> dict[str, list]:
     """Rows of every table of usage but composition."""
     return {
-        "top_usage": top_rows(counts.usage, "usage", labels),
-        "top_value": top_rows(counts.mean, "value", labels),
+        "top_usage": top_rows(counts, "usage", labels),
+        "top_value": top_rows(counts, "value", labels),
         "value_difference": difference_rows(counts.mean[0] - counts.mean[1]),
         "usage_rank": rank_rows(counts.usage, labels),
         "l0": l0_rows(counts),
@@ -164,20 +164,25 @@ def _rows(
 # --- Tables 3 and 4, Figures 3 and 5 --------------------------------------------------------------
 
 
-def top_rows(values: Tensor, name: str, labels: list[Labels]) -> list[Row]:
-    """The TOP features by a value [2, 3, F], of each side in each context; none of value 0.
+def top_rows(counts: Counts, name: str, labels: list[Labels]) -> list[Row]:
+    """The TOP features of each side in each context; none of value 0.
 
-    name: the column of the value.
+    name: "usage", the share of positions at which a feature is active, beside its share of all
+    events; or "value", its mean.
     """
+    values = counts.usage if name == "usage" else counts.mean  # [2, 3, F]
+    of_events = counts.events / counts.events.sum(-1, keepdim=True).double()
     rows = []
     for side, of, i, context in sides_and_contexts():
         top = values[side, i].topk(min(TOP, values.shape[-1]))
         found = zip(top.values.tolist(), top.indices.tolist(), strict=True)
         for rank, (value, k) in enumerate(found, start=1):
             if value:
-                where = {"of": of, "context": context, "rank": rank, "feature": k, name: value}
+                row = {"of": of, "context": context, "rank": rank, "feature": k, name: value}
+                if name == "usage":
+                    row["share_of_events"] = of_events[side, i, k].item()
                 said = {"explanation": explain(labels, k), "categories": categories(labels, k)}
-                rows.append(where | said)
+                rows.append(row | said)
     return rows
 
 

@@ -50,3 +50,17 @@ def test_bins_of_l0_lose_nothing(counted, side, context):  # noqa: F811
     rows = here(features.place_rows(counts, bins=5))
     assert sum(row.positions for row in rows) == positions
     assert sum(row.positions * row.mean_l0 for row in rows) == pytest.approx(events)
+
+
+def test_the_most_used_features_have_both_units(counted):  # noqa: F811
+    """Share of positions, and share of events: what the paper's script divides by."""
+    counts = counted[2]
+    rows = features.top_rows(counts, "usage", [])
+    first = [row for row in rows if (row["of"], row["context"]) == ("adapter", "prompt+chosen")]
+    events = counts.events[0, 1]
+    assert [row["feature"] for row in first[:1]] == [events.argmax().item()]
+    for row in first:
+        n = events[row["feature"]].item()
+        assert row["usage"] == pytest.approx(n / counts.positions[1].item())
+        assert row["share_of_events"] == pytest.approx(n / events.sum().item())
+    assert "share_of_events" not in features.top_rows(counts, "value", [])[0]

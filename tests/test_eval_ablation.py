@@ -59,6 +59,18 @@ def test_the_number_kept_is_rounded_up():
     assert ablating.kept(7, 100) == 7 and 7 / 100 * 100 > 7
 
 
+def test_the_authors_curve_rounds_down(golden):  # noqa: F811
+    """Its first point, 0.01 % of 65,536, keeps 6 features."""
+    percents = (0.01, 0.02, 0.04, 0.08, 10)
+    counts = [ablating.kept(percent, 65_536, "down") for percent in percents]
+    assert counts == [6, 13, 26, 52, 6553]
+    policy, pairs = golden
+    s = ablating.Settings(run="x", keep=(0.3, 1.0), rounding="down", bootstrap=5)
+    found = ablating.evaluate(ablating.Evaluation(policy, pairs, [], {}, None), s)
+    assert [row.features for row in found.topk] == [0, 0, 2, 256]
+    assert found.topk[1].loss == found.topk[0].loss  # of 256, 0.3 % is none: the base model
+
+
 def test_zeroed_features_are_zeroed_adapter_rows(golden):  # noqa: F811
     policy, pairs = golden
     masks = some_masks(10)  # more than are steered together
