@@ -111,11 +111,10 @@ def code_revision() -> str | None:
 
 
 class Run:
-    """A training run's folder while the run writes it: log, checkpoints, and the wish to stop. Rank
-    0 alone writes.
+    """A training run's folder while the run writes it: its log, its checkpoints, its interruption.
 
-    trained: the module that holds exactly what trains. every: steps between checkpoints, and
-    between evaluations; 0: none on the way.
+    trained: the module that holds exactly what trains. checkpoint_every, eval_every: in steps;
+    0: none on the way. Rank 0 alone writes.
     """
 
     def __init__(
@@ -128,13 +127,8 @@ class Run:
         eval_every: int,
         ranks: Ranks,
     ):
-        self.out, self.trained, self.optimizer, self.steps, self.ranks = (
-            out,
-            trained,
-            optimizer,
-            steps,
-            ranks,
-        )
+        self.out, self.trained, self.optimizer = out, trained, optimizer
+        self.steps, self.ranks = steps, ranks
         self.checkpoint_every, self.eval_every = checkpoint_every, eval_every
         self.rows: list[dict] = []
         self.saved = 0  # the step of the last checkpoint
@@ -143,11 +137,10 @@ class Run:
         self.interrupts = Interrupts(ranks)
 
     def open(self, config: dict, free: Collection[str]) -> None:
-        """Lock the folder and write config.json; never over another run. One that is resumed keeps
-        its own.
+        """Lock the folder and write config.json, unless a resumed run has one there.
 
-        free: settings that may differ when a run is resumed. Raises UserError where others do, or
-        where files differ.
+        free: settings that may change on resumption. Raises UserError where others changed, or
+        where an input file did.
         """
         if not self.ranks.first:
             return
@@ -162,9 +155,7 @@ class Run:
             write_whole(self.out / "config.json", json.dumps(config, indent=2) + "\n")
 
     def resume(self, wanted: bool) -> int:
-        """Load the newest whole checkpoint; returns the number of steps done, 0 where there is
-        none.
-        """
+        """Load the newest whole checkpoint, if wanted; returns its step, 0 where there is none."""
         folder = self.out / "checkpoints"
         path = checkpoint.newest(folder, self.ranks) if wanted else None
         if path is None:
@@ -185,21 +176,17 @@ class Run:
         return step
 
     def _keep_rows(self, step: int) -> None:
-        """Drop rows logged after this checkpoint, its own evaluation among them, and a torn last
-        line.
-        """
+        """Drop rows logged after this checkpoint, and a line that was not written to its end."""
         if self.file is None:
             return
         self.file.seek(0)
         end = 0
         for line in self.file:
             row = _row(line)
-            if (
-                row is None
-                or row["step"] > step
-                or (row["step"] == step and row["split"] != "train")
-            ):
+            if row is None or row["step"] > step:
                 break
+            if row["step"] == step and row["split"] == "eval":
+                break  # it is evaluated again
             self.rows.append(row)
             end += len(line)
         missing = step - sum(row["split"] == "train" for row in self.rows)
@@ -210,9 +197,7 @@ class Run:
             self.file.truncate(end)
 
     def evaluates(self, step: int) -> bool:
-        """Whether the state after `step` updates is evaluated: at the start, and every eval_every
-        steps.
-        """
+        """Whether to evaluate after `step` updates: before the first and every eval_every."""
         return step == 0 or (self.eval_every > 0 and step % self.eval_every == 0)
 
     def log(self, split: str, step: int, row: dict) -> None:
@@ -231,9 +216,7 @@ class Run:
     def stop_unless_finite(
         self, step: int, loss: float, grad_norm: float, pairs: Sequence[int]
     ) -> None:
-        """End the run, with the step and the pairs in it, where its loss or gradient is not a
-        number any more.
-        """
+        """End the run where its loss or gradient is no number, naming the step and its pairs."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
         message = (
@@ -242,9 +225,7 @@ class Run:
         raise SystemExit(message if self.ranks.first else 1)
 
     def checkpoint(self, step: int) -> None:
-        """Save the state after `step` updates where it is time, or where SIGTERM or Ctrl-C asked;
-        then, if asked, end.
-        """
+        """Save the state after `step` updates when due, or on SIGTERM or Ctrl-C, and then end."""
         asked = self.interrupts.asked()
         # After the last step, too: what follows may find the disk full.
         due = self.checkpoint_every and (step % self.checkpoint_every == 0 or step == self.steps)
@@ -264,7 +245,7 @@ class Run:
             raise SystemExit(0)
 
     def close(self) -> None:
-        """No step follows: SIGTERM and Ctrl-C mean what they usually do again."""
+        """After the last step: SIGTERM and Ctrl-C end the process again."""
         self.bar.close()
         self.interrupts.restore()
 
@@ -315,11 +296,7 @@ def _check_same_run(out: Path, config: dict, free: Collection[str]) -> None:
 # --- what a run shows -----------------------------------------------------------------------------
 
 
-AXES = {
-    "loss": "SimPO loss",
-    "l0": "L0: features steered per position",
-    "accuracy": "accuracy",
-}
+AXES = dict(loss="SimPO loss", l0="L0: features steered per position", accuracy="accuracy")
 
 
 def draw_loss(rows: list[dict], path: Path, lower: str) -> None:
@@ -331,10 +308,8 @@ def draw_loss(rows: list[dict], path: Path, lower: str) -> None:
 
     figure, panels = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
     for axes, key in zip(panels, ("loss", lower), strict=True):
-        for split, style in (
-            ("train", dict(color="C0", alpha=0.5)),
-            ("eval", dict(color="C1", marker="o")),
-        ):
+        styles = dict(train=dict(color="C0", alpha=0.5), eval=dict(color="C1", marker="o"))
+        for split, style in styles.items():
             of = [row for row in rows if row["split"] == split]
             axes.plot([row["step"] for row in of], [row[key] for row in of], label=split, **style)
         axes.set(ylim=(0, None), ylabel=AXES[key])
@@ -349,8 +324,9 @@ def draw_loss(rows: list[dict], path: Path, lower: str) -> None:
 def print_table(
     rows: list[dict], names: Mapping[str, str], seconds: float, peak_bytes: int
 ) -> None:
-    """Metrics before and after, of the evaluations or, without any, of the steps; names: key -> how
-    to call it.
+    """Print metrics before and after training: of the evaluations or, without any, of the steps.
+
+    names: key of a row -> what the table calls it.
     """
     evals = [row for row in rows if row["split"] == "eval"]
     where, measured = ("eval", evals) if evals else ("train", rows)

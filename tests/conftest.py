@@ -1,4 +1,4 @@
-"""Shared by all tests: the golden model, runs of the scripts as subprocesses, and a token cache of their own."""
+"""Shared by all tests: the golden model, scripts run as subprocesses, a token cache of ours."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def report() -> dict:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
-    """What a short training on the small world leaves: enough steps for a sparse policy that lowers the loss."""
+    """A run on the small world, long enough for a sparse policy that lowers the loss."""
     out = tmp_path_factory.mktemp("tiny") / "run"
     result = script(
         "train.py", "--model", "tiny", "--max-steps", 24, "--eval-every", 0, "--out", out

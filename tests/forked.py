@@ -1,4 +1,4 @@
-"""train.py in one process or several, forked from one that has torch loaded already: a run costs no imports."""
+"""train.py in one process or several, forked from one that has imported torch already."""
 
 import functools
 import multiprocessing
@@ -92,7 +92,9 @@ def good(ended: list[Ended]) -> Ended:
 
 @functools.cache
 def _server():
-    """The process that all are forked from, started with one thread each in mind; nothing of it stays in ours."""
+    """The process that all are forked from, started with one thread each in mind; nothing of it
+    stays in ours.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["train", "torch.distributed.checkpoint", "matplotlib.pyplot", "forked"]

@@ -1,4 +1,4 @@
-"""Runs that survive: the same bytes after any interruption, and a sentence for whatever the disk does.
+"""Runs that survive: the same bytes after any interruption, a sentence for any fault of the disk.
 
 The loop of random SIGKILLs is short here; FSRL_KILLS=25 in the environment makes it long.
 """
@@ -56,7 +56,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def stopped(tmp_path, whole):
-    """A run of 12 steps as it stands after a kill during step 9 or so: checkpoints of steps 6 and 8."""
+    """A run of 12 steps, killed during step 9 or so: it holds checkpoints of steps 6 and 8."""
     out = shutil.copytree(whole, tmp_path / "stopped")
     kept = [
         line
@@ -75,7 +75,7 @@ def stopped(tmp_path, whole):
 
 @pytest.fixture(scope="module", autouse=True)
 def earlier_checkpoints(whole):
-    """Those of steps 6 and 8, which the whole run has deleted: of a run that is stopped after step 8."""
+    """Those of steps 6 and 8, of a run stopped after step 8; the whole run has deleted them."""
     out = whole.parent / "eight"
     run = Run([*GOLDEN_FLAGS, "--out", out, *FLAGS], call=stop_after_eight)
     ended = run.wait()
@@ -97,7 +97,7 @@ def stop_after_eight():
     train.backward = backward
 
 
-# --- stopping and going on ----------------------------------------------------------------------------------
+# --- stopping and going on ------------------------------------------------------------------------
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(whole, stopped):
@@ -131,7 +131,9 @@ def test_asked_to_end_it_saves_and_says_how_to_go_on(tmp_path, whole):
 
 
 def test_killed_at_random_moments_nothing_is_lost_beyond_the_last_checkpoint(tmp_path, whole):
-    """SIGKILL, writes of checkpoints included: a checkpoint after every step, and half of the kills aimed at one."""
+    """SIGKILL, writes of checkpoints included: a checkpoint after every step, and half of the kills
+    aimed at one.
+    """
     out, reached, kills, rng = tmp_path / "run", 0, 0, random.Random(0)
     folder = out / "checkpoints"
     flags = (*RESUME, "--checkpoint-every", 1)
@@ -166,7 +168,7 @@ def same_after_all(out, flags, whole) -> bool:
     return same(out, whole)
 
 
-# --- other numbers of processes -----------------------------------------------------------------------------
+# --- other numbers of processes -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("before, after", [(("--shard",), 3), ((), 1)])
@@ -200,7 +202,7 @@ def test_a_full_run_saved_in_slices_is_resumed_by_one(tmp_path):
     assert all((a[name] - b[name]).norm() <= 1e-3 * b[name].norm() + 1e-4 for name in b)
 
 
-# --- what a disk and a person can do ------------------------------------------------------------------------
+# --- what a disk and a person can do --------------------------------------------------------------
 
 
 def shorten(path: Path) -> None:

@@ -254,7 +254,8 @@ def test_microbatches_hold_every_pair_once_within_the_limit(seed):
     batches = data.microbatches(pairs, limit)
     assert sorted(i for batch in batches for i in batch) == list(range(len(pairs)))
     assert all(sum(pairs[i].tokens for i in batch) <= limit or len(batch) == 1 for batch in batches)
-    # First fit leaves no two bins that would share: fewer than twice the bins any packing needs, plus one.
+    # First fit leaves no two bins that would share: fewer than twice the bins any packing needs,
+    # plus one.
     assert len(batches) <= 2 * sum(min(p.tokens, limit) for p in pairs) / limit + 1
 
 

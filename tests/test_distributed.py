@@ -1,4 +1,4 @@
-"""Several processes give the run of one; --full trains every weight with the gradients of plain autograd."""
+"""Several processes give the run of one; --full has the gradients of plain autograd."""
 
 import os
 import signal
@@ -23,7 +23,8 @@ from runtime import ranks as distributed
 from runtime.device import resolve_device
 from runtime.sources import UserError
 
-# Several micro-batches a step, of unequal number on the processes; an adapter that steers from the first step.
+# Several micro-batches a step, of unequal number on the processes; an adapter that steers from the
+# first step.
 STEPS = ("--max-steps", 4, "--lr", 1e-3, "--tokens-per-microbatch", 150)
 ADAPTER = (*STEPS, "--init-adapter", GOLDEN / "adapter_mid")
 FULL = (*STEPS, "--full", "--schedule", "constant")
@@ -96,8 +97,9 @@ def test_any_number_of_processes_gives_the_run_of_one(tmp_path, alone, processes
 
 @pytest.mark.parametrize("flags, close", [(ADAPTER, 1e-5), (FULL, 0.05)])
 def test_slices_in_bfloat16_compute_what_one_process_does(tmp_path, alone, flags, close):
-    """A pair to a micro-batch, so that packing rounds nothing differently: a frozen model in slices is the same to the
-    digit, its residual stream float32 as ever. A trained one's norms are bfloat16 when gathered, float32 alone.
+    """A pair to a micro-batch, so that packing rounds nothing differently: a frozen model in slices
+    is the same to the digit, its residual stream float32 as ever. A trained one's norms are
+    bfloat16 when gathered, float32 alone.
     """
     flags = (*flags, "--dtype", "bfloat16", "--tokens-per-microbatch", 1, "--max-steps", 1)
     one, many = alone(*flags), tmp_path / "run"
@@ -168,7 +170,9 @@ def wait_for(condition, timeout=60):
 
 
 def test_two_hosts_survive_the_loss_of_a_process(tmp_path, alone):
-    """Two torchrun agents on two loopback addresses meet by c10d; one worker is killed, both start again and resume."""
+    """Two torchrun agents on two loopback addresses meet by c10d; one worker is killed, both start
+    again and resume.
+    """
     out, port = tmp_path / "run", free_port()
     flags = (*ADAPTER, "--max-steps", 30, "--checkpoint-every", 1)
     agents = []
@@ -220,7 +224,7 @@ def worker_of(agent: int) -> int:
         return int(f.read().split()[0])
 
 
-# --- what is shared out -------------------------------------------------------------------------------------
+# --- what is shared out ---------------------------------------------------------------------------
 
 
 def test_shares_hold_every_pair_once_and_are_even_in_tokens():
@@ -246,7 +250,7 @@ def test_what_torchrun_says_is_read(monkeypatch):
         distributed.ranks_here()
 
 
-# --- full fine-tuning ---------------------------------------------------------------------------------------
+# --- full fine-tuning -----------------------------------------------------------------------------
 
 
 def naive_norm(x, weight, eps):
@@ -276,7 +280,9 @@ def naive_logps(hidden, weight, target, softcap):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_of_every_weight_are_those_of_plain_autograd(monkeypatch, recompute):
-    """Norms, tied embedding, attention, MLP in float64, against the same model with nothing but torch's own ops."""
+    """Norms, tied embedding, attention, MLP in float64, against the same model with nothing but
+    torch's own ops.
+    """
     model = models.Gemma2.from_pretrained(GOLDEN / "model", torch.float64).requires_grad_(True)
     with torch.no_grad():  # norms that do something
         for p in model.parameters():

@@ -1,4 +1,4 @@
-"""What comes from others is untrusted: damaged and hostile files end in a sentence, never in a traceback or in memory.
+"""Damaged and hostile files end in a sentence, never in a traceback or in memory.
 
 A seeded fuzzer over every reader, FSRL_FUZZ inputs each (default 150).
 """
@@ -171,7 +171,7 @@ def test_damaged_files_are_read_or_refused_in_a_sentence(tmp_path, name):
     assert refused > 0
 
 
-# --- made to deceive ----------------------------------------------------------------------------------------
+# --- made to deceive ------------------------------------------------------------------------------
 
 
 def npy(shape: str, body: bytes = b"") -> bytes:
@@ -216,12 +216,14 @@ def test_npz_bombs_are_refused_before_memory_is_taken(tmp_path, bomb):
 
 LIES = {
     "a header longer than the file": (10**12).to_bytes(8, "little") + b"{}",
-    "data beyond the file": b'{"weight":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4000000000]}}',
+    "data beyond the file": b'{"weight":{"dtype":"F32","shape":[1000000000],'
+    b'"data_offsets":[0,4000000000]}}',
     "a shape of another size": b'{"weight":{"dtype":"F32","shape":[4],"data_offsets":[0,4]}}'
     + b"    ",
     "offsets that overlap": b'{"bias":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
     b'"weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}    ',
-    "a size that overflows": b'{"weight":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}',
+    "a size that overflows": b'{"weight":{"dtype":"F32","shape":[4294967296,4294967296],'
+    b'"data_offsets":[0,0]}}',
 }
 
 
@@ -296,7 +298,7 @@ def test_no_path_leaves_its_folder(tmp_path, name):
         Gemma2.from_pretrained(folder)
 
 
-# --- bad rows at scale --------------------------------------------------------------------------------------
+# --- bad rows at scale ----------------------------------------------------------------------------
 
 
 def test_bad_rows_are_left_out_counted_and_named(tmp_path, capsys):

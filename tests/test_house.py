@@ -1,4 +1,4 @@
-"""The shape of the code: imports point one way, without circles, and none hides inside a function."""
+"""The shape of the code: imports point one way, without circles; none hides inside a function."""
 
 import ast
 from pathlib import Path

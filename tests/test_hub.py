@@ -1,8 +1,8 @@
-"""The Hub route: the real huggingface-hub client against a loopback server that answers as the Hub does.
+"""The Hub route: the real huggingface-hub client against a loopback server in the Hub's place.
 
-`Hub` serves the golden model, SAE and dataset under the default ids of train.py, each at two commits (branch
-main, tag v1) and beside files that nobody should ask for. Runs are processes of their own, because the client reads
-HF_ENDPOINT and HF_HOME when it is imported.
+`Hub` serves the golden model, SAE and dataset under the default ids of train.py, each at two
+commits (branch main, tag v1) and beside files that nobody should ask for. Runs are processes of
+their own, because the client reads HF_ENDPOINT and HF_HOME when it is imported.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ LOWEST, SECOND = (
 SHARD = "model-00003-of-00008.safetensors"
 
 
-# --- a small Hub --------------------------------------------------------------------------------------------
+# --- a small Hub ----------------------------------------------------------------------------------
 
 
 class Repo:
@@ -48,7 +48,7 @@ class Repo:
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `repos`, keyed by "models/owner/name" or "datasets/owner/name", and remembers what was asked.
+    """Serves `repos`, by "models/owner/name" or "datasets/owner/name"; remembers what was asked.
 
     fault: None, "503" (an answer that is none) or "cut" (the connection closes without one).
     """
@@ -156,7 +156,7 @@ def etag(body: bytes) -> str:
     return hashlib.sha1(body).hexdigest()
 
 
-# --- what it serves -----------------------------------------------------------------------------------------
+# --- what it serves -------------------------------------------------------------------------------
 
 
 def folder(path: Path) -> dict[str, bytes]:
@@ -235,7 +235,7 @@ def hub_run(hub: Hub, home: Path, out: Path, *arguments):
 
 
 def succeeded(result, out: Path) -> SimpleNamespace:
-    """What a run left behind: rows without their timings, config.json, adapter_config.json, adapter bytes."""
+    """What a run left: rows without timings, config.json, adapter_config.json, adapter bytes."""
     assert result.returncode == 0, result.stderr
     timed = ("seconds", "tokens_per_second")
     rows = [*metrics(out, "train"), *metrics(out, "eval")]
@@ -269,7 +269,7 @@ def expect_sentence(result, *words: str) -> None:
         assert word in sentence
 
 
-# --- tests --------------------------------------------------------------------------------------------------
+# --- tests ----------------------------------------------------------------------------------------
 
 
 def test_default_ids_train_as_the_same_files_on_disk_do(first, tmp_path):
@@ -355,7 +355,7 @@ print(json.dumps(told))
 
 @pytest.fixture(scope="module")
 def mistaken(hub, first, tmp_path_factory) -> dict:
-    """What train.py says to each of MISTAKES: all in one process, to spare eleven imports of torch."""
+    """What train.py says to each of MISTAKES, all in one process, which imports torch once."""
     outs = [tmp_path_factory.mktemp("mistake") / "out" for _ in MISTAKES]
     runs = [
         [*map(str, BRIEF), "--out", str(out), *flags]
@@ -446,7 +446,7 @@ def test_the_papers_sae_of_each_layer_is_the_lowest_l0_of_the_listing(hub, tmp_p
 
 
 def test_a_published_adapter_is_opened_and_trained_on_by_its_id(hub, first, tmp_path):
-    """The adapter folder uploaded as it is, card and all, is enough: it names model, SAE and layer."""
+    """The adapter folder, uploaded as it is, is enough: it names model, SAE and layer."""
     hub.repos["models/owner/adapter"] = Repo(
         folder(first.out / "adapter") | {"notes.bin": b"unread"}
     )

@@ -146,7 +146,9 @@ def test_flex_attention_equals_plain_attention(seed, window):
 
 
 def test_buckets_keep_padding_low_and_few():
-    """Many short trees share a few products; a stream of unlike ones stays within a third of padding or 32k scores."""
+    """Many short trees share a few products; a stream of unlike ones stays within a third of
+    padding or 32k scores.
+    """
     alike = pack([([1] * 20, [[1] * 30, [1] * 28])] * 64)
     assert len(alike.buckets) <= 4
     for seed in range(20):
@@ -166,7 +168,9 @@ def test_buckets_keep_padding_low_and_few():
     "shared, fits", [(101_376, False), (166_912, True), (232_448, True)]
 )  # RTX 4090, A100, H100
 def test_small_gpus_get_small_tiles(monkeypatch, shared, fits):
-    """What FlexAttention takes by itself for heads of 256, 154,624 bytes forward, is more than consumer GPUs have."""
+    """What FlexAttention takes by itself for heads of 256, 154,624 bytes forward, is more than
+    consumer GPUs have.
+    """
     properties = SimpleNamespace(shared_memory_per_block_optin=shared)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     for dtype in (torch.bfloat16, torch.float32):
@@ -215,7 +219,9 @@ def test_jumprelu_and_step_equal_saelens():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_estimator_is_the_derivative_of_the_smoothed_objective(seed):
-    """Each z smeared over a rectangle of width ε gives v and ‖v‖₀ a true derivative in θ: theirs, by differences."""
+    """Each z smeared over a rectangle of width ε gives v and ‖v‖₀ a true derivative in θ: theirs,
+    by differences.
+    """
     g = torch.Generator().manual_seed(seed)
     bandwidth = 0.1 + 0.2 * seed
     z = torch.randn(30, 8, generator=g, dtype=torch.float64).relu()

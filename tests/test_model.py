@@ -51,7 +51,7 @@ def test_logits_and_residual_stream_equal_transformers(expected, name):
 def test_each_feature_of_the_family_moves_the_logits_as_in_transformers(
     expected, report, feature, change
 ):
-    """A tolerance of 1e-4 could not hide a missing feature: without it the logits move this much."""
+    """Without a feature the logits move this much: a tolerance of 1e-4 cannot hide it."""
     golden = load().model
     raw = json.loads((GOLDEN / "model/config.json").read_text())
     broken = Gemma2(Gemma2Config.from_json(_config(raw, change)))
@@ -112,7 +112,9 @@ def test_packed_trees_equal_separate_sequences_with_gradients(seed):
 
 
 def test_a_block_is_one_graph_as_torch_compile_sees_it():
-    """On a GPU blocks run fused. They say the same fused or not, with FlexAttention or plain, windowed or full."""
+    """On a GPU blocks run fused. They say the same fused or not, with FlexAttention or plain,
+    windowed or full.
+    """
     config = Gemma2Config(64, 64, 96, 2, 4, 2, 16, 16, sliding_window=9)
     model = Gemma2(config)
     model.init_weights(torch.Generator().manual_seed(0))
@@ -255,7 +257,9 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32_and_cast_last():
 
 
 def test_bfloat16_weights_keep_a_float32_stream_and_rounded_embedding_scale():
-    """sqrt(d) is rounded to the weights' dtype before it multiplies, as in Gemma; d = 2304 makes it 48 either way."""
+    """sqrt(d) is rounded to the weights' dtype before it multiplies, as in Gemma; d = 2304 makes it
+    48 either way.
+    """
     config = dataclasses.replace(
         load().model.config, hidden_size=72, num_hidden_layers=2, layer_types=None
     )

@@ -50,8 +50,9 @@ def test_scores_sum_norms_over_positions_of_the_separate_sequences():
 def test_golden_step(expected, report, adapter, dtype):
     """Four pairs: token log-probabilities, losses, L1, L0 and gradients.
 
-    float32 agrees to 1e-5 with the authors' stack in float32 (both drift as much from float64), float64 with
-    its float64 run to 2e-6: what is left is its RMSNorm and rotary angles, which it takes in float32 even there.
+    float32 agrees to 1e-5 with the authors' stack in float32 (both drift as much from float64),
+    float64 with its float64 run to 2e-6: what is left is its RMSNorm and rotary angles, which it
+    takes in float32 even there.
     """
     golden = load(dtype, adapter)
     suffix, close = ("_f32", 1e-5) if dtype == torch.float32 else ("", 2e-6)

@@ -1,4 +1,6 @@
-"""train.py as a user runs it: the golden trajectory, what it writes, what it refuses, and the tiny run."""
+"""train.py as a user runs it: the golden trajectory, what it writes, what it refuses, and the tiny
+run.
+"""
 
 import contextlib
 import io
@@ -51,7 +53,9 @@ def mid_run(tmp_path_factory):
 
 @pytest.mark.parametrize("adapter", ["mid", "paper_init"])
 def test_ten_steps_follow_the_golden_trajectory(report, expected, tmp_path, mid_run, adapter):
-    """Losses and the final adapter stay within three times float32's own drift from the authors' stack in float64."""
+    """Losses and the final adapter stay within three times float32's own drift from the authors'
+    stack in float64.
+    """
     out = mid_run[0] if adapter == "mid" else tmp_path / "run"
     if adapter != "mid":  # micro-batches of one pair each: the packing must not matter
         flags = ("--tokens-per-microbatch", 1, "--init-adapter", GOLDEN / f"adapter_{adapter}")
@@ -83,8 +87,8 @@ def test_a_run_writes_what_the_contract_says(mid_run):
         "loss.png",
         "checkpoints",
     }
-    keys = "split step epoch loss l1 l0 penalty total accuracy margin reward_chosen reward_rejected logp_chosen "
-    keys += "logp_rejected lr grad_norm pairs tokens tokens_per_second seconds"
+    keys = "split step epoch loss l1 l0 penalty total accuracy margin reward_chosen reward_rejected"
+    keys += " logp_chosen logp_rejected lr grad_norm pairs tokens tokens_per_second seconds"
     rows = metrics(out)
     assert set(rows[0]) == set(keys.split())
     for row in rows:
@@ -179,7 +183,9 @@ def test_the_frozen_parts_are_bit_identical_after_training(tmp_path, monkeypatch
 
 
 def test_learning_rate_schedule_is_transformers_cosine():
-    """Printed by get_cosine_schedule_with_warmup(optimizer, ceil(0.1 * 25), 25) of transformers 5.23."""
+    """Printed by get_cosine_schedule_with_warmup(optimizer, ceil(0.1 * 25), 25) of transformers
+    5.23.
+    """
     theirs = [
         *(0.0, 0.333333, 0.666667, 1.0, 0.994911, 0.979746, 0.954816, 0.920627, 0.877875),
         *(0.82743, 0.77032, 0.707708, 0.640866, 0.571157, 0.5, 0.428843, 0.359134, 0.292292),
@@ -194,7 +200,9 @@ def test_learning_rate_schedule_is_transformers_cosine():
 
 
 def test_bfloat16_stays_near_float32_and_does_not_depend_on_packing(tmp_path):
-    """bfloat16 weights and products end to end; what averages over pairs and positions is still summed in float32."""
+    """bfloat16 weights and products end to end; what averages over pairs and positions is still
+    summed in float32.
+    """
     flags = ("--max-steps", 3, "--lr", 1e-3, "--init-adapter", GOLDEN / "adapter_mid")
     for name, dtype, limit in (
         ("a", "float32", 8192),
@@ -288,7 +296,7 @@ def test_the_unit_of_steering_scales_penalty_and_biases(tmp_path):
     assert bias == pytest.approx(unit * found["1"][1], rel=0.3)
 
 
-# --- mistakes -----------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 def one_sentence(result, *words):
@@ -391,7 +399,9 @@ MISTAKES = {  # name -> the flags (made in a folder t), and words the sentence m
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, mistake):
-    """As a subprocess for one of them; the others in this process, which spares an import of torch each."""
+    """As a subprocess for one of them; the others in this process, which spares an import of torch
+    each.
+    """
     prepare, words = MISTAKES[mistake]
     arguments = prepare(tmp_path)
     if mistake == "unknown flag":
@@ -440,7 +450,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_pairs(tmp_path):
     assert not (tmp_path / "run/adapter").exists() and not metrics(tmp_path / "run")
 
 
-# --- the embedded world -------------------------------------------------------------------------------------
+# --- the embedded world ---------------------------------------------------------------------------
 
 
 def test_the_tiny_run_learns_the_planted_style(tiny_run):

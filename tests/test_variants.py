@@ -104,7 +104,9 @@ def test_steering_is_the_long_form_with_the_clamp(monkeypatch, kind):
 
 
 def test_the_l0_penalty_counts_positions_of_the_separate_sequences():
-    """A prompt position counts once for each of its two sequences, in θ's gradient too; nothing else gets one."""
+    """A prompt position counts once for each of its two sequences, in θ's gradient too; nothing
+    else gets one.
+    """
     golden, adapter = load(torch.float64), made("jumprelu")
     steered = SteeredModel(golden.model, golden.sae, adapter, 1)
     g = torch.Generator().manual_seed(3)
@@ -210,7 +212,7 @@ def test_thresholds_below_zero_are_set_to_zero_and_logarithms_are_not_touched():
     assert torch.equal(log.raw_threshold, kept) and (kept < 0).any()
 
 
-# --- runs ---------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -255,7 +257,9 @@ def test_groups_partition_the_parameters_and_each_has_its_learning_rate(
 
 
 def test_a_run_keeps_its_thresholds_above_zero(tmp_path):
-    """Without a penalty the loss would push some thresholds below zero, at this learning rate within a step."""
+    """Without a penalty the loss would push some thresholds below zero, at this learning rate
+    within a step.
+    """
     made("soft-threshold").float().save_pretrained(tmp_path / "start", {})
     flags = dict(adapter="soft-threshold", l1=0.0, threshold_lr=1.0, schedule="constant")
     run(tmp_path / "run", init_adapter=str(tmp_path / "start"), **flags)
@@ -318,7 +322,9 @@ def test_what_cannot_be_is_refused(tmp_path, settings, words):
 
 
 def test_a_new_jumprelu_adapter_steers_in_bfloat16_too():
-    """It starts with the bias at the threshold, which bfloat16 would round below it: then nothing ever passed."""
+    """It starts with the bias at the threshold, which bfloat16 would round below it: then nothing
+    ever passed.
+    """
     adapter = Adapter(32, 64, "jumprelu")
     adapter.init_weights(torch.Generator().manual_seed(0))
     x = torch.randn(200, 32, generator=torch.Generator().manual_seed(1)) * 10
