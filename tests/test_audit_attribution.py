@@ -64,7 +64,9 @@ def test_shares_against_autograd_on_a_whole_v(golden, steps):  # noqa: F811
 @pytest.mark.parametrize("nodes", [1, 3, 4, 5, 8, 11])
 def test_the_quadrature_is_exact_for_low_polynomials(nodes):
     found = quadrature(nodes)
-    assert len(found) == nodes and all(0 < place < 1 for place, _ in found)
+    places = [place for place, _ in found]
+    assert len(places) == nodes and places == sorted({*places})
+    assert 0 < places[0] and places[-1] < 1
     for degree in range(2 * (nodes // -(-nodes // 4))):
         integral = sum(weight * place**degree for place, weight in found)
         assert integral == pytest.approx(1 / (degree + 1), rel=1e-12)
