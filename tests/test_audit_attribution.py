@@ -66,7 +66,7 @@ def test_the_quadrature_is_exact_for_low_polynomials(nodes):
     found = quadrature(nodes)
     places = [place for place, _ in found]
     assert len(places) == nodes and places == sorted({*places})
-    assert 0 < places[0] and places[-1] < 1
+    assert places[0] > 0 and places[-1] < 1
     for degree in range(2 * (nodes // -(-nodes // 4))):
         integral = sum(weight * place**degree for place, weight in found)
         assert integral == pytest.approx(1 / (degree + 1), rel=1e-12)
