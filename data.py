@@ -452,12 +452,12 @@ def shares(pairs: Sequence[Pair], processes: int) -> list[list[int]]:
 
     Where the pairs are fewer than the processes, some get none.
     """
-    shares, tokens = [[] for _ in range(processes)], [0] * processes
+    chosen, tokens = [[] for _ in range(processes)], [0] * processes
     for index in _longest_first(pairs):
         least = tokens.index(min(tokens))
-        shares[least].append(index)
+        chosen[least].append(index)
         tokens[least] += pairs[index].tokens
-    return shares
+    return chosen
 
 
 def _longest_first(pairs: Sequence[Pair]) -> list[int]:

@@ -45,6 +45,8 @@ class Labels(NamedTuple):
     sha256: str
     judge: str | None = None  # who gave them, as the file states it
     learned: frozenset[int] = frozenset()  # features whose labels by a person trained the judge
+    # category -> bool [F], the features with a yes or a no; None: all of them
+    labelled: dict[str, np.ndarray] | None = None
 
 
 class Given(NamedTuple):
@@ -86,10 +88,12 @@ def load_labels(path: str | Path, sae: JumpReLUSAE, assume_match: bool = False) 
         if k >= sae.d_sae:
             raise UserError(f"{path}: feature {k}; the SAE has features 0 to {sae.d_sae - 1}.")
 
-    categories = {}
+    categories, labelled = {}, {}
     for name, said in given.labels.items():
         categories[name] = np.zeros(sae.d_sae, dtype=bool)
         categories[name][[k for k, says in said.items() if says]] = True
+        labelled[name] = np.zeros(sae.d_sae, dtype=bool)
+        labelled[name][list(said)] = True
     judges = sorted({str(row["judge"]) for row in found if row.get("judge")})
     return Labels(
         name=path.stem,
@@ -102,6 +106,7 @@ def load_labels(path: str | Path, sae: JumpReLUSAE, assume_match: bool = False) 
         sha256=sha256(path),
         judge=header.get("judge") or ", ".join(judges) or None,
         learned=given.learned,
+        labelled=labelled,
     )
 
 

@@ -23,10 +23,11 @@ from kernels.cache import Cache
 from model import Gemma2, Plan
 from runtime import ranks
 from runtime.device import Device, resolve_device
+from runtime.folder import code_revision
 from runtime.messages import brief
-from runtime.output import replacing
+from runtime.output import replacing, writable
 from runtime.ranks import Ranks
-from runtime.sources import UserError, fetch, local, read_json, split_revision
+from runtime.sources import UserError, fetch, local, read_json, sha256, split_revision
 
 
 class Recorded(NamedTuple):
@@ -373,3 +374,48 @@ def _pinned(name: str, commit: str | None, kind: str) -> str:
     if commit is None or local(name, kind) is not None:
         return name
     return f"{split_revision(name)[0]}@{commit}"
+
+
+# --- an evaluation of a run -----------------------------------------------------------------------
+
+
+def out_folder(run: str, out: str | None) -> Path:
+    """Where an evaluation writes: --out, or the folder that --run names (a Hub id names none).
+
+    Raises UserError, before any work, where it could not be written.
+    """
+    if out:
+        return writable(Path(out))
+    if not Path(run).is_dir():
+        raise UserError(
+            f"--run {run}: no such folder; for a Hub id, --out must say where the results go."
+        )
+    return writable(Path(run), "run")
+
+
+def described_run(policy: Policy, source: str, pairs: list[Pair], labels: list[dict]) -> dict:
+    """What was evaluated on what, for a table's `about`. labels: of each file, labels.described."""
+    sae = policy.steered.sae
+    return dict(
+        run=policy.name,
+        adapter_sha256=adapter_sha256(policy.folder),
+        data=source,
+        pairs=len(pairs),
+        base_model=policy.run.model,
+        layer=policy.steered.layer,
+        d_sae=sae.d_sae,
+        sae=sae.source,
+        sae_id=sae.sae_id,
+        sae_sha256=sae.sha256,
+        dtype=policy.device.dtype_name,
+        labels=labels,
+        code=code_revision(),
+    )
+
+
+def adapter_sha256(folder: Path | None) -> str | None:
+    """Of the weights in an adapter's or a run's folder; None where it holds none."""
+    names = [weights for _, weights in ADAPTER_FILES]
+    folders = (folder / "adapter", folder) if folder else ()
+    places = [place / name for place in folders for name in names]
+    return next((sha256(path) for path in places if path.is_file()), None)

@@ -1,5 +1,367 @@
-from audit.features import main
+"""What a policy learned: every table and figure about it, report.html, and the adapter's card.
+
+    python -m audit --run runs/tiny
+    python -m audit --run OUT --labels alignment.jsonl style.jsonl --human agreement.csv
+    python -m audit --run OUT --only attribution
+
+Each part leaves its tables in OUT/eval/, as csv, json and png of the same numbers. A part whose
+tables are there already is left alone, unless they were made with another adapter, other data,
+labels or settings. --only makes the parts that it names again, and no other.
+
+    usage        which features are active where (features.py): composition_paper (Table 2) and
+                 composition, which pools positions; top_usage, top_value (Tables 3 and 4),
+                 value_difference (Figure 3), usage_rank (Figure 5), l0, l0_by_position,
+                 features.parquet, examples.json
+    ablation     topk (Figure 2), ablation and masks/, as eval_ablation.py makes them
+    static       steering that does not read its context (static.py)
+    choices      the widened preference gap by kinds of tokens (choices.py); it names the category
+                 that the data taught
+    attribution  integrated gradients (attribution.py): attribution by category and by where the
+                 steering acts, attribution_features, attribution_features.parquet
+
+Everything is measured on the evaluation pairs. Intervals are 95 % percentile intervals over pairs,
+which are drawn with replacement.
+"""
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+import eval_ablation
+from audit import card, effect_tables, features, figures, report, static
+from audit.attribution import attribute
+from audit.choices import choices, classes
+from audit.counting import CONTEXTS, FIRST, Counts, count
+from audit.label_noise import read_human
+from eval_ablation import Evaluation, open_evaluation, seconds_per_condition
+from labels import Labels
 from runtime import cli
+from runtime.cli import flag
+from runtime.output import publish
+from runtime.sources import UserError, sha256
+from runtime.tables import write_table
+
+PARTS = ("usage", "ablation", "static", "choices", "attribution")
+DRAWING = 0.7  # seconds that a figure takes, about
+
+
+@dataclass(frozen=True)
+class Settings(eval_ablation.Settings):
+    human: str | None = flag(
+        None, "a person's labels of some features, csv or jsonl: feature, category, label"
+    )
+    count_first: bool = flag(
+        False, "composition_paper is shown with the first position, <bos>, as the authors count it"
+    )
+    coefficients: tuple[float, ...] = flag((1, 2, 4), "c of static steering")
+    top_features: tuple[int, ...] = flag(
+        (1, 16, 256), "m of static steering by the top mean features"
+    )
+    static_pairs: int = flag(
+        256, "training pairs behind static steering, the first ones; 0: no static steering"
+    )
+    rest: tuple[str, ...] = flag(("content", "chat"), "categories that choices counts as the rest")
+    nodes: int = flag(
+        8, "nodes of attribution's integral, a forward and a backward pass each; 0: no attribution"
+    )
+    only: tuple[str, ...] = flag((), f"make these parts again and no other: {', '.join(PARTS)}")
+
+    def __post_init__(self):
+        super().__post_init__()
+        cli.at_least(self, 0, "static_pairs", "nodes")
+        if not np.isfinite(self.coefficients).all() or not all(m >= 1 for m in self.top_features):
+            raise UserError(
+                "--coefficients and --top-features: finite numbers, and whole ones from 1, were "
+                "expected."
+            )
+        for name in self.only:
+            if name not in PARTS:
+                raise UserError(f"--only {name}: one of {', '.join(PARTS)} was expected.")
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    name: str
+    tables: tuple[str, ...]  # eval/NAME.csv, .json and .png of each
+    files: tuple[str, ...]  # what else it leaves in eval/
+    about: dict  # of its tables, as far as it is known before they are made
+    conditions: float  # its work, in forward passes through the blocks above the adapter, about
+    make: Callable[[Path], None]  # writes tables and files into a folder
+
+
+class Audit:
+    """One evaluation's parts, and what they share."""
+
+    def __init__(self, e: Evaluation, s: Settings):
+        self.e, self.s = e, s
+        self.human = read_human(s.human, e.labels) if s.human else {}
+        found = features.all_categories(e.labels)
+        self.masks = [torch.from_numpy(mask) for *_, mask in found]
+        self.labelled = [torch.from_numpy(labelled(table, name)) for table, name, _ in found]
+
+    @functools.cached_property
+    def counts(self) -> Counts:
+        policy, pairs = self.e.policy, self.e.pairs
+        if not self.masks:
+            return count(policy, pairs, what="usage")
+        masks, labelled = torch.stack(self.masks), torch.stack(self.labelled)
+        return count(policy, pairs, masks, "usage", labelled)
+
+    def parts(self) -> list[Part]:
+        """Those that the settings and the labels allow."""
+        found = [self.usage_part(), self.ablation_part()]
+        found += [self.static_part()] if self.s.static_pairs else []
+        found += [self.choices_part()] if self.interesting() else []
+        found += [self.attribution_part()] if self.s.nodes else []
+        return found
+
+    def usage_part(self) -> Part:
+        e, s = self.e, self.s
+        about = e.about | dict(human=sha256(Path(s.human)) if s.human else None)
+        about |= dict(first=FIRST[s.count_first])
+        names = ("top_usage", "top_value", "value_difference", "usage_rank", "l0", "l0_by_position")
+        names = ("composition_paper", "composition", *names) if self.masks else names
+
+        def make(folder: Path) -> None:
+            counts = self.counts
+            positions = dict(zip(CONTEXTS, counts.positions.tolist(), strict=True))
+            found = about | dict(positions=positions)
+            tables = features.usage_tables(counts, e.labels)
+            if self.masks:
+                given = (counts, e.labels, self.human, s.bootstrap, s.seed)
+                tables["composition"] = features.composition_rows(*given)
+                tables["composition_paper"] = features.paper_composition_rows(*given)
+            for name, rows in tables.items():
+                save(folder, name, found, rows)
+            pq.write_table(features.feature_table(counts, e.labels), folder / "features.parquet")
+            shown = dict(about=found) | features.examples(e.policy, e.pairs, e.labels)
+            (folder / "examples.json").write_text(json.dumps(shown) + "\n")
+
+        return Part("usage", names, ("features.parquet", "examples.json"), about, 2, make)
+
+    def ablation_part(self) -> Part:
+        e, s = self.e, self.s
+        names = ("topk", "ablation") if any(mask.any() for mask in self.masks) else ("topk",)
+
+        def make(folder: Path) -> None:
+            found = eval_ablation.evaluate(e, s)
+            with publish(e.out / "eval" / "masks") as masks:
+                eval_ablation.write(e, found, folder, masks)
+
+        return Part("ablation", names, (), e.about, eval_ablation.conditions(e, s), make)
+
+    def static_part(self) -> Part:
+        e, s = self.e, self.s
+        policy = e.policy
+        # A bare adapter's folder does not say what it was trained on.
+        recorded = (policy.folder / "config.json").is_file() or not s.data
+        source = policy.run.data if recorded else s.data
+        asked = dict(static_pairs=s.static_pairs, coefficients=s.coefficients)
+        about = e.about | asked | dict(labels=[], top_features=s.top_features)
+
+        def make(folder: Path) -> None:
+            pairs, name = policy.eval_pairs(source, s.static_pairs, split="train")
+            found = static.means(count(policy, pairs, what="static steering: means"))
+            vectors = static.vectors(found, policy.steered, s.coefficients, s.top_features)
+            losses = static.losses(policy, e.pairs, vectors)
+            rows = static.static_rows(vectors, losses, s.bootstrap, s.seed)
+            save(folder, "static", about | dict(static_data=name), rows)
+
+        vectors = 3 * len(s.coefficients) + len(s.top_features)
+        means = s.static_pairs / len(e.pairs)
+        return Part("static", ("static",), (), about, 2 + vectors + means, make)
+
+    def interesting(self) -> list[tuple[Labels, dict[str, np.ndarray]]]:
+        """Of each label file the categories that choices tells apart, if there are any."""
+        found = []
+        for table in self.e.labels:
+            masks = {name: m for name, m in table.categories.items() if name not in self.s.rest}
+            masks = {name: mask for name, mask in masks.items() if mask.any()}
+            found += [(table, masks)] if masks else []
+        return found
+
+    def choices_part(self) -> Part:
+        e, s = self.e, self.s
+        about = e.about | dict(rest=s.rest)
+
+        def make(folder: Path) -> None:
+            tables, masks = zip(*self.interesting(), strict=True)
+            divided = [
+                classes(e.policy, e.pairs, categories, table.kind)
+                for table, categories in zip(tables, masks, strict=True)
+            ]
+            results = choices(e.policy, e.pairs, divided, "choices")
+            rows = []
+            for table, found in zip(tables, results, strict=True):
+                rows += effect_tables.choice_rows(found, table, s.bootstrap, s.seed)
+            save(folder, "choices", about, rows)
+
+        return Part("choices", ("choices",), (), about, 4 + len(e.labels), make)
+
+    def attribution_part(self) -> Part:
+        e, s = self.e, self.s
+        about = e.about | dict(nodes=s.nodes)
+        parquet = "attribution_features.parquet"
+
+        def make(folder: Path) -> None:
+            masks = [torch.from_numpy(x.mask) for x in effect_tables.category_masks(e.labels)]
+            members = torch.stack(masks) if masks else None
+            found = attribute(e.policy, e.pairs, s.nodes, members, "attribution")
+            usage, mean_v = over_both_responses(self.counts)
+            settings = (e.labels, usage > 0, s.bootstrap, s.seed)
+            said = about | dict(change=found.change, residual=found.residual)
+            save(folder, "attribution", said, effect_tables.attribution_rows(found, *settings))
+            columns = effect_tables.feature_columns(found, e.labels, usage, mean_v)
+            rows = effect_tables.earned_by_rows(columns, e.labels)
+            save(folder, "attribution_features", said, rows)
+            pq.write_table(pa.table(columns), folder / parquet)
+
+        names = ("attribution", "attribution_features")
+        return Part("attribution", names, (parquet,), about, 3 + 3 * s.nodes, make)
+
+
+def labelled(table: Labels, category: str) -> np.ndarray:
+    """The features that have a label of the category, yes or no: bool [F]."""
+    if table.labelled is None:
+        return np.ones_like(table.categories[category])
+    return table.labelled[category]
+
+
+def over_both_responses(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
+    """Usage and mean of v over the positions of prompt+chosen and prompt+rejected, [F] each."""
+    positions = counts.positions[1:].sum()
+    usage, mean = (x[0, 1:].sum(0).double() / positions for x in (counts.events, counts.sums))
+    return usage.numpy(), mean.numpy()
+
+
+def save(folder: Path, name: str, about: dict, rows: list) -> None:
+    """A table of NamedTuples or dicts."""
+    rows = [row if isinstance(row, dict) else row._asdict() for row in rows]
+    write_table(folder, name, about, rows)
+
+
+# --- what is there already ------------------------------------------------------------------------
+
+# Entries of `about` that differ without changing a number.
+NAMES = ("run", "code")
+NO_LABELS = ("topk", "static")  # tables that no label enters
+
+
+def is_current(folder: Path, part: Part) -> bool:
+    """Whether eval/ holds the part, made with this adapter, data, labels and settings."""
+    if not all((folder / name).is_file() for name in part.files):
+        return False
+    for name in part.tables:
+        wanted = part.about | (dict(labels=[]) if name in NO_LABELS else {})
+        wanted = json.loads(json.dumps(wanted))
+        try:
+            there = json.loads((folder / f"{name}.json").read_text())["about"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        if any(there.get(key) != value for key, value in wanted.items() if key not in NAMES):
+            return False
+    return True
+
+
+def make(part: Part, folder: Path, out_of_date: bool) -> None:
+    """Write a part into eval/, or the pictures that it lacks there."""
+    with publish(folder) as new:
+        if out_of_date:
+            part.make(new)
+        for name in part.tables:
+            if out_of_date or not figures.is_current(folder, name):
+                figures.draw(new if out_of_date else folder, name, new)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def main() -> None:
+    s = cli.parse(Settings, doc=__doc__)
+    e = open_evaluation(s)
+    audit = Audit(e, s)
+    folder = e.out / "eval"
+    parts = [part for part in audit.parts() if not s.only or part.name in s.only]
+    due = [part.name for part in parts if s.only or not is_current(folder, part)]
+    if not audit.masks:
+        print("No --labels with categories: no composition (Table 2).", file=sys.stderr)
+
+    work = [part for part in parts if part.name in due]
+    seconds = seconds_per_condition(e.policy, e.pairs) * sum(part.conditions for part in work)
+    seconds += DRAWING * sum(len(part.tables) for part in work)
+    print(f"{len(e.pairs):,} pairs; to make: {', '.join(due) or 'nothing'}; about {seconds:.0f} s.")
+    for part in parts:
+        started = time.perf_counter()
+        make(part, folder, part.name in due)
+        took = f"{time.perf_counter() - started:.1f} s" if part.name in due else "there already"
+        print(f"{part.name:<12} {took:>13}  {', '.join((*part.tables, *part.files))}", flush=True)
+
+    page = report.write_report(e.out)
+    if (e.out / "adapter").is_dir() or (e.out / "adapter_config.json").is_file():
+        card.write_card(e.out)
+    print(summary(report.read_run(e.out).tables))
+    print(f"Written to {folder}, and {page}")
+
+
+def composition_lines(name: str, table: dict) -> list[str]:
+    titles = f"{'category':<24}{'context':<17}{'SAE':>8}{'adapter':>9}{'change':>10}"
+    lines = ["", name.replace("_", ", as the ") + ":", f"{titles}  95 % over pairs"]
+    for row in report.shown_rows(table):
+        category = f"{row['labels']}: {row['category']}"
+        shares = f"{report.percent(row['sae']):>9}{report.percent(row['adapter']):>9}"
+        line = (
+            f"{category:<24}{row['context']:<16}{shares}{report.percent(row['change'], True):>10}"
+        )
+        line += f"  {report.between(row, 'low', 'high')}"
+        if row.get("noisy_low") is not None:
+            line += f"; with label noise {report.between(row, 'noisy_low', 'noisy_high')}"
+        lines.append(line)
+    return lines
+
+
+def summary(tables: dict[str, dict]) -> str:
+    """The tables' main numbers, for the terminal."""
+    lines = []
+    for name in ("composition_paper", "composition"):
+        table = tables.get(name)
+        lines += composition_lines(name, table) if table else []
+
+    rows = tables.get("choices", {}).get("rows", ())
+    for labels in dict.fromkeys(row["labels"] for row in rows):
+        here = [row for row in rows if row["labels"] == labels]
+        named = next((row["tokens"] for row in here if row["named"]), "no category")
+        shares = ", ".join(f"{row['tokens']} {row['part_of_change'] or 0:.0%}" for row in here)
+        said = f"by {labels}, name: {named} (shares of the widened gap: {shares})"
+        lines += ["", f"The policy's choices, {said}"]
+
+    best = min(tables.get("static", {}).get("rows", ())[2:], key=lambda r: r["loss"], default=None)
+    if best:
+        lines += ["", f"Best static steering: {best['steering']}, loss {best['loss']:.3f}"]
+    if "attribution" in tables:
+        about, rows = tables["attribution"]["about"], tables["attribution"]["rows"]
+        said = (
+            f"shares sum to the change of {about['change']:.4f}, residual {about['residual']:.2g}"
+        )
+        lines += ["", f"Attribution: {said}"]
+        lines += [
+            f"{row['labels']}: {row['category']:<24}{row['share']:9.3f}"
+            for row in rows
+            if row["where"] == "(all)" and row["labels"]
+        ]
+    return "\n".join([*lines, ""])
+
 
 if __name__ == "__main__":
     cli.run(main)

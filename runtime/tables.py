@@ -1,13 +1,9 @@
-"""A table as csv, json and png of the same rows, and the interval that stands beside its
-numbers.
-"""
+"""A table as csv and json of the same rows, and the interval that stands beside its numbers."""
 
 import csv
-import hashlib
 import io
 import json
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,30 +23,15 @@ def csv_text(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def write_table(
-    folder: Path, name: str, about: dict, rows: Sequence[Row], draw: Callable | None = None
-) -> None:
-    """name.csv, name.json and, with draw, name.png of the same rows; the png states the csv's
-    sha256 in its `Source`.
-
-    draw(rows, about) -> matplotlib Figure. A number that is not there (nan) is null in json and
+def write_table(folder: Path, name: str, about: dict, rows: Sequence[Row]) -> None:
+    """name.csv and name.json of the same rows. A number that is not there (nan) is null in json and
     empty in csv.
     """
     rows = [{key: plain(value) for key, value in row.items()} for row in rows]
-    text = csv_text(rows)
-    (folder / f"{name}.csv").write_text(text)
+    (folder / f"{name}.csv").write_text(csv_text(rows))
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
-    (folder / f"{name}.json").write_text(
-        f'{{"about": {json.dumps(about)},\n"rows": [\n{lines}\n]}}\n'
-    )
-    if draw is not None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="Glyph .* missing from"
-            )  # explanations come in every script
-            digest = hashlib.sha256(text.encode()).hexdigest()
-            source = f"{name}.csv sha256 {digest}"
-            draw(rows, about).savefig(folder / f"{name}.png", dpi=150, metadata={"Source": source})
+    text = f'{{"about": {json.dumps(about)},\n"rows": [\n{lines}\n]}}\n'
+    (folder / f"{name}.json").write_text(text)
 
 
 def plain(value):

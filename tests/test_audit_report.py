@@ -52,7 +52,7 @@ L0_21 = "layer_12/width_65k/average_l0_21"
 
 @pytest.fixture
 def run(tmp_path):
-    """What a run leaves, by hand: F features, explanations that mean harm, two pairs of three tokens."""
+    """What a run leaves, by hand: F features, explanations that mean harm, two short pairs."""
 
     def write(
         F=200, sae="google/gemma-scope-2b-pt-res", sae_id=L0_21, revision="c0ffee", matched=True
