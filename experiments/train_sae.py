@@ -47,6 +47,7 @@ class Settings:
     width: int = flag(8192, "features")
     l0: int = flag(40, "features active at a position, on average")
     passes: int = flag(3, "times that the texts are gone through")
+    tokens: int = flag(0, "learn from about so many positions, of the first texts; 0: all")
     round_tokens: int = flag(200_000, "positions of a round")
     batch: int = flag(2048, "positions of a step")
     lr: float = flag(1e-3, "peak learning rate")
@@ -61,7 +62,7 @@ class Settings:
         if not self.model:
             raise UserError("--model: a model folder or a Hub id was expected.")
         cli.at_least(self, 1, "width", "l0", "passes", "round_tokens", "batch", "test_pairs")
-        cli.at_least(self, 0, "layer", "lr", "seed")
+        cli.at_least(self, 0, "layer", "lr", "seed", "tokens")
         cli.at_least(self, 2, "max_length")
         if self.l0 >= self.width:
             raise UserError(f"--l0 {self.l0}: must be less than --width {self.width}.")
@@ -275,6 +276,8 @@ def train(s: Settings) -> Path:
     plan = rounds(
         texts(read_pairs(s.data, tokenizer, recorded, "train"), s.max_length), s.round_tokens
     )
+    if s.tokens:
+        plan = plan[: max(1, round(s.tokens / s.round_tokens))]
     generator = torch.Generator().manual_seed(s.seed)
     name = f"layer_{s.layer}_width_{s.width // 1024}k_l0_{s.l0}"
 
