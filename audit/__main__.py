@@ -40,7 +40,7 @@ import torch
 import eval_ablation
 from audit import card, effect_tables, features, figures, report, static
 from audit.attribution import attribute
-from audit.choices import choices, classes
+from audit.choices import choices, classes, data_alone
 from audit.counting import CONTEXTS, FIRST, Counts, count
 from audit.label_noise import read_human
 from eval_ablation import Evaluation, open_evaluation, seconds_per_condition
@@ -49,7 +49,7 @@ from runtime import cli
 from runtime.cli import flag
 from runtime.output import publish
 from runtime.sources import UserError, sha256
-from runtime.tables import write_table
+from runtime.tables import interval, write_table
 
 PARTS = ("usage", "ablation", "static", "choices", "attribution")
 DRAWING = 0.7  # seconds that a figure takes, about
@@ -147,6 +147,7 @@ class Audit:
                 save(folder, name, found, rows)
             pq.write_table(features.feature_table(counts, e.labels), folder / "features.parquet")
             shown = dict(about=found) | features.examples(e.policy, e.pairs, e.labels)
+            shown["cards"] = features.cards(e.policy, e.pairs, features.of_interest(counts, shown))
             (folder / "examples.json").write_text(json.dumps(shown) + "\n")
 
         return Part("usage", names, ("features.parquet", "examples.json"), about, 2, make)
@@ -204,16 +205,20 @@ class Audit:
             ]
             results = choices(e.policy, e.pairs, divided, "choices")
             rows = []
-            for table, found in zip(tables, results, strict=True):
-                rows += effect_tables.choice_rows(found, table, s.bootstrap, s.seed)
-            save(folder, "choices", about, rows)
+            for table, partition, found in zip(tables, divided, results, strict=True):
+                alone = data_alone(e.pairs, partition)
+                rows += effect_tables.choice_rows(found, alone, table, s.bootstrap, s.seed)
+            change = results[0].change[None]
+            low, high = (end.item() for end in interval(change, s.bootstrap, s.seed))
+            gap = dict(change=change.mean().item(), change_low=low, change_high=high)
+            save(folder, "choices", about | gap, rows)
 
         return Part("choices", ("choices",), (), about, 4 + len(e.labels), make)
 
     def attribution_part(self) -> Part:
         e, s = self.e, self.s
         about = e.about | dict(nodes=s.nodes)
-        parquet = "attribution_features.parquet"
+        files = ("attribution_features.parquet", "attribution_cards.json")
 
         def make(folder: Path) -> None:
             masks = [torch.from_numpy(x.mask) for x in effect_tables.category_masks(e.labels)]
@@ -226,10 +231,12 @@ class Audit:
             columns = effect_tables.feature_columns(found, e.labels, usage, mean_v)
             rows = effect_tables.earned_by_rows(columns, e.labels)
             save(folder, "attribution_features", said, rows)
-            pq.write_table(pa.table(columns), folder / parquet)
+            pq.write_table(pa.table(columns), folder / files[0])
+            cards = features.cards(e.policy, e.pairs, [row.feature for row in rows])
+            (folder / files[1]).write_text(json.dumps(dict(about=said, cards=cards)) + "\n")
 
         names = ("attribution", "attribution_features")
-        return Part("attribution", names, (parquet,), about, 3 + 3 * s.nodes, make)
+        return Part("attribution", names, files, about, 3 + 3 * s.nodes, make)
 
 
 def labelled(table: Labels, category: str) -> np.ndarray:
