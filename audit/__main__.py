@@ -43,10 +43,12 @@ from audit.attribution import attribute
 from audit.choices import choices, classes, data_alone
 from audit.counting import CONTEXTS, FIRST, Counts, count
 from audit.label_noise import read_human
+from audit.verdict import verdict
 from eval_ablation import Evaluation, open_evaluation, seconds_per_condition
 from labels import Labels
 from runtime import cli
 from runtime.cli import flag
+from runtime.messages import shown
 from runtime.output import publish
 from runtime.sources import UserError, sha256
 from runtime.tables import interval, write_table
@@ -319,55 +321,16 @@ def main() -> None:
     if (e.out / "adapter").is_dir() or (e.out / "adapter_config.json").is_file():
         card.write_card(e.out)
     print(summary(report.read_run(e.out).tables))
-    print(f"Written to {folder}, and {page}")
-
-
-def composition_lines(name: str, table: dict) -> list[str]:
-    titles = f"{'category':<24}{'context':<17}{'SAE':>8}{'adapter':>9}{'change':>10}"
-    lines = ["", name.replace("_", ", as the ") + ":", f"{titles}  95 % over pairs"]
-    for row in report.shown_rows(table):
-        category = f"{row['labels']}: {row['category']}"
-        shares = f"{report.percent(row['sae']):>9}{report.percent(row['adapter']):>9}"
-        line = (
-            f"{category:<24}{row['context']:<16}{shares}{report.percent(row['change'], True):>10}"
-        )
-        line += f"  {report.between(row, 'low', 'high')}"
-        if row.get("noisy_low") is not None:
-            line += f"; with label noise {report.between(row, 'noisy_low', 'noisy_high')}"
-        lines.append(line)
-    return lines
+    print(f"The rest: {page}, and the tables in {folder}.")
 
 
 def summary(tables: dict[str, dict]) -> str:
-    """The tables' main numbers, for the terminal."""
-    lines = []
-    for name in ("composition_paper", "composition"):
-        table = tables.get(name)
-        lines += composition_lines(name, table) if table else []
-
-    rows = tables.get("choices", {}).get("rows", ())
-    for labels in dict.fromkeys(row["labels"] for row in rows):
-        here = [row for row in rows if row["labels"] == labels]
-        named = next((row["tokens"] for row in here if row["named"]), "no category")
-        shares = ", ".join(f"{row['tokens']} {row['part_of_change'] or 0:.0%}" for row in here)
-        said = f"by {labels}, name: {named} (shares of the widened gap: {shares})"
-        lines += ["", f"The policy's choices, {said}"]
-
-    best = min(tables.get("static", {}).get("rows", ())[2:], key=lambda r: r["loss"], default=None)
-    if best:
-        lines += ["", f"Best static steering: {best['steering']}, loss {best['loss']:.3f}"]
-    if "attribution" in tables:
-        about, rows = tables["attribution"]["about"], tables["attribution"]["rows"]
-        said = (
-            f"shares sum to the change of {about['change']:.4f}, residual {about['residual']:.2g}"
-        )
-        lines += ["", f"Attribution: {said}"]
-        lines += [
-            f"{row['labels']}: {row['category']:<24}{row['share']:9.3f}"
-            for row in rows
-            if row["where"] == "(all)" and row["labels"]
-        ]
-    return "\n".join([*lines, ""])
+    """What was learned, in three lines for the terminal; "" where choices was not measured."""
+    found = verdict(tables)
+    if found is None:
+        return ""
+    learned, sure, features, _ = (shown(answer.text) for answer in found.answers)
+    return "\n".join(["", f"{shown(found.headline)} {learned}", sure, features, ""])
 
 
 if __name__ == "__main__":

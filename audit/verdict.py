@@ -117,12 +117,12 @@ def learned(lead: Reading, about: dict) -> str:
     shown = sorted(lead.rows, key=lambda row: -row["share"])
     if lead.named:
         shown.remove(lead.named)
-        part, *ends = (percent(lead.named[f"part_{end}"]) for end in ("of_change", "low", "high"))
-        earned = f"tokens of {lead.named['tokens']} earned {part} ({ends[0]} to {ends[1]})"
+        whole, *ends = (percent(lead.named[f"part_{end}"]) for end in ("of_change", "low", "high"))
+        earned = f"tokens of {lead.named['tokens']} earned {whole} ({ends[0]} to {ends[1]})"
     else:
         earned = "no category earned more than chance"
-    parts = ", ".join(f"{tokens(row)} {percent(row['part_of_change'])}" for row in shown)
-    return f"{text} Of that, {earned}; {parts}."
+    parts = [tokens(row) + " " + part(row) for row in shown]
+    return f"{text} Of that, {earned}; {', '.join(parts)}."
 
 
 def sure(lead: Reading, others: list[Reading]) -> str:
@@ -157,10 +157,13 @@ def other_labels(lead: Reading, other: Reading) -> str:
     ours, theirs = (of.named and of.named["tokens"] for of in (lead, other))
     kinds = [of.rows[0].get("kind", "fires") for of in (lead, other)]
     by = f"Labels of {KIND.get(kinds[1], kinds[1])} ({other.labels})"
-    part = f" ({percent(other.named['part_of_change'])})" if other.named else ""
+    of_gap = ""
+    if other.named:
+        more = ", less than the rest" if other.mostly_rest else ""
+        of_gap = f" ({percent(other.named['part_of_change'])}{more})"
     if ours == theirs:
-        return f"{by} name {theirs or 'nothing'} too{part}."
-    said = f"{by} name {theirs or 'nothing'}{part} instead"
+        return f"{by} name {theirs or 'nothing'} too{of_gap}."
+    said = f"{by} name {theirs or 'nothing'}{of_gap} instead"
     if kinds[0] == kinds[1]:
         return f"{said}: their categories are others."
     return (
@@ -217,12 +220,10 @@ def changing(lead: Reading, others: list[Reading], about: dict) -> str:
         "A second seed, or pairs from another source, under which another category comes first."
     ]
     if lead.data == name:
-        said.append(
-            f"Pairs that do not prefer {name}, if the policy then earned its gap elsewhere."
-        )
+        said.append(f"Pairs that do not prefer {name}, if the gap is then earned elsewhere.")
     if lead.rest["part_of_change"] > 0.25:
-        part = percent(lead.rest["part_of_change"])
-        said.append(f"A category for the rest, whose tokens earned {part}.")
+        earned = percent(lead.rest["part_of_change"])
+        said.append(f"A category for the rest, whose tokens earned {earned}.")
     if any((of.named and of.named["tokens"]) != name for of in others):
         said.append("A reason to trust the other label file more than this one.")
     said.append(f"A person who finds the features' labels{by} wrong.")
@@ -257,11 +258,14 @@ def differences(lead: Reading, rows: dict[str, Rows]) -> str:
     control = next((row for row in sets if row["set"] == "matched"), None)
     if own and control:
         more = control["excess_low"] > 0
-        agree = agree and more
+        curve = rows.get("topk") or [dict(loss=float("nan"))]
+        gain = curve[0]["loss"] - curve[-1]["loss"]
+        agree = agree and more and not own["delta"] < gain / 10
+        whole = f" (the whole gain is {nats(gain)})" if gain > 0 else ""
+        compared = "less" if more else "no less" if control["excess_high"] >= 0 else "more"
         found.append(
-            f"zeroing the features of {name} adds {nats(own['delta'])} to the loss, as many "
-            f"others of like usage {nats(control['delta'])}, which is "
-            + ("less" if more else "no less" if control["excess_high"] >= 0 else "more")
+            f"zeroing the features of {name} adds {nats(own['delta'])} to the loss{whole}, as "
+            f"many others of like usage {nats(control['delta'])}, which is {compared}"
         )
     if not found:
         return ""
@@ -280,15 +284,23 @@ def tokens(row: dict) -> str:
     return TOKENS.get(row["tokens"], row["tokens"])
 
 
+def part(row: dict) -> str:
+    narrowed = " (they narrowed it)" if row["share"] <= -0.0005 else ""
+    return percent(row["part_of_change"]) + narrowed
+
+
 def feature(row: dict) -> str:
     said = " ".join((row["explanation"] or "").split())
     said = said if len(said) <= 60 else said[:59] + "…"
     return f"feature {row['feature']}" + (f" ({said})" if said else "")
 
 
-def percent(share: float | None) -> str:
-    """In whole percent; never -0."""
-    return "–" if share is None else f"{round(100 * share) or 0:d} %"
+def percent(share: float | None, digits: int = 0, sign: bool = False) -> str:
+    """Never -0."""
+    if share is None:
+        return "–"
+    value = round(100 * share, digits) or 0.0
+    return f"{value:{'+' if sign else ''}.{digits}f} %"
 
 
 def nats(value: float) -> str:
