@@ -340,7 +340,8 @@ def prepare(s: Settings, device: Device, who: Ranks) -> Job:
 
     if not eval_pairs:
         source = s.eval_data or s.data
-        print(f"{source} has no test split: no evaluation (give --eval-data).", file=sys.stderr)
+        follows = "no evaluation, and no warning of over-training; --eval-data names pairs for both"
+        print(f"{source} has no test split: {follows}.", file=sys.stderr)
     read = [*sorted(policy.base.folder.glob("*.safetensors")), *(file.path for file in files)]
     read += [Path(s.mask_features)] if s.mask_features else []
     digests = {str(path): sha256(path) for path in read}

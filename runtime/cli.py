@@ -70,8 +70,14 @@ def parse(
 
     presets: value of --model -> defaults that fit it; flags given by the user win over them.
     """
+    changes = [
+        f"--model {model} changes these defaults: "
+        + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
+        for model, changed in (presets or {}).items()
+    ]
     form = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(_command(), description=doc, allow_abbrev=False, formatter_class=form)
+    about = dict(description=doc, epilog="\n".join(changes), formatter_class=form)
+    parser = _Parser(_command(), allow_abbrev=False, **about)
     hints = typing.get_type_hints(settings)
     for field in dataclasses.fields(settings):
         kind = hints[field.name]

@@ -178,13 +178,14 @@ def draw_loss(rows: list[dict], path: Path, lower: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
     split = {name: [row for row in rows if row["split"] == name] for name in ("train", "eval")}
     figure, (loss, logp, last) = plt.subplots(
         3, 1, figsize=(6, 7), sharex=True, layout="constrained", height_ratios=(3, 3, 2)
     )
 
-    def line(axes, name: str, key: str, label: str, colour: str) -> None:
+    def line(axes, name: str, key: str, label: str | None, colour: str) -> None:
         style = dict(alpha=0.4, lw=1) if name == "train" else dict(marker="o", ms=4)
         of = [row for row in split[name] if key in row]
         if of:
@@ -194,7 +195,8 @@ def draw_loss(rows: list[dict], path: Path, lower: str) -> None:
     for name in split:
         line(loss, name, "loss", name, COLOUR[name])
         for side in ("chosen", "rejected"):
-            line(logp, name, f"logp_{side}", f"{side}, {name}", COLOUR[side])
+            label = side if name == "eval" or not split["eval"] else None  # pale: train, as above
+            line(logp, name, f"logp_{side}", label, COLOUR[side])
         line(last, name, lower, name, COLOUR[name])
     if split["eval"]:
         best = measured(rows).best
@@ -205,7 +207,8 @@ def draw_loss(rows: list[dict], path: Path, lower: str) -> None:
     for axes, key in ((loss, "loss"), (last, lower)):
         if all(row[key] > 0 for row in rows):
             axes.set_yscale("log")
-            axes.minorticks_off()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter("{x:g}")
     if lower == "accuracy":
         last.set(yscale="linear", ylim=(0, 1.05))
