@@ -240,7 +240,7 @@ def l0_by_position(rows: list[Row], about: dict) -> Figure:
     """Mean L0 against the place in the sequence, above how many positions the mean is over."""
     options = dict(sharex=True, layout="constrained", height_ratios=(3, 3, 2))
     figure, grid = plt.subplots(3, 1, figsize=(WIDTH, 5.5), **options)
-    for axes, of in zip(grid, ("adapter", "sae"), strict=True):
+    for axes, of in zip(grid[:2], ("adapter", "sae"), strict=True):
         of_side = where(rows, of=of)
         for context in distinct(rows, "context"):
             here = where(of_side, context=context)
@@ -367,7 +367,7 @@ def choices(rows: list[Row], about: dict) -> Figure:
     named = (" (named)" if row["named"] else "" for row in rows)
     text = "{labels}: {tokens}"
     horizontal(axes, [text.format(**row) + end for row, end in zip(rows, named, strict=True)])
-    axes.set_xlabel("change of ℓ(chosen) − ℓ(rejected), nats per token (line: 95 % over pairs)")
+    axes.set_xlabel("change of the gap, nats per token (line: 95 % over pairs)")
     return finish(figure)
 
 

@@ -19,7 +19,8 @@ TABLES = ("choices", "attribution", "attribution_features", "ablation", "topk", 
 KEPT = {"attribution_features": 5}  # rows
 ABOUT = ("pairs", "change", "change_low", "change_high", "labels")
 SIZES = dict(train=768, test=128)
-AUDIT = ("--static-pairs", "64", "--random-sets", "1", "--nodes", "4", "--bootstrap", "500")
+AUDIT = "--pairs 64 --static-pairs 16 --coefficients 1 --top-features 16 --random-sets 1"
+AUDIT += " --keep 0.1 1 5 --nodes 4 --bootstrap 300"
 
 
 def write_pairs(cause: str, path: Path) -> None:
@@ -33,11 +34,13 @@ def write_pairs(cause: str, path: Path) -> None:
 def make(cause: str, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     pairs, run = out / f"{cause}.jsonl", out / cause
-    if not (run / "report.html").is_file():
+    commands = []
+    if not (run / "adapter").is_dir():
         write_pairs(cause, pairs)
-        train = ["train.py", "--model", "tiny", "--data", pairs, "--out", run]
-        for command in (train, ["-m", "audit", "--run", run, *AUDIT]):
-            subprocess.run([sys.executable, *map(str, command)], check=True)
+        commands.append(["train.py", "--model", "tiny", "--data", pairs, "--out", run])
+    commands.append(["-m", "audit", "--run", run, *AUDIT.split()])
+    for command in commands:
+        subprocess.run([sys.executable, *map(str, command)], check=True)
     (HERE / f"{cause}.json").write_text(json.dumps(kept(run), indent=1) + "\n")
 
 
