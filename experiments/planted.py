@@ -84,7 +84,7 @@ class Settings:
     update: bool = flag(False, "put the tables into experiments/PLANTED.md")
 
     def __post_init__(self):
-        cli.at_least_one(self, "seeds", "pairs", "eval_pairs", "loss_pairs", "steps")
+        cli.at_least(self, 1, "seeds", "pairs", "eval_pairs", "loss_pairs", "steps")
         if self.pairs < 32 or self.loss_pairs > self.eval_pairs:
             sizes = "at least 32 were expected; --loss-pairs: at most --eval-pairs"
             raise UserError(f"--pairs: {sizes}.")
