@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from runtime.messages import brief
+from runtime.output import replacing
 from runtime.sources import UserError, fetch, list_files, local, read_json, sha256, split_revision
 from runtime.weights import check_weights, read_weights
 
@@ -216,8 +217,9 @@ def _tensors(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
 
 def save_gemmascope(path: Path, arrays: dict[str, Tensor]) -> None:
     """Write the five arrays as GemmaScope's params.npz, float32 and uncompressed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **{name: arrays[name].detach().float().cpu().numpy() for name in ARRAYS})
+    held = {name: arrays[name].detach().float().cpu().numpy() for name in ARRAYS}
+    with replacing(path) as part, open(part, "wb") as file:  # savez would rename a path
+        np.savez(file, **held)
 
 
 def save_gemmascope2(folder: Path, arrays: dict[str, Tensor], model: str, layer: int) -> None:

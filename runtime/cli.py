@@ -9,13 +9,18 @@ At the end of a script: cli.run(main), where main calls cli.parse(Settings).
 
 import argparse
 import dataclasses
+import io
 import math
 import os
+import signal
 import sys
 import textwrap
 import types
 import typing
 from collections.abc import Callable
+
+from safetensors import SafetensorError
+from tqdm import tqdm
 
 from runtime.messages import brief, shown
 from runtime.sources import UserError
@@ -112,34 +117,93 @@ def run(main: Callable[[], None]) -> None:
     """Call main and end as a command line should.
 
     Exit code 2 and one sentence on stderr for a UserError and for what the system refuses, 130 for
-    Ctrl-C, 0 where the reader of our output, such as head, has read enough.
+    Ctrl-C, 143 for SIGTERM, 0 where all is done. A reader of our output that has read enough, such
+    as head, ends nothing: the files are written all the same.
     """
     _open_streams()
+    if "RANK" not in os.environ:  # torchrun ends processes that wait for each other, at once
+        signal.signal(signal.SIGTERM, _terminate)
     try:
-        main()
+        try:
+            main()
+        except SystemExit as e:
+            if e.code:
+                raise
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise SystemExit(0) from None
-    except (UserError, OSError) as e:
-        plain = isinstance(e, UserError) or not e.strerror
-        sentence = str(e) if plain else f"{e.filename or 'output'}: {e.strerror}."
-        print(shown(" ".join(sentence.split())), file=sys.stderr)
+    except (UserError, OSError, SafetensorError) as e:
+        _end_bars()
+        print(shown(" ".join(_sentence(e).split())), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
+        _end_bars()
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         _discard(sys.stdout)
 
 
+def _sentence(error: Exception) -> str:
+    if isinstance(error, UserError) or not getattr(error, "strerror", None):
+        return str(error)
+    return f"{error.filename or 'output'}: {error.strerror}."
+
+
+def _terminate(number, frame) -> None:
+    """SIGTERM ends the process as an exception does, so that nothing half-written is left."""
+    raise SystemExit(128 + number)
+
+
+def _end_bars() -> None:
+    """End all progress bars, the inner ones first, so that what is printed next has its line."""
+    for bar in sorted(tqdm._instances, key=lambda bar: bar.pos):
+        bar.close()
+
+
+class _Output(io.FileIO):
+    """Standard output or standard error of a process that goes on where nobody reads them."""
+
+    def write(self, content) -> int:
+        try:
+            return super().write(content)
+        except OSError as e:
+            # A full disk must be known of, but not where there is no other place to say so.
+            if self.fileno() == 1 and not isinstance(e, BrokenPipeError):
+                raise
+            _lead_nowhere(self.fileno())
+            return len(content)
+
+
 def _open_streams() -> None:
     """Streams that the shell closed lead nowhere; text that a terminal cannot show is escaped."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # else the next file that is opened would be taken for the stream
+            _lead_nowhere(number)
         stream = getattr(sys, name)
-        if hasattr(stream, "reconfigure"):  # not where a test has put a buffer
-            stream.reconfigure(errors="backslashreplace")
+        if stream is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+        elif number == 0 and _is(stream, 0):
+            stream.reconfigure(errors="strict")  # in some locales it would hide what is not UTF-8
+        elif _is(stream, number):  # not where a test has put a buffer
+            raw = io.BufferedWriter(_Output(number, "w", closefd=False))
+            how = dict(line_buffering=stream.line_buffering, write_through=stream.write_through)
+            opened = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", **how)
+            setattr(sys, name, opened)
+
+
+def _is(stream, number: int) -> bool:
+    try:
+        return stream.fileno() == number
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _lead_nowhere(number: int) -> None:
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere != number:
+        os.dup2(nowhere, number)
+        os.close(nowhere)
 
 
 def _discard(stream) -> None:
@@ -147,4 +211,4 @@ def _discard(stream) -> None:
     try:
         stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _lead_nowhere(stream.fileno())
