@@ -342,7 +342,7 @@ class Row(NamedTuple):
     step: int
     split: str
     seconds: float
-    total: float | None  # loss with the penalty; evaluations of an earlier version lack it
+    total: float | None = None  # loss with the penalty; rows of an earlier version lack it
 
 
 def collect(runs: list[Run]) -> list[Row]:
@@ -456,8 +456,8 @@ def elbow(points: Sequence[Point]) -> Elbow:
     return Elbow(points[best])
 
 
-# axis -> the authors' sweep along it
-THEIRS = dict(weight="alpha_sweep", layer="layer_sweep")
+# axis -> the authors' sweep along it in published.json, and where its points stand there
+THEIRS = dict(weight=("alpha_sweep", "alpha"), layer=("layer_sweep", "layer"))
 AXES = dict(weight="weight of the penalty", layer="layer", width="features of the SAE")
 
 
@@ -503,7 +503,7 @@ def draw(points: dict[Point, list[Row]], path: Path, beside: bool = False) -> No
 
 
 def draw_theirs(panel, axis: str, name: str, ours: Iterable[list[Point]]) -> None:
-    """The authors' sweep along an axis; in the panel of losses, our totals, which it means."""
+    """Crosses of the authors' sweep along an axis; among losses also our totals, which compare."""
     sweep, key = THEIRS[axis]
     if name == "loss":
         for color, line in enumerate(ours):
@@ -514,9 +514,8 @@ def draw_theirs(panel, axis: str, name: str, ours: Iterable[list[Point]]) -> Non
     rows = [row for row in published()[sweep]["rows"] if row.get(value) is not None]
     label = "the authors' total; dashed: ours" if name == "loss" else "the authors'"
     panel.plot([row[key] for row in rows], [row[value] for row in rows], "kx", ms=6, label=label)
-    if rows and name == "loss":
-        cross = [panel.lines[-1]]
-        panel.legend(handles=cross, frameon=False, fontsize=8)
+    if name == "loss":
+        panel.legend(handles=[panel.lines[-1]], frameon=False, fontsize=8)
 
 
 def set_scales(panel, ticks: Sequence[float], logarithmic: bool) -> None:
