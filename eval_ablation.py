@@ -149,6 +149,7 @@ def described_run(policy: Policy, source: str, pairs: list[Pair], labels: list[d
         pairs=len(pairs),
         base_model=policy.run.model,
         layer=policy.steered.layer,
+        d_model=sae.d_model,
         d_sae=sae.d_sae,
         sae=sae.source,
         sae_id=sae.sae_id,

@@ -13,7 +13,8 @@ long as that of Gemma-2; with `stream`, the same --l1 and --lr have about the sa
 
 The main deviations from the paper and the authors' code (docs/paper.md lists all):
 
-1. `loss`, in training and evaluation, is the SimPO loss alone; the penalty is reported beside it.
+1. `loss`, in training and evaluation, is the SimPO loss alone; the penalty is reported beside it,
+   and `total` is their sum.
 
 2. The penalty is averaged over real positions; the authors' code also counts padding.
 
@@ -55,7 +56,7 @@ from runtime.messages import shown
 from runtime.ranks import ALONE, Ranks
 from runtime.sources import UserError, sha256
 from sae import default_source
-from simpo import Means, Scores, Sums
+from simpo import Scores, Sums
 
 # Value of --model -> other defaults that it changes.
 PRESETS = {"tiny": dict(**TINY, lr=2e-3, threshold_lr=0.2, epochs=1, eval_every=16)}
@@ -88,7 +89,7 @@ class Settings:
     threshold_lr: float | None = flag(None, "peak rate of thresholds (default: 1000 times --lr)")
     warmup_ratio: float = flag(0.1, "share of the steps in which the learning rate rises from 0")
     schedule: str = flag(
-        "cosine", "shape of the learning rate; cosine has a warm-up, too", SCHEDULES
+        "cosine", "shape of the learning rate; only constant has no warm-up", SCHEDULES
     )
     max_grad_norm: float = flag(1.0, "clip the gradient's norm at this value; 0: do not clip")
     batch_size: int = flag(32, "pairs in each optimiser step")
@@ -167,10 +168,10 @@ class Penalty(NamedTuple):
     l1: float = 0.0  # α, weight of the mean over positions of ‖v‖₁
     l0: float = 0.0  # λ, weight of the mean over positions of ‖v‖₀
 
-    def on(self, found: Means) -> dict[str, float]:
-        """The columns `penalty` and `total` of metrics.jsonl."""
-        penalty = self.l1 * found.l1 + self.l0 * found.l0
-        return dict(penalty=penalty, total=found.loss + penalty)
+    def added(self, found: dict[str, float]) -> dict[str, float]:
+        """Metrics with penalty and total, as metrics.jsonl has them."""
+        penalty = self.l1 * found["l1"] + self.l0 * found["l0"]
+        return found | dict(penalty=penalty, total=found["loss"] + penalty)
 
 
 class MicroBatch(NamedTuple):
@@ -387,6 +388,7 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
     learning = {id(p) for p in model.parameters() if p.requires_grad}
     assert learning == {id(p) for p in trained.parameters()}, "exactly `trained` must learn"
     optimizer = make_optimizer(trained, s.lr, s.threshold_lr, job.unit)
+    whole_penalty = Penalty(s.l1 / job.unit, s.l0)
 
     out = ranks.on_first(who, lambda: job.out)
     run = Run(out, trained, optimizer, steps, s.checkpoint_every, s.eval_every, who)
@@ -400,7 +402,8 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
     while step < steps:
         if eval_pairs and run.evaluates(step):
             pause = functools.partial(run.checkpoint, step)
-            run.log("eval", step, evaluate(wrapped, eval_pairs, how, pause))
+            measured = evaluate(wrapped, eval_pairs, how, pause)
+            run.log("eval", step, whole_penalty.added(measured))
 
         step_started = time.perf_counter()
         indices = batch_indices(step, len(pairs), s.batch_size, s.seed, s.shuffle)
@@ -408,7 +411,7 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
         factor = lr_factor(step, steps, s.schedule, s.warmup_ratio)
         set_learning_rate(optimizer, factor)
         penalizes = step >= s.penalty_warmup_ratio * steps
-        penalty = Penalty(s.l1 / job.unit, s.l0) if penalizes else Penalty()
+        penalty = whole_penalty if penalizes else Penalty()
 
         sums = backward(wrapped, batch, penalty, how)
         grad_norm = clip(trained, s.max_grad_norm)
@@ -422,14 +425,15 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
         step += 1
 
         seconds = time.perf_counter() - step_started
-        row = dict(epoch=step / per_epoch, **found._asdict(), **penalty.on(found))
+        row = dict(epoch=step / per_epoch, **penalty.added(found._asdict()))
         row |= dict(lr=s.lr * factor, grad_norm=grad_norm, **throughput(batch, seconds))
         run.log("train", step, row)
         run.checkpoint(step)
 
     if eval_pairs:
         pause = functools.partial(run.checkpoint, steps)
-        run.log("eval", steps, evaluate(wrapped, eval_pairs, how, pause))
+        measured = evaluate(wrapped, eval_pairs, how, pause)
+        run.log("eval", steps, whole_penalty.added(measured))
     run.close()
     if who.first:
         draw_loss(run.rows, out / "loss.png", "accuracy" if s.full else "l0")

@@ -43,6 +43,7 @@ from audit.attribution import attribute
 from audit.choices import choices, classes
 from audit.counting import CONTEXTS, FIRST, Counts, count
 from audit.label_noise import read_human
+from audit.published import beside
 from eval_ablation import Evaluation, open_evaluation, seconds_per_condition
 from labels import Labels
 from runtime import cli
@@ -308,6 +309,11 @@ def main() -> None:
         took = f"{time.perf_counter() - started:.1f} s" if part.name in due else "there already"
         print(f"{part.name:<12} {took:>13}  {', '.join((*part.tables, *part.files))}", flush=True)
 
+    run = report.read_run(e.out)
+    figures_beside = beside(run.metrics, run.tables)
+    if figures_beside:
+        with publish(folder) as new:
+            save(new, "beside_published", e.about, figures_beside)
     page = report.write_report(e.out)
     if (e.out / "adapter").is_dir() or (e.out / "adapter_config.json").is_file():
         card.write_card(e.out)

@@ -107,10 +107,14 @@ def test_a_run_writes_what_the_contract_says(mid_run):
         "margin",
         "l1",
         "l0",
+        "penalty",
+        "total",
         "pairs",
         "tokens",
     }
     assert evals[0]["pairs"] == 8
+    for row in evals:  # the authors' evaluation loss is this total
+        assert row["total"] == pytest.approx(row["loss"] + 0.02 * row["l1"]) != row["loss"]
 
     config = json.loads((out / "config.json").read_text())
     assert config["settings"]["layer"] == 1 and config["settings"]["dtype"] != "auto"
