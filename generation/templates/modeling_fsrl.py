@@ -46,10 +46,9 @@ class Steering(nn.Module):
 
 
 class Steered:
-    """A model of either family with one steered block. Biases and thresholds stay float32, because
-    bfloat16 would round them away. A folder may name base model and SAE instead of holding them.
-    """
+    """A model with one steered block. Its folder holds base and SAE, or names them on the Hub."""
 
+    # In bfloat16, what biases and thresholds have learned would be rounded away.
     _keep_in_fp32_modules_strict = ("bias", "threshold", "b_enc", "theta")
     _no_split_modules = ("Gemma2DecoderLayer", "Gemma3DecoderLayer", "Gemma2Layer", "Gemma3Layer")
 
