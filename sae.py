@@ -8,6 +8,7 @@ It is read from GemmaScope's params.npz, Gemma Scope 2's params.safetensors or S
 
 import json
 import math
+import os
 import re
 import struct
 import zipfile
@@ -61,6 +62,7 @@ class JumpReLUSAE(nn.Module):
             self.register_buffer(name, arrays[name])
         self.source, self.sae_id, self.sha256 = source, sae_id, digest
         self.revision = None  # commit of a Hub download, set by from_pretrained
+        self.file = None  # that was read, relative to the source; set by from_pretrained
 
     @property
     def d_model(self) -> int:
@@ -116,7 +118,7 @@ class JumpReLUSAE(nn.Module):
             check_weights(file, name, array)
         arrays = {name: array.to(device=device, dtype=dtype) for name, array in arrays.items()}
         sae = cls(arrays, str(source), sae_id, sha256(file))
-        sae.revision = commit
+        sae.revision, sae.file = commit, os.path.relpath(file, root)
         return sae
 
 
