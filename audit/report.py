@@ -18,19 +18,21 @@ import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from audit.features import EXAMPLE_TOKENS
+from audit.published import published
 from audit.verdict import nats, p_value, percent, readings, verdict
 from policy import adapter_sha256
 from runtime import page
 from runtime.neuronpedia import page_of
 from runtime.outcome import Sample, before_after, measured, outcome
 from runtime.output import write_whole
-from runtime.sources import UserError
+from runtime.sources import UserError, read_json
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "report.html"
 SCRIPT = TEMPLATE.with_name("report.js").read_text()
 FEATURES = 10  # of each order of features; the parquet files have them all
 ROWS = 40  # of any other table; its csv has them all
 CONTEXT = "prompt_chosen"  # of the features' numbers on the page
+TABLE_3 = published()["table_3"]["rows"][0]["usage"]
 SETTINGS = ("l1", "beta", "gamma_ratio", "lr", "batch_size", "epochs", "max_steps", "seed")
 
 
@@ -73,14 +75,9 @@ def read_run(out: str | Path) -> RunFiles:
 def _json(path: Path, kind: type = dict):
     """What a json file holds; empty where there is no file."""
     try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        return kind()
-    except (OSError, ValueError, RecursionError) as e:
+        return read_json(path, kind) if path.exists() else kind()
+    except (OSError, ValueError) as e:
         raise UserError(f"{path}: not readable json ({e}).") from e
-    if not isinstance(found, kind):
-        raise UserError(f"{path}: {'an object' if kind is dict else 'a list'} was expected.")
-    return found
 
 
 def _samples(path: Path) -> list[Sample]:
@@ -469,9 +466,9 @@ def features(run: RunFiles, known: Known) -> Iterator[Section]:
         ),
         "Most used (Table 3)": (
             np.argsort(-used, kind="stable"),
-            "By share of positions. The paper's Table 3 prints neither that nor a percentage of "
-            "events: its 4.42 % is the share of events formatted as a percentage twice; per "
-            "position that feature is active at about 44 %.",
+            f"By share of positions. The paper's Table 3 prints neither that nor a percentage of "
+            f"events: its {TABLE_3} % is the share of events formatted as a percentage twice; "
+            "that feature is active at about 44 % of the positions.",
         ),
         "Largest mean value (Table 4)": (np.argsort(-mean, kind="stable"), "Over all positions."),
     }
@@ -575,6 +572,14 @@ def attribution(rows: list[dict]) -> Table:
     return Table(titles, cells, 4, caption)
 
 
+def plain(rows: list[dict]) -> Table:
+    """A table that this page knows nothing of."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = [column for column in columns if column not in ("kind", "matched")]
+    cells = [[cell(row.get(column)) for column in columns] for row in rows[:ROWS]]
+    return Table([column.replace("_", " ") for column in columns], cells, 0)
+
+
 EFFECTS: dict[str, tuple[str, str, Callable[[list[dict]], Table]]] = {
     "topk": (
         "Only the strongest features kept (Figure 2)",
@@ -595,6 +600,12 @@ EFFECTS: dict[str, tuple[str, str, Callable[[list[dict]], Table]]] = {
         "Steering that does not read its context",
         "What one and the same vector at every position regains of the policy's gain.",
         static,
+    ),
+    "beside_published": (
+        "Beside the published figures",
+        "The paper's and its authors' numbers (docs/published.json) and this run's, in one unit. "
+        "Shares of Table 2 count the first position, as theirs do.",
+        plain,
     ),
 }
 USAGE = {  # tables of features.py whose pictures the page has -> heading, and how to read them
@@ -630,14 +641,6 @@ def effects(run: RunFiles, known: Known) -> Iterator[Section]:
         left_out = len(rows) - ROWS if make is plain else 0
         more = f"{left_out:,} more rows in eval/{name}.json." if left_out > 0 else ""
         yield Section(heading, note, make(rows), image(run.folder / "eval" / f"{name}.png"), more)
-
-
-def plain(rows: list[dict]) -> Table:
-    """A table that this page knows nothing of."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    columns = [column for column in columns if column not in ("kind", "matched")]
-    cells = [[cell(row.get(column)) for column in columns] for row in rows[:ROWS]]
-    return Table([column.replace("_", " ") for column in columns], cells, 0)
 
 
 def cell(value: object) -> str:
