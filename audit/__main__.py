@@ -56,6 +56,7 @@ from runtime.tables import interval, write_table
 
 PARTS = ("usage", "ablation", "static", "choices", "attribution")
 DRAWING = 0.7  # seconds that a figure takes, about
+VERSION = 2  # of the columns of the tables of usage, choices and attribution
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Audit:
     def usage_part(self) -> Part:
         e, s = self.e, self.s
         about = e.about | dict(human=sha256(Path(s.human)) if s.human else None)
-        about |= dict(first=FIRST[s.count_first])
+        about |= dict(first=FIRST[s.count_first], version=VERSION)
         names = ("top_usage", "top_value", "value_difference", "usage_rank", "l0", "l0_by_position")
         names = ("composition_paper", "composition", *names) if self.masks else names
 
@@ -198,7 +199,7 @@ class Audit:
 
     def choices_part(self) -> Part:
         e, s = self.e, self.s
-        about = e.about | dict(rest=s.rest)
+        about = e.about | dict(rest=s.rest, version=VERSION)
 
         def make(folder: Path) -> None:
             tables, masks = zip(*self.interesting(), strict=True)
@@ -220,7 +221,7 @@ class Audit:
 
     def attribution_part(self) -> Part:
         e, s = self.e, self.s
-        about = e.about | dict(nodes=s.nodes)
+        about = e.about | dict(nodes=s.nodes, version=VERSION)
         files = ("attribution_features.parquet", "attribution_cards.json")
 
         def make(folder: Path) -> None:

@@ -5,6 +5,7 @@ by which features, what would change the reading, and why measures differ where 
 stands only where a number supports it.
 """
 
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -290,9 +291,13 @@ def part(row: dict) -> str:
 
 
 def feature(row: dict) -> str:
-    said = " ".join((row["explanation"] or "").split())
-    said = said if len(said) <= 60 else said[:59] + "…"
+    said = shortened(row["explanation"] or "", 60)
     return f"feature {row['feature']}" + (f" ({said})" if said else "")
+
+
+def shortened(text: str, most: int = 120) -> str:
+    """On one line, cut between words."""
+    return textwrap.shorten(text, most, placeholder=" …")
 
 
 def percent(share: float | None, digits: int = 0, sign: bool = False) -> str:
