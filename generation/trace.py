@@ -16,7 +16,7 @@ from runtime import page
 from runtime.output import write_whole
 from runtime.sources import UserError
 
-WHERE = "v stands at the token that it was computed at; it changes what the next token is."
+WHERE = "v stands at the token where it was computed; what it does shows in the token after that."
 TEMPLATE = Path(__file__).parent / "templates" / "trace.html"
 
 
