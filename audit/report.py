@@ -150,6 +150,7 @@ def write_report(out: str | Path) -> Path:
             cards=known.cards(),
             stale=stale(run),
             percent=tenths,
+            whole=percent,
             between=between,
         )
     except (KeyError, TypeError, AttributeError, IndexError, jinja2.UndefinedError) as e:
