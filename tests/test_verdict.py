@@ -6,10 +6,12 @@ import copy
 import json
 
 import pytest
+import torch
 from conftest import GOLDEN
 
-from audit.choices import END, REST
+from audit.choices import END, LEVEL, REST, Choices, Classes, data_alone, data_p_values
 from audit.verdict import nats, percent, verdict
+from data import Pair
 
 # Cause -> the category that realises it.
 PLANTED = {
@@ -121,3 +123,35 @@ def test_numbers_have_no_false_digits():
     assert nats(-1.1e-10) == "0.000" and nats(-0.25) == "-0.250" and nats(12.345) == "12.35"
     assert percent(-0.001) == "0 %" and percent(None) == "–"
     assert percent(0.0449, digits=1, sign=True) == "+4.5 %"
+
+
+# --- what stands beside the measure ---------------------------------------------------------------
+
+
+def test_the_pairs_alone():
+    """Shares of tokens of each class, chosen less rejected, pair by pair."""
+    of_token = torch.tensor([2, 0, 0, 1, 2])
+    partition = Classes(("style", END, REST), of_token)
+    pairs = [Pair([4], [1, 2, 3, 4], [3, 3]), Pair([4, 4], [1], [2])]
+    expected = [[0.5, 0.25 - 1, 0.25], [0.0, 0.0, 0.0]]
+    assert torch.allclose(data_alone(pairs, partition), torch.tensor(expected).double())
+
+
+def test_chance_is_the_bound_of_the_one_sided_test():
+    g = torch.Generator().manual_seed(0)
+    names = ("style", "alignment", END, REST)
+    for strength in (0.0, 0.1, 0.3, 0.5, 1.0):
+        shares = torch.randn(60, 4, generator=g, dtype=torch.float64)
+        shares[:, 0] += strength
+        found = Choices(names, shares, shares.sum(1))
+        beyond = shares.mean(0) > found.chance()
+        assert beyond.tolist() == (found.p_values() <= LEVEL).tolist()
+        named = "style" if bool(beyond[0]) else None
+        assert found.named() in (named, "alignment")
+
+
+def test_a_difference_in_the_pairs_is_found_in_either_direction():
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(80, 3, generator=g, dtype=torch.float64)
+    more, fewer, nothing = data_p_values(noise + torch.tensor([1.0, -1.0, 0.0])).tolist()
+    assert max(more, fewer) <= LEVEL < nothing

@@ -58,7 +58,7 @@ def kept(run: Path) -> dict:
         rows = found["rows"][: KEPT.get(name)]
         rows = [row for row in rows if row.get("where", "(all)") == "(all)"]
         about = {k: short(v) for k, v in found["about"].items() if k in ABOUT}
-        about["labels"] = [dict(name=t["name"], kind=t["kind"]) for t in about["labels"]]
+        about["labels"] = [{k: t[k] for k in ("name", "kind", "judge")} for t in about["labels"]]
         tables[name] = dict(
             about=about, rows=[{k: short(v) for k, v in row.items()} for row in rows]
         )
