@@ -54,8 +54,8 @@ class Settings:
     max_length: int = flag(1024, "tokens of a text, at most")
     test_pairs: int = flag(64, "pairs of the test split that the quality is measured on")
     seed: int = flag(0, "seed of initial weights and of the order of positions")
-    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", DTYPES)
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
+    dtype: str = flag("auto", "dtype of products; auto: bfloat16 on CUDA, else float32", DTYPES)
+    device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
     out: str = flag("runs/sae", "folder to write")
 
     def __post_init__(self):
