@@ -6,7 +6,6 @@
 It is read from GemmaScope's params.npz, Gemma Scope 2's params.safetensors or SAELens's folders.
 """
 
-import json
 import math
 import re
 import struct
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from runtime.messages import brief
@@ -218,16 +216,6 @@ def save_gemmascope(path: Path, arrays: dict[str, Tensor]) -> None:
     """Write the five arrays as GemmaScope's params.npz, float32 and uncompressed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **{name: arrays[name].detach().float().cpu().numpy() for name in ARRAYS})
-
-
-def save_gemmascope2(folder: Path, arrays: dict[str, Tensor], model: str, layer: int) -> None:
-    """Write the five arrays as Gemma Scope 2's params.safetensors (float32) and config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name.lower(): arrays[name].detach().float().cpu().contiguous() for name in ARRAYS}
-    save_file(tensors, folder / "params.safetensors")
-    place = dict(hf_hook_point_in=f"model.layers.{layer}.output", model_name=model)
-    config = dict(architecture="jump_relu", **place)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 # --- which SAE, where none is named ---------------------------------------------------------------

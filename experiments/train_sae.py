@@ -33,7 +33,7 @@ from runtime.cli import flag
 from runtime.device import DTYPES, Device, resolve_device
 from runtime.output import replacing, writable, write_whole
 from runtime.sources import UserError, sha256
-from sae import JumpReLUSAE, save_gemmascope2
+from sae import ARRAYS, JumpReLUSAE
 
 IDLE = 200  # batches without firing after which a feature learns from the others' error
 FINAL = 50_000  # positions on which the final threshold is set
@@ -326,6 +326,16 @@ def train(s: Settings) -> Path:
             print(f"{key:<20}{value:12.4f}")
     print(f"Written to {folder}")
     return folder
+
+
+def save_gemmascope2(folder: Path, arrays: dict[str, Tensor], model: str, layer: int) -> None:
+    """Write the five arrays as Gemma Scope 2's params.safetensors (float32) and config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name.lower(): arrays[name].detach().float().cpu().contiguous() for name in ARRAYS}
+    save_file(tensors, folder / "params.safetensors")
+    place = dict(hf_hook_point_in=f"model.layers.{layer}.output", model_name=model)
+    config = dict(architecture="jump_relu", **place)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:
