@@ -33,7 +33,7 @@ from runtime.cli import flag
 from runtime.device import DTYPES, Device, resolve_device
 from runtime.output import replacing, writable, write_whole
 from runtime.sources import UserError, sha256
-from sae import JumpReLUSAE, save_gemmascope2
+from sae import ARRAYS, JumpReLUSAE
 
 IDLE = 200  # batches without firing after which a feature learns from the others' error
 FINAL = 50_000  # positions on which the final threshold is set
@@ -54,8 +54,8 @@ class Settings:
     max_length: int = flag(1024, "tokens of a text, at most")
     test_pairs: int = flag(64, "pairs of the test split that the quality is measured on")
     seed: int = flag(0, "seed of initial weights and of the order of positions")
-    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", DTYPES)
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
+    dtype: str = flag("auto", "dtype of products; auto: bfloat16 on CUDA, else float32", DTYPES)
+    device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
     out: str = flag("runs/sae", "folder to write")
 
     def __post_init__(self):
@@ -326,6 +326,16 @@ def train(s: Settings) -> Path:
             print(f"{key:<20}{value:12.4f}")
     print(f"Written to {folder}")
     return folder
+
+
+def save_gemmascope2(folder: Path, arrays: dict[str, Tensor], model: str, layer: int) -> None:
+    """Write the five arrays as Gemma Scope 2's params.safetensors (float32) and config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name.lower(): arrays[name].detach().float().cpu().contiguous() for name in ARRAYS}
+    save_file(tensors, folder / "params.safetensors")
+    place = dict(hf_hook_point_in=f"model.layers.{layer}.output", model_name=model)
+    config = dict(architecture="jump_relu", **place)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:
