@@ -6,8 +6,8 @@
     python -m labelling --explanations DIR --sample 300 --out sheet.csv  # for a person to fill in
     python -m labelling --human sheet.csv --labels runs/labels.jsonl     # agreement with them
 
-As in the paper, an answer is one of two words for each category. One that is neither, where a server
-cannot enforce that, stays without a label and is counted, never guessed. The definitions
+As in the paper, an answer is one of two words for each category. One that is neither, where a
+server cannot enforce that, stays without a label and is counted, never guessed. The definitions
 (categories.json) cover the points of the paper's prompts in our own words.
 """
 
