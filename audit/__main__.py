@@ -49,7 +49,7 @@ from labels import Labels
 from runtime import cli
 from runtime.cli import flag
 from runtime.output import publish
-from runtime.sources import UserError, sha256
+from runtime.sources import UserError, read_json, sha256
 from runtime.tables import write_table
 
 PARTS = ("usage", "ablation", "static", "choices", "attribution")
@@ -268,7 +268,7 @@ def is_current(folder: Path, part: Part) -> bool:
         wanted = part.about | (dict(labels=[]) if name in NO_LABELS else {})
         wanted = json.loads(json.dumps(wanted))
         try:
-            there = json.loads((folder / f"{name}.json").read_text())["about"]
+            there = dict(read_json(folder / f"{name}.json")["about"])
         except (OSError, ValueError, KeyError, TypeError):
             return False
         if any(there.get(key) != value for key, value in wanted.items() if key not in NAMES):

@@ -58,7 +58,7 @@ from fsrl import KINDS
 from runtime import cli
 from runtime.cli import flag
 from runtime.device import dtype_on, resolve_device
-from runtime.output import write_whole
+from runtime.output import replacing, write_whole
 from runtime.sources import UserError, read_json
 from runtime.tables import csv_text
 
@@ -498,7 +498,8 @@ def draw(points: dict[Point, list[Row]], path: Path, beside: bool = False) -> No
         pair[0].set_ylabel("SimPO loss (evaluation)")
         pair[1].set_ylabel("L0: features steered per position")
         pair[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=150)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150, format="png")
     plt.close(figure)
 
 
