@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from audit.choices import END, REST, Classes
 from data import Pair, header_ids
+from policy import Policy
 from runtime.messages import brief
 from runtime.sources import UserError, read_json, sha256
 
@@ -123,18 +124,17 @@ def pair_kinds(rules: Rules, pair: Pair, tokenizer: Tokenizer) -> tuple[list[int
     return chosen, rejected
 
 
-def classes(rules: Rules, pairs: Sequence[Pair], tokenizer: Tokenizer, vocabulary: int) -> Classes:
+def by_rules(rules: Rules, policy: Policy, pairs: Sequence[Pair]) -> Classes:
     """Each token of the responses in the class of its own place. In the vocabulary, from which the
-    model chooses something else there, a token has the class that it most often has in `pairs`;
-    tokens that occur nowhere are REST.
+    model would choose something else there, a token has the class that it most often has in
+    `pairs`; tokens that occur nowhere are REST.
     """
-    own, count = [], torch.zeros(vocabulary, len(rules.names), dtype=torch.int64)
-    count[:, -1] = 0
+    own, rest = [], len(rules.names) - 1
+    count = torch.zeros(policy.base.config.vocab_size, len(rules.names), dtype=torch.int64)
     for pair in pairs:
-        kinds = torch.tensor([k for side in pair_kinds(rules, pair, tokenizer) for k in side])
         target = torch.tensor([*pair.chosen, *pair.rejected])
-        count.index_put_((target, kinds), torch.tensor(1), accumulate=True)
-        own.append(kinds)
-    of_token = count.argmax(1)
-    of_token[count.sum(1) == 0] = len(rules.names) - 1
+        own.append(torch.tensor([k for r in pair_kinds(rules, pair, policy.tokenizer) for k in r]))
+        count.index_put_((target, own[-1]), torch.tensor(1), accumulate=True)
+    of_token = torch.where(count.any(1), count.argmax(1), rest)
+    of_token[policy.tokenizer.token_to_id("<end_of_turn>")] = rest - 1
     return Classes(rules.names, of_token, own)
