@@ -113,6 +113,9 @@ class Audit:
         self.e, self.s = e, s
         self.human = read_human(s.human, e.labels) if s.human else {}
         self.rules = read_rules(s.token_rules) if s.token_rules else None
+        if self.rules and self.rules.name in {table.name for table in e.labels}:
+            same = "has the name of a label file, by which tables tell them apart"
+            raise UserError(f"--token-rules {s.token_rules}: {same}.")
         found = features.all_categories(e.labels)
         self.masks = [torch.from_numpy(mask) for *_, mask in found]
         self.labelled = [torch.from_numpy(labelled(table, name)) for table, name, _ in found]
