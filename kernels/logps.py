@@ -19,8 +19,10 @@ from torch import Tensor
 from kernels.pointwise import at_least_float32, linear
 
 # Logits in memory together: on a GPU 256 MB in float32, which is 262 tokens with a vocabulary of
-# 256,000; on a CPU so many that they stay in the cache.
+# 256,000; on a CPU so many that they stay in the cache, but those of CHUNK_ROWS tokens at least,
+# because each chunk reads the whole head: 16 tokens a chunk take 1.6 times as long as 64.
 CHUNK_ELEMENTS = {"cuda": 1 << 26, "cpu": 1 << 22}
+CHUNK_ROWS = 64
 EXACT = 256  # how many of the largest logits all_logits computes without rounding to bfloat16
 
 
@@ -70,7 +72,7 @@ def all_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     """Slices of hidden [N, d] whose logits [n, V] are in memory together."""
-    step = max(1, CHUNK_ELEMENTS[hidden.device.type] // len(weight))
+    step = max(CHUNK_ROWS, CHUNK_ELEMENTS[hidden.device.type] // len(weight))
     return [slice(i, min(i + step, len(hidden))) for i in range(0, len(hidden), step)]
 
 
@@ -91,11 +93,11 @@ class _TokenLogps(torch.autograd.Function):
         keep_gradient = ctx.needs_input_grad[0] and not ctx.trains_head
         gradient = torch.empty_like(hidden) if keep_gradient else None
         logps = torch.empty(len(hidden), dtype=at_least_float32(hidden.dtype), device=hidden.device)
-        with _head_for_products(weight) as weight:
-            buffers = _buffers(hidden, weight)
+        with _head_for_products(weight) as head:
+            buffers = _buffers(hidden, head)
             gradient_dtype = weight.dtype if keep_gradient else None
-            for rows in chunks(hidden, weight):
-                chunk = _chunk(hidden[rows], weight, target[rows], softcap, buffers, gradient_dtype)
+            for rows in chunks(hidden, head):
+                chunk = _chunk(hidden[rows], head, target[rows], softcap, buffers, gradient_dtype)
                 logps[rows] = chunk.logp
                 if keep_gradient:
                     gradient[rows] = _matmul(chunk.gradient, weight)
@@ -209,8 +211,10 @@ def _head_for_products(weight: Tensor) -> Iterator[Tensor]:
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a, cast to b's dtype, @ b; the result is not rounded to that dtype but float32 at least."""
+    """a @ b in float32 at least: a takes b's dtype for the product, but its result is not rounded
+    to it. A CPU has no such product of bfloat16 matrices: there it is rounded.
+    """
     with torch.autocast(a.device.type, enabled=False):
-        if b.dtype == torch.bfloat16:  # on CUDA; this product takes no `out`
+        if b.dtype == torch.bfloat16 and b.is_cuda:  # this product takes no `out`
             return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
         return torch.mm(a.to(b.dtype), b, out=out)
