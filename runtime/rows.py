@@ -20,7 +20,7 @@ def read(path: str | Path, file: BinaryIO | None = None) -> list[dict]:
     A json file holds a list of objects, or one object of objects: then each is a row, and its key
     the row's `category`. Raises UserError naming the file and the line that cannot be read.
     """
-    text = _text(path, file)
+    text = read_text(path, file)
     name = str(path).removesuffix(".gz")
     number = 0
     try:
@@ -56,8 +56,8 @@ def open_file(path: str | Path) -> BinaryIO:
         raise UserError(f"{path}: cannot be read ({e.strerror}).") from e
 
 
-def _text(path: str | Path, file: BinaryIO | None) -> str:
-    """The file unpacked, at most LARGEST bytes."""
+def read_text(path: str | Path, file: BinaryIO | None = None) -> str:
+    """A file's text, unpacked; file: as in read. Raises UserError naming the file."""
     try:
         with file or open_file(path) as packed:
             unpacked = gzip.open(packed) if str(path).endswith(".gz") else packed
