@@ -23,6 +23,9 @@ from kernels.pointwise import at_least_float32, linear
 # because each chunk reads the whole head: 16 tokens a chunk take 1.6 times as long as 64.
 CHUNK_ELEMENTS = {"cuda": 1 << 26, "cpu": 1 << 22}
 CHUNK_ROWS = 64
+# A bfloat16 head of more elements is cast to float32 a piece at a time on a CPU, and for more
+# tokens together: a copy of Gemma-2-2B's would take 2.4 GB.
+WHOLE_ELEMENTS, PIECE_ELEMENTS, PIECED_CHUNK = 1 << 28, 1 << 26, 1 << 26
 EXACT = 256  # how many of the largest logits all_logits computes without rounding to bfloat16
 
 
@@ -47,10 +50,10 @@ def token_scores(
     """token_logps without gradients, and whether each target is the likeliest token."""
     logps = torch.empty(len(hidden), dtype=at_least_float32(hidden.dtype), device=hidden.device)
     greedy = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-    with _head_for_products(weight) as weight:
+    with _head_for_products(weight) as head:
         buffers = _buffers(hidden, weight)
         for rows in chunks(hidden, weight):
-            chunk = _chunk(hidden[rows], weight, target[rows], softcap, buffers, want_greedy=True)
+            chunk = _chunk(hidden[rows], head, target[rows], softcap, buffers, want_greedy=True)
             logps[rows], greedy[rows] = chunk.logp, chunk.greedy
     return TokenScores(logps, greedy)
 
@@ -72,7 +75,8 @@ def all_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     """Slices of hidden [N, d] whose logits [n, V] are in memory together."""
-    step = max(CHUNK_ROWS, CHUNK_ELEMENTS[hidden.device.type] // len(weight))
+    elements = PIECED_CHUNK if _in_pieces(weight) else CHUNK_ELEMENTS[hidden.device.type]
+    step = max(CHUNK_ROWS, elements // len(weight))
     return [slice(i, min(i + step, len(hidden))) for i in range(0, len(hidden), step)]
 
 
@@ -94,13 +98,13 @@ class _TokenLogps(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if keep_gradient else None
         logps = torch.empty(len(hidden), dtype=at_least_float32(hidden.dtype), device=hidden.device)
         with _head_for_products(weight) as head:
-            buffers = _buffers(hidden, head)
-            gradient_dtype = weight.dtype if keep_gradient else None
-            for rows in chunks(hidden, head):
+            buffers = _buffers(hidden, weight)
+            gradient_dtype = head.dtype if keep_gradient else None
+            for rows in chunks(hidden, weight):
                 chunk = _chunk(hidden[rows], head, target[rows], softcap, buffers, gradient_dtype)
                 logps[rows] = chunk.logp
                 if keep_gradient:
-                    gradient[rows] = _matmul(chunk.gradient, weight)
+                    gradient[rows] = head.back(chunk.gradient)
         if keep_gradient:
             ctx.save_for_backward(gradient)
         return logps
@@ -116,13 +120,13 @@ class _TokenLogps(torch.autograd.Function):
         wide = at_least_float32(weight.dtype)
         # Chunks are added up in float32; autograd rounds only the sum to the weight's dtype.
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
-        with _head_for_products(weight) as weight:
+        with _head_for_products(weight) as head:
             buffers = _buffers(hidden, weight)
             for rows in chunks(hidden, weight):
-                chunk = _chunk(hidden[rows], weight, target[rows], ctx.softcap, buffers, wide)
+                chunk = _chunk(hidden[rows], head, target[rows], ctx.softcap, buffers, wide)
                 dlogits = chunk.gradient.mul_(grad[rows, None])
-                grad_hidden[rows] = _matmul(dlogits, weight)
-                grad_weight += _matmul(dlogits.T, hidden[rows].to(weight.dtype))
+                grad_hidden[rows] = head.back(dlogits)
+                grad_weight += _matmul(dlogits.T, hidden[rows].to(head.dtype))
         return grad_hidden, grad_weight, None, None
 
 
@@ -133,14 +137,14 @@ class _Chunk(NamedTuple):
 
 
 def _chunk(
-    hidden, weight, target, softcap, buffers, gradient_dtype=None, want_greedy=False
+    hidden, head, target, softcap, buffers, gradient_dtype=None, want_greedy=False
 ) -> _Chunk:
     """The _Chunk of some rows of hidden [n, d]; on a CPU computed within the two buffers."""
-    if weight.is_cuda:
-        products = _matmul(hidden, weight.T)
+    if hidden.is_cuda:
+        products = head.products(hidden)
         return _compiled_log_softmax()(products, target, softcap, gradient_dtype, want_greedy)
     z, products = (buffer[: len(hidden)] for buffer in buffers)
-    _matmul(hidden, weight.T, out=products)
+    head.products(hidden, out=products)
     return _log_softmax(products, target, softcap, gradient_dtype, want_greedy, (products, z))
 
 
@@ -192,29 +196,70 @@ def _buffers(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty(shape, dtype=at_least_float32(weight.dtype)) for _ in range(2))
 
 
+def _in_pieces(weight: Tensor) -> bool:
+    large = weight.numel() > WHOLE_ELEMENTS
+    return large and weight.dtype == torch.bfloat16 and not weight.is_cuda
+
+
+class _Head(NamedTuple):
+    """The head [V, d] in the dtype that its products need: whole, or a piece of rows at a time."""
+
+    weight: Tensor
+    dtype: torch.dtype
+    buffer: Tensor | None  # [rows, d] that pieces are cast into; None: the weight is used as it is
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, those rows of the head) for all of it."""
+        step = len(self.weight) if self.buffer is None else len(self.buffer)
+        for first in range(0, len(self.weight), step):
+            rows = slice(first, first + step)
+            piece = self.weight[rows]
+            yield rows, piece if self.buffer is None else self.buffer[: len(piece)].copy_(piece)
+
+    def products(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [n, d] -> h Wᵀ [n, V]."""
+        if self.buffer is None:
+            return _matmul(hidden, self.weight.T, out=out)
+        for rows, piece in self.pieces():
+            out[:, rows] = _matmul(hidden, piece.T)
+        return out
+
+    def back(self, gradient: Tensor) -> Tensor:
+        """Gradient of the products [n, V] -> gradient of the hidden states [n, d]."""
+        if self.buffer is None:
+            return _matmul(gradient, self.weight)
+        return sum(_matmul(gradient[:, rows], piece) for rows, piece in self.pieces())
+
+
 @contextmanager
-def _head_for_products(weight: Tensor) -> Iterator[Tensor]:
+def _head_for_products(weight: Tensor) -> Iterator[_Head]:
     """Yield the head in the dtype that its matmul needs.
 
     A GPU multiplies bfloat16 matrices into float32. On a CPU, torch does not, but it can round
     float32 factors to bfloat16 while reading them, which is fast and changes no bfloat16 weight.
     """
     if weight.is_cuda or weight.dtype != torch.bfloat16:
-        yield weight.to(weight.dtype if weight.is_cuda else at_least_float32(weight.dtype))
+        dtype = weight.dtype if weight.is_cuda else at_least_float32(weight.dtype)
+        yield _Head(weight.to(dtype), dtype, None)
         return
     settings = torch.backends.mkldnn.matmul
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:
-        yield weight.float()
+        if _in_pieces(weight):
+            d = weight.shape[1]
+            buffer = torch.empty(max(1, PIECE_ELEMENTS // d), d)
+            yield _Head(weight, torch.float32, buffer)
+        else:
+            yield _Head(weight.float(), torch.float32, None)
     finally:
         settings.fp32_precision = before
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b in float32 at least: a takes b's dtype for the product, but its result is not rounded
-    to it. A CPU has no such product of bfloat16 matrices: there it is rounded.
+    to it.
     """
     with torch.autocast(a.device.type, enabled=False):
-        if b.dtype == torch.bfloat16 and b.is_cuda:  # this product takes no `out`
+        if b.dtype == torch.bfloat16:  # on CUDA; this product takes no `out`
             return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
         return torch.mm(a.to(b.dtype), b, out=out)

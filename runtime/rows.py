@@ -21,7 +21,7 @@ def read(path: str | Path, file: BinaryIO | None = None) -> list[dict]:
     an object of objects, each of which is a row with its key as `category`. Raises UserError naming
     the file and the line that cannot be read.
     """
-    text = _text(path, file)
+    text = read_text(path, file)
     name = str(path).removesuffix(".gz")
     number = 0
     try:
@@ -57,8 +57,8 @@ def open_file(path: str | Path) -> BinaryIO:
         raise UserError(f"{path}: cannot be read ({e.strerror}).") from e
 
 
-def _text(path: str | Path, file: BinaryIO | None) -> str:
-    """The file unpacked, at most LARGEST bytes."""
+def read_text(path: str | Path, file: BinaryIO | None = None) -> str:
+    """A file's text, unpacked; file: as in read. Raises UserError naming the file."""
     try:
         with file or open_file(path) as packed:
             unpacked = gzip.open(packed) if str(path).endswith(".gz") else packed

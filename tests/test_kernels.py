@@ -92,6 +92,29 @@ def test_bfloat16_inputs_still_give_float32_logits():
     torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("softcap", [30.0, None])
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_a_large_head_is_never_cast_whole(monkeypatch, softcap, trains_head):
+    """In pieces, values and gradients are those of the head that is cast at once."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(19, 8, generator=g, requires_grad=True)
+    weight = torch.randn(500, 8, generator=g).bfloat16().requires_grad_(trains_head)
+    target = torch.randint(0, 500, (19,), generator=g)
+    wanted = [hidden, weight] if trains_head else [hidden]
+
+    def found():
+        ours = logps.token_logps(hidden, weight, target, softcap)
+        return ours, *torch.autograd.grad(ours.sum(), wanted)
+
+    whole = found()
+    for name, value in dict(WHOLE=100, PIECE=8 * 77).items():
+        monkeypatch.setattr(logps, f"{name}_ELEMENTS", value)
+    monkeypatch.setattr(logps, "PIECED_CHUNK", 500 * 7)
+    monkeypatch.setattr(torch.Tensor, "float", None)  # what casts the whole
+    for a, b in zip(found(), whole, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
 # --- attention ------------------------------------------------------------------------------------
 
 
