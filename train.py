@@ -239,7 +239,7 @@ def evaluate(
             pause()
     found = simpo.means(how.total(sums), len(pairs), data.positions(pairs), how.beta)
     tokens = sum(pair.tokens for pair in pairs)
-    kept = ("loss", "accuracy", "margin", "l1", "l0")
+    kept = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected", "l1", "l0")
     return {name: getattr(found, name) for name in kept} | dict(pairs=len(pairs), tokens=tokens)
 
 

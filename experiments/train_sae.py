@@ -28,8 +28,9 @@ from policy import DEFAULTS, load_base, read_pairs
 from runtime import cli
 from runtime.cli import flag
 from runtime.device import DTYPES, Device, resolve_device
+from runtime.messages import brief
 from runtime.output import replacing, writable, write_whole
-from runtime.sources import UserError, sha256
+from runtime.sources import UserError, read_json, sha256
 from sae import ARRAYS, JumpReLUSAE
 from tiny.sae_trainer import Trainer
 
@@ -120,7 +121,8 @@ def quality(model: Gemma2, sae: JumpReLUSAE, pairs: list[data.Pair], layer: int)
     """
     total = {name: 0.0 for name in ("own", "spliced", "mean", "tokens")}
     kept, error, fired = [], 0.0, torch.zeros(sae.d_sae, device=model.device)
-    packs = [data.pack_pairs([pair]).to(model.device) for pair in pairs]
+    plan = data.microbatches(pairs, DEFAULTS.tokens_per_microbatch)
+    packs = [data.pack_pairs([pairs[i] for i in chosen]).to(model.device) for chosen in plan]
     streams = []
     for packed in packs:
         x = model.blocks(model.embed(packed.tokens), model.plan(packed), 0, layer + 1)
@@ -160,9 +162,30 @@ def quality(model: Gemma2, sae: JumpReLUSAE, pairs: list[data.Pair], layer: int)
 # --- the run --------------------------------------------------------------------------------------
 
 
+def check_same(s: Settings, out: Path) -> None:
+    """Keep the settings in OUT. Raises UserError where others are there: rounds and state that
+    were made with them would be taken for these.
+    """
+    path, free = out / "settings.json", ("out", "device", "test_pairs")
+    own = {name: value for name, value in asdict(s).items() if name not in free}
+    if not path.exists():
+        write_whole(path, json.dumps(own, indent=1) + "\n")
+        return
+    try:
+        there = read_json(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not readable ({brief(e)}).") from e
+    for name, value in own.items():
+        if there.get(name) != value:
+            flag, held = name.replace("_", "-"), brief(there.get(name))
+            raise UserError(f"--out {out}: holds a training with --{flag} {held}, not {value}.")
+
+
 def train(s: Settings) -> Path:
     """Train, save and measure; returns the SAE's folder."""
     out, device = writable(Path(s.out)), resolve_device(s.device, s.dtype)
+    out.mkdir(parents=True, exist_ok=True)
+    check_same(s, out)
     model, tokenizer = load_base(s.model, device.dtype, device.name)
     limits = dict(max_length=s.max_length, max_prompt_length=s.max_length // 2)
     recorded = DEFAULTS._replace(data=s.data, **limits)
@@ -174,7 +197,7 @@ def train(s: Settings) -> Path:
 
     def round_of(i: int) -> Tensor:
         i %= len(plan)
-        path = out / "stream" / f"layer{s.layer}-length{s.max_length}-round{i:04d}.safetensors"
+        path = out / "stream" / f"round{i:04d}.safetensors"
         return stored_round(path, model, plan[i], s.layer, device)
 
     before = round_of(0)
