@@ -43,12 +43,14 @@ from audit.attribution import attribute
 from audit.choices import choices, classes
 from audit.counting import CONTEXTS, FIRST, Counts, count
 from audit.label_noise import read_human
+from audit.published import beside
+from audit.rules import by_rules, read_rules
 from eval_ablation import Evaluation, open_evaluation, seconds_per_condition
 from labels import Labels
 from runtime import cli
 from runtime.cli import flag
 from runtime.output import publish
-from runtime.sources import UserError, sha256
+from runtime.sources import UserError, read_json, sha256
 from runtime.tables import write_table
 
 PARTS = ("usage", "ablation", "static", "choices", "attribution")
@@ -62,6 +64,9 @@ class Settings(eval_ablation.Settings):
     )
     count_first: bool = flag(
         False, "composition_paper is shown with the first position, <bos>, as the authors count it"
+    )
+    token_rules: str | None = flag(
+        None, "regular expressions for choices to tell tokens apart by, as audit/token_rules.json"
     )
     coefficients: tuple[float, ...] = flag((1, 2, 4), "c of static steering")
     top_features: tuple[int, ...] = flag(
@@ -107,6 +112,10 @@ class Audit:
     def __init__(self, e: Evaluation, s: Settings):
         self.e, self.s = e, s
         self.human = read_human(s.human, e.labels) if s.human else {}
+        self.rules = read_rules(s.token_rules) if s.token_rules else None
+        if self.rules and self.rules.name in {table.name for table in e.labels}:
+            same = "has the name of a label file, by which tables tell them apart"
+            raise UserError(f"--token-rules {s.token_rules}: {same}.")
         found = features.all_categories(e.labels)
         self.masks = [torch.from_numpy(mask) for *_, mask in found]
         self.labelled = [torch.from_numpy(labelled(table, name)) for table, name, _ in found]
@@ -123,7 +132,7 @@ class Audit:
         """Those that the settings and the labels allow."""
         found = [self.usage_part(), self.ablation_part()]
         found += [self.static_part()] if self.s.static_pairs else []
-        found += [self.choices_part()] if self.interesting() else []
+        found += [self.choices_part()] if self.rules or self.interesting() else []
         found += [self.attribution_part()] if self.s.nodes else []
         return found
 
@@ -194,16 +203,19 @@ class Audit:
 
     def choices_part(self) -> Part:
         e, s = self.e, self.s
-        about = e.about | dict(rest=s.rest)
+        rules = self.rules
+        said = rules.described() if rules else None
+        about = e.about | dict(rest=s.rest, token_rules=said)
 
         def make(folder: Path) -> None:
-            tables, masks = zip(*self.interesting(), strict=True)
             divided = [
-                classes(e.policy, e.pairs, categories, table.kind)
-                for table, categories in zip(tables, masks, strict=True)
+                (table, classes(e.policy, e.pairs, categories, table.kind))
+                for table, categories in self.interesting()
             ]
-            results = choices(e.policy, e.pairs, divided, "choices")
+            divided += [(rules, by_rules(rules, e.policy, e.pairs))] if rules else []
+            tables, partitions = zip(*divided, strict=True)
             rows = []
+            results = choices(e.policy, e.pairs, partitions, "choices")
             for table, found in zip(tables, results, strict=True):
                 rows += effect_tables.choice_rows(found, table, s.bootstrap, s.seed)
             save(folder, "choices", about, rows)
@@ -267,7 +279,7 @@ def is_current(folder: Path, part: Part) -> bool:
         wanted = part.about | (dict(labels=[]) if name in NO_LABELS else {})
         wanted = json.loads(json.dumps(wanted))
         try:
-            there = json.loads((folder / f"{name}.json").read_text())["about"]
+            there = dict(read_json(folder / f"{name}.json")["about"])
         except (OSError, ValueError, KeyError, TypeError):
             return False
         if any(there.get(key) != value for key, value in wanted.items() if key not in NAMES):
@@ -308,6 +320,11 @@ def main() -> None:
         took = f"{time.perf_counter() - started:.1f} s" if part.name in due else "there already"
         print(f"{part.name:<12} {took:>13}  {', '.join((*part.tables, *part.files))}", flush=True)
 
+    run = report.read_run(e.out)
+    figures_beside = beside(run.metrics, run.tables)
+    if figures_beside:
+        with publish(folder) as new:
+            save(new, "beside_published", e.about, figures_beside)
     page = report.write_report(e.out)
     if (e.out / "adapter").is_dir() or (e.out / "adapter_config.json").is_file():
         card.write_card(e.out)

@@ -39,8 +39,9 @@ from experiments.fitting import fit, fresh, passes, tiny_policy
 from experiments.planted_tables import Answer, Audited, contrasted, summarise, tables_md
 from labels import Labels, load_labels
 from policy import Policy
-from runtime import cli
+from runtime import cli, rows
 from runtime.cli import flag
+from runtime.messages import brief
 from runtime.output import writable, write_whole
 from runtime.sources import UserError
 from tiny import LABELS_DIR, measure, world
@@ -84,7 +85,7 @@ class Settings:
     update: bool = flag(False, "put the tables into experiments/PLANTED.md")
 
     def __post_init__(self):
-        cli.at_least_one(self, "seeds", "pairs", "eval_pairs", "loss_pairs", "steps")
+        cli.at_least(self, 1, "seeds", "pairs", "eval_pairs", "loss_pairs", "steps")
         if self.pairs < 32 or self.loss_pairs > self.eval_pairs:
             sizes = "at least 32 were expected; --loss-pairs: at most --eval-pairs"
             raise UserError(f"--pairs: {sizes}.")
@@ -329,18 +330,17 @@ def sizes(s: Settings) -> dict[str, int]:
 def run(s: Settings) -> list[Audited]:
     """All runs of s; those already in OUT/runs.jsonl are read from there."""
     path = writable(Path(s.out)) / "runs.jsonl"
+    found = rows.read(path) if path.exists() else []
     try:
-        lines = path.read_text().splitlines() if path.exists() else []
-        known = [Audited(**json.loads(line)) for line in lines]
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"--out {s.out}: its runs.jsonl cannot be read ({str(e)[:200]}).") from e
+        known = [Audited(**row) for row in found]
+    except TypeError as e:
+        raise UserError(f"{path}: not the runs of this experiment ({brief(e)}).") from e
     if any(row.settings != sizes(s) for row in known):
         other = "holds runs under other settings; choose another folder or remove it"
         raise UserError(f"--out {s.out}: {other}.")
 
     done = {(row.cause, row.seed): row for row in known}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows, make = [], None
+    planned, make = [], None
     for cause, seed in tqdm(list(jobs(s)), desc="planted", unit="run"):
         key = (name_of(cause), seed)
         if key not in done:
@@ -348,15 +348,15 @@ def run(s: Settings) -> list[Audited]:
             done[key] = make(cause, seed)
             text = "".join(json.dumps(row._asdict()) + "\n" for row in done.values())
             write_whole(path, text)
-        rows.append(done[key])
-    return rows
+        planned.append(done[key])
+    return planned
 
 
-def write(rows: list[Audited], s: Settings, command: str) -> None:
+def write(audited: list[Audited], s: Settings, command: str) -> None:
     """planted.json, tables.md, and with --update the tables of PLANTED.md."""
-    rows = contrasted(rows)
-    text = tables_md(rows, command)
-    found = dict(settings=asdict(s), measures=summarise(rows))
+    audited = contrasted(audited)
+    text = tables_md(audited, command)
+    found = dict(settings=asdict(s), measures=summarise(audited))
     write_whole(Path(s.out) / "planted.json", json.dumps(found, indent=1) + "\n")
     write_whole(Path(s.out) / "tables.md", text)
     if s.update:

@@ -24,7 +24,7 @@ from labels import write_labels
 from model import Gemma2
 from policy import DEFAULTS, TINY, load_base, load_sae
 from runtime import cli
-from runtime.cli import at_least_one, flag
+from runtime.cli import at_least, flag
 from runtime.device import resolve_device
 from runtime.output import writable_file
 from runtime.sources import UserError
@@ -39,11 +39,11 @@ class Settings:
     sae_id: str | None = flag(None, "folder within --sae; unset: the layer's 65k SAE of lowest L0")
     layer: int = flag(DEFAULTS.layer, "the block whose SAE is meant, where --sae-id does not say")
     tokens: int = flag(10, "tokens named for each feature")
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
+    device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
     out: str | None = flag(None, "the jsonl file to write")
 
     def __post_init__(self):
-        at_least_one(self, "tokens")
+        at_least(self, 1, "tokens")
         writable_file(self.out or "")
 
 
