@@ -9,6 +9,7 @@ from torch import Tensor
 from audit.attribution import KINDS, Attribution
 from audit.choices import LEVEL, Choices, data_p_values
 from audit.features import label_columns
+from audit.rules import Rules
 from labels import Labels, categories, explain
 from runtime.tables import interval, percentiles, resampled
 
@@ -18,9 +19,9 @@ TOP = 30  # features in attribution_features
 class Choice(NamedTuple):
     """A row: one kind of tokens, and its share of the change of the gap."""
 
-    labels: str
+    labels: str  # the label file, or the file of rules
     kind: str
-    matched: bool  # whether the label file states the run's SAE
+    matched: bool  # whether the label file states the run's SAE; rules need not
     tokens: str
     share: float  # nats per token, mean over pairs
     low: float  # 95 % over pairs
@@ -37,7 +38,7 @@ class Choice(NamedTuple):
 
 
 def choice_rows(
-    found: Choices, data: Tensor, table: Labels, resamples: int, seed: int
+    found: Choices, data: Tensor, table: Labels | Rules, resamples: int, seed: int
 ) -> list[Choice]:
     """data: data_alone of the same pairs and classes, [P, C]."""
     shares, change, named = found.shares, found.change.mean().item(), found.named()
