@@ -166,7 +166,8 @@ class Audit:
             (folder / "examples.json").write_text(json.dumps(shown) + "\n")
 
         files = ("features.parquet", "examples.json")
-        return Part("usage", names, files, about, dict(usage=2), make)
+        work = {"usage": 2, "strongest contexts": 1}
+        return Part("usage", names, files, about, work, make)
 
     def ablation_part(self) -> Part:
         e, s = self.e, self.s
@@ -258,7 +259,7 @@ class Audit:
             (folder / files[1]).write_text(json.dumps(dict(about=said, cards=cards)) + "\n")
 
         names = ("attribution", "attribution_features")
-        work = dict(attribution=3 + 3 * s.nodes)
+        work = {"attribution": 3 + 3 * s.nodes, "strongest contexts": 1}
         return Part("attribution", names, files, about, work, make)
 
 
