@@ -196,14 +196,10 @@ def carried(lead: Reading, about: dict, tables: dict[str, dict]) -> str:
     static = tables.get("static", {}).get("rows", ())[2:]
     best = max((row["recovered"] for row in static if row["recovered"]), default=None)
     if best is not None:
-        rest = (
-            "what it adds by reading the text is the rest"
-            if best < MOST
-            else ("it needs to read the text for little")
-        )
+        rest = "the rest comes from" if best < MOST else "little is gained by"
         said.append(
-            f"The best single vector, added at every position, has {percent(best)} of the gain: "
-            f"{rest}."
+            f"The best single vector, added at every position, regains {percent(best)} of the "
+            f"gain; {rest} reading the text."
         )
     return " ".join(said) or "Not measured: attribution, topk and static were not made."
 
