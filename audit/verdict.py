@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from audit.choices import END, REST
+from runtime.messages import brief
 
 Rows = Sequence[dict]
 
@@ -293,8 +294,8 @@ def feature(row: dict) -> str:
 
 
 def shortened(text: str, most: int = 120) -> str:
-    """On one line, cut between words."""
-    return textwrap.shorten(text, most, placeholder=" …")
+    """Foreign text inside a sentence: on one line, cut between words, no character of it hidden."""
+    return textwrap.shorten(brief(" ".join(text.split())), most, placeholder=" …")
 
 
 def percent(share: float | None, digits: int = 0, sign: bool = False) -> str:
