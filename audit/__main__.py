@@ -11,13 +11,14 @@ labels or settings. --only makes the parts that it names again, and no other.
     usage        which features are active where (features.py): composition_paper (Table 2) and
                  composition, which pools positions; top_usage, top_value (Tables 3 and 4),
                  value_difference (Figure 3), usage_rank (Figure 5), l0, l0_by_position,
-                 features.parquet, examples.json
+                 features.parquet, examples.json (with what the page says of single features)
     ablation     topk (Figure 2), ablation and masks/, as eval_ablation.py makes them
     static       steering that does not read its context (static.py)
     choices      the widened preference gap by kinds of tokens (choices.py); it names the category
                  that the data taught
     attribution  integrated gradients (attribution.py): attribution by category and by where the
-                 steering acts, attribution_features, attribution_features.parquet
+                 steering acts, attribution_features, attribution_features.parquet,
+                 attribution_cards.json
 
 Everything is measured on the evaluation pairs. Intervals are 95 % percentile intervals over pairs,
 which are drawn with replacement.
