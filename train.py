@@ -88,9 +88,7 @@ class Settings:
     lr: float | None = flag(None, "peak learning rate (default: 5e-7; with --full 2e-7)")
     threshold_lr: float | None = flag(None, "peak rate of thresholds (default: 1000 times --lr)")
     warmup_ratio: float = flag(0.1, "share of the steps in which the learning rate rises from 0")
-    schedule: str = flag(
-        "cosine", "shape of the learning rate; only constant has no warm-up", SCHEDULES
-    )
+    schedule: str = flag("cosine", "of the learning rate; constant has no warm-up", SCHEDULES)
     max_grad_norm: float = flag(1.0, "clip the gradient's norm at this value; 0: do not clip")
     batch_size: int = flag(32, "pairs in each optimiser step")
     tokens_per_microbatch: int = flag(8192, "tokens in a forward pass; changes memory only")
@@ -167,7 +165,7 @@ class Penalty(NamedTuple):
     l0: float = 0.0  # λ, weight of the mean over positions of ‖v‖₀
 
     def added(self, found: dict[str, float]) -> dict[str, float]:
-        """Metrics with penalty and total, as metrics.jsonl has them."""
+        """Metrics with the columns `penalty` and `total` of metrics.jsonl added."""
         penalty = self.l1 * found["l1"] + self.l0 * found["l0"]
         return found | dict(penalty=penalty, total=found["loss"] + penalty)
 

@@ -102,9 +102,10 @@ def joined(device: str, minutes: float) -> Iterator[Ranks]:
 
 
 def _leave() -> None:
-    """End the process group, after every DistributedDataParallel: one that outlives the group ends
-    it in its own destructor, which holds the interpreter's lock while it waits for a thread that
-    may need that lock.
+    """Destroy the process group, but collect every DistributedDataParallel first.
+
+    One that outlives the group would destroy it in its own destructor, which holds the
+    interpreter's lock while it waits for a thread that may need this lock.
     """
     gc.collect()
     dist.destroy_process_group()
