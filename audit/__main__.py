@@ -63,23 +63,25 @@ class Settings(eval_ablation.Settings):
         None, "a person's labels of some features, csv or jsonl: feature, category, label"
     )
     count_first: bool = flag(
-        False, "composition_paper is shown with the first position, <bos>, as the authors count it"
+        False, "include the first position, <bos>, in composition_paper, as the authors do"
     )
     token_rules: str | None = flag(
         None, "regular expressions for choices to tell tokens apart by, as audit/token_rules.json"
     )
-    coefficients: tuple[float, ...] = flag((1, 2, 4), "c of static steering")
+    coefficients: tuple[float, ...] = flag((1, 2, 4), "coefficients c of static steering")
     top_features: tuple[int, ...] = flag(
-        (1, 16, 256), "m of static steering by the top mean features"
+        (1, 16, 256), "numbers m of top mean features to steer with in static steering"
     )
     static_pairs: int = flag(
-        256, "training pairs behind static steering, the first ones; 0: no static steering"
+        256, "number of training pairs that static steering is made from; 0: no static steering"
     )
-    rest: tuple[str, ...] = flag(("content", "chat"), "categories that choices counts as the rest")
+    rest: tuple[str, ...] = flag(("content", "chat"), "categories that choices sums up as the rest")
     nodes: int = flag(
-        8, "nodes of attribution's integral, a forward and a backward pass each; 0: no attribution"
+        8, "nodes of attribution's integral, each a forward and a backward pass; 0: no attribution"
     )
-    only: tuple[str, ...] = flag((), f"make these parts again and no other: {', '.join(PARTS)}")
+    only: tuple[str, ...] = flag(
+        (), f"compute only these parts, even if they exist: {', '.join(PARTS)}"
+    )
 
     def __post_init__(self):
         super().__post_init__()
