@@ -262,14 +262,13 @@ def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> floa
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """factor: of each group's peak learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
 
 
 def clip(trained: nn.Module, most: float) -> float:
-    """Scale the gradients so that their norm is at most `most` (0: leave them); returns their norm
-    before.
-    """
+    """Clip the norm of the gradients at `most` (0: do not); returns the norm before clipping."""
     norm = nn.utils.clip_grad_norm_(trained.parameters(), most or math.inf)
     if hasattr(norm, "full_tensor"):  # under --shard each process holds a slice
         norm = norm.full_tensor()
@@ -285,15 +284,15 @@ def make_optimizer(
     proportional to it, and so are their learning rates.
     """
     named = dict(trained.named_parameters())
-    own = {"bias": lr * unit, "raw_threshold": threshold_lr * unit}
-    groups = [dict(params=[p for name, p in named.items() if name not in own], peak_lr=lr)]
-    groups += [dict(params=[named[name]], peak_lr=own[name]) for name in own if name in named]
-    how = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
-    return torch.optim.AdamW(groups, lr=lr, **how)
+    rates = {"bias": lr * unit, "raw_threshold": threshold_lr * unit}
+    groups = [dict(params=[p for name, p in named.items() if name not in rates], peak_lr=lr)]
+    groups += [dict(params=[named[name]], peak_lr=rates[name]) for name in rates if name in named]
+    adam = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, **adam)
 
 
 def throughput(batch: Sequence[Pair], seconds: float) -> dict[str, float]:
-    """The columns of metrics.jsonl that say how much a step took in, and how fast."""
+    """The columns of metrics.jsonl on the size and the speed of a step."""
     tokens = sum(pair.tokens for pair in batch)
     speed = dict(tokens_per_second=tokens / seconds, seconds=seconds)
     return dict(pairs=len(batch), tokens=tokens, **speed)
