@@ -173,15 +173,6 @@ def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
     return box[0]
 
 
-def any_of(ranks: Ranks, flag: bool) -> bool:
-    """Whether the flag is true on any process; a collective call."""
-    if ranks.world == 1:
-        return flag
-    said = torch.tensor([flag], dtype=torch.int32)
-    dist.all_reduce(said, dist.ReduceOp.MAX)
-    return bool(said)
-
-
 def total(ranks: Ranks, x: Tensor) -> Tensor:
     """Sum x over the processes, in place."""
     if ranks.world > 1:
@@ -203,7 +194,11 @@ class Interrupts:
 
     def asked(self) -> bool:
         """Whether any process was asked to end; a collective call."""
-        return any_of(self.ranks, self.here)
+        if self.ranks.world == 1:
+            return self.here
+        said = torch.tensor([self.here], dtype=torch.int32)
+        dist.all_reduce(said, dist.ReduceOp.MAX)
+        return bool(said)
 
     def restore(self) -> None:
         """Put the earlier signal handlers back."""
