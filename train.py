@@ -41,7 +41,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import data
 import simpo
@@ -53,6 +52,7 @@ from runtime.cli import flag
 from runtime.device import DTYPES, Device, peak_memory, resolve_device
 from runtime.folder import Run, choose_out, describe, draw_loss, finished, print_table
 from runtime.messages import shown
+from runtime.progress import progress_bar
 from runtime.ranks import ALONE, Ranks
 from runtime.sources import UserError, sha256
 from sae import default_source
@@ -226,8 +226,8 @@ def evaluate(
     sums = Sums.zero(how.device.name)
     # Weights that FSDP2 gathers in inference mode cannot be trained afterwards.
     no_gradient = torch.inference_mode() if how.ranks.world == 1 else torch.no_grad()
-    shown = dict(unit="pair", leave=False, disable=not how.ranks.first)
-    bar = tqdm(total=len(pairs), desc="evaluating", **shown)
+    look = dict(unit="pair", leave=False, shown=how.ranks.first)
+    bar = progress_bar(total=len(pairs), desc="evaluating", **look)
     with no_gradient, how.device.autocast(), bar:
         for batch in micro_batches(pairs, how.tokens, how.ranks):
             scores = how.score(model, batch.packed)
@@ -237,7 +237,7 @@ def evaluate(
             pause()
     found = simpo.means(how.total(sums), len(pairs), data.positions(pairs), how.beta)
     tokens = sum(pair.tokens for pair in pairs)
-    kept = ("loss", "accuracy", "margin", "l1", "l0")
+    kept = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected", "l1", "l0")
     return {name: getattr(found, name) for name in kept} | dict(pairs=len(pairs), tokens=tokens)
 
 
@@ -442,8 +442,8 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
 def samples(policy: Policy, prompts: list[list[int]], who: Ranks) -> list[str]:
     """The policy's answers. Every process computes them, because --shard spreads the model."""
     total = len(prompts) * SAMPLE_TOKENS
-    shown = dict(unit="token", leave=False, disable=not (who.first and total))
-    with tqdm(total=total, desc="sampling", **shown) as bar:
+    look = dict(unit="token", leave=False, shown=bool(who.first and total))
+    with progress_bar(total=total, desc="sampling", **look) as bar:
         return [greedy(policy, prompt, SAMPLE_TOKENS, bar.update) for prompt in prompts]
 
 

@@ -26,8 +26,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from audit.published import published
 from fsrl import Unsteered
 from model import PUBLISHED
@@ -36,6 +34,7 @@ from runtime import cli
 from runtime.cli import flag
 from runtime.device import DTYPES
 from runtime.output import write_whole, writing
+from runtime.progress import parts
 from runtime.sources import UserError, read_json, sha256
 from runtime.tables import csv_text, plain
 
@@ -297,13 +296,14 @@ def evaluate(s: Settings) -> Path:
     with writing(out):
         folder.mkdir(parents=True, exist_ok=True)
 
-    alone = len(metrics) == 1
-    for name, task in tqdm(loaded.tasks.items(), desc="tasks", unit="task", disable=alone):
-        if metrics[name] is None:
-            result = harness.evaluate_task(lm, name, task, s.limit, s.chat_template)
-            metrics[name] = result.metrics
-            with writing(out):
-                write_json(folder / f"{name}.json", dict(identity=known, **result._asdict()))
+    bars = dict(scoring=1, generating=1)  # a task has one of the two
+    missing = [name for name in loaded.tasks if metrics[name] is None]
+    for name in parts(missing, "evals", "tasks", bars=bars):
+        task = loaded.tasks[name]
+        result = harness.evaluate_task(lm, name, task, s.limit, s.chat_template)
+        metrics[name] = result.metrics
+        with writing(out):
+            write_json(folder / f"{name}.json", dict(identity=known, **result._asdict()))
 
     groups = {
         name: group.aggregate(metrics)

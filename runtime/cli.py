@@ -23,6 +23,7 @@ from collections.abc import Callable
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from runtime import progress
 from runtime.messages import LONGEST, brief, shown
 from runtime.sources import UserError
 
@@ -95,6 +96,7 @@ def parse(
             metavar = "{" + ",".join(map(str, allowed)) + "}" if allowed else kind.__name__.upper()
             options |= dict(type=kind, choices=allowed, metavar=metavar)
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     if presets:
         first = _Parser(add_help=False, allow_abbrev=False)
         first.add_argument("--model")
@@ -103,6 +105,8 @@ def parse(
     if any("\0" in word for word in given):
         raise UserError(f"{parser.prog}: an argument holds a zero byte.")
     values = vars(parser.parse_args(given))
+    if values.pop("quiet"):
+        progress.be_quiet()
     return settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 

@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from runtime import checkpoint
 from runtime.messages import brief
 from runtime.output import replacing, writable, write_whole, writing
+from runtime.progress import progress_bar
 from runtime.ranks import Interrupts, Ranks
 from runtime.sources import UserError, read_json
 
@@ -173,8 +173,8 @@ class Run:
                 print(f"--resume: going on after step {step} of {self.steps}.", file=sys.stderr)
         self.saved = step
         self._keep_rows(step)
-        how = dict(total=self.steps, initial=step, unit="step", disable=not self.ranks.first)
-        self.bar = tqdm(desc="training", **how)
+        how = dict(total=self.steps, initial=step, unit="step", shown=self.ranks.first)
+        self.bar = progress_bar(desc="training", **how)
         return step
 
     def _keep_rows(self, step: int) -> None:
