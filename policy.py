@@ -247,6 +247,8 @@ def load_preferences(run: Recorded, tokenizer: Tokenizer, progress: bool = True)
         files += data.data_files(run.eval_data)[0]
         eval_pairs = read_pairs(run.eval_data, tokenizer, run, "test", progress)
         eval_pairs = eval_pairs or read_pairs(run.eval_data, tokenizer, run, None, progress)
+        if not eval_pairs:
+            raise UserError(f"--eval-data {run.eval_data}: holds no pair to evaluate on.")
     return Preferences(pairs, eval_pairs, files, commit)
 
 

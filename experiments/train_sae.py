@@ -273,9 +273,10 @@ def train(s: Settings) -> Path:
     out, device = writable(Path(s.out)), resolve_device(s.device, s.dtype)
     model, tokenizer = load_base(s.model, device.dtype, device.name)
     recorded = DEFAULTS._replace(data=s.data)
-    plan = rounds(
-        texts(read_pairs(s.data, tokenizer, recorded, "train"), s.max_length), s.round_tokens
-    )
+    splits = [read_pairs(s.data, tokenizer, recorded, split) for split in ("train", "test")]
+    if not all(splits):
+        raise UserError(f"--data {s.data}: a train and a test split were expected.")
+    plan = rounds(texts(splits[0], s.max_length), s.round_tokens)
     if s.tokens:
         plan = plan[: max(1, round(s.tokens / s.round_tokens))]
     generator = torch.Generator().manual_seed(s.seed)
@@ -317,9 +318,8 @@ def train(s: Settings) -> Path:
     with replacing(folder) as part:
         save_gemmascope2(part, arrays, str(s.model), s.layer)
     sae = JumpReLUSAE.from_pretrained(out, f"resid_post/{name}", device=device.name)
-    pairs = read_pairs(s.data, tokenizer, recorded, "test")[: s.test_pairs]
     report = dict(settings=asdict(s), sha256=sha256(folder / "params.safetensors"))
-    report |= quality(model, sae, pairs, s.layer)
+    report |= quality(model, sae, splits[1][: s.test_pairs], s.layer)
     write_whole(folder / "quality.json", json.dumps(report, indent=1) + "\n")
     for key, value in report.items():
         if isinstance(value, int | float):

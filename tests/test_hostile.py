@@ -155,7 +155,7 @@ BAD = {  # kind of input -> names in {x}/bad, beside NAMES
 BAD["model"] += ("model-nan", "model-int", "model-short", "model-tokenizer")
 BAD["run"] += ("run-activation", "run-settings", "run-pipe")
 VALUES = {  # kind of value -> what no flag of the kind takes
-    "int": ("x", "", "1.5", "nan", "\x1b[31m", "9" * 5000, "\udcff"),
+    "int": ("x", "", "1.5", "nan", "\x1b[31m", "9" * 30, "9" * 5000),
     "float": ("x", "", "nan", "inf", "1e999", "\x1b[31m"),
     "choice": ("x", "", "\x1b[31m"),
     "device": ("x", "", "cuda:99", "cpu:1", "cuda:\x1b[31m"),
@@ -202,12 +202,12 @@ FLAGS = {  # flag -> what it names, in every script that has it
 FREE = {"--prompt", "--rest", "--source", "--endpoint", "--judge-model", "--key-env", "--embedder"}
 # What can be meant, and is work: a script need not refuse it.
 MEANT = {
-    ("generation", "--labels", "nothing.jsonl"),
+    ("train", "--init-adapter", "run-settings"),
+    ("labelling", "--human", "labels-index.jsonl"),
     ("labelling", "--sae"),
     ("labelling", "--train"),
     ("labelling", "--journal"),
     ("labelling", "--extra", "y" * 5000),
-    ("experiments.train_sae", "--data", "empty"),
 }
 
 
