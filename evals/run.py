@@ -26,8 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
+from audit.published import published
 from fsrl import Unsteered
 from model import PUBLISHED
 from policy import DEFAULTS, Policy
@@ -35,12 +34,10 @@ from runtime import cli
 from runtime.cli import flag
 from runtime.device import DTYPES
 from runtime.output import write_whole, writing
+from runtime.progress import parts
 from runtime.sources import UserError, read_json, sha256
 from runtime.tables import csv_text, plain
 
-# The paper's SimPO loss of Gemma-2-2B-it, steered and fully fine-tuned; the cells of its Table 1
-# are lost.
-PAPER = dict(steered=2.73, full=2.19)
 # Keys of an identity that must agree where models are compared.
 SAME = ("num_fewshot", "limit", "chat_template", "max_length", "data_sha256", "lm_eval")
 
@@ -73,8 +70,8 @@ class Settings:
         DEFAULTS.tokens_per_microbatch,
         "tokens per forward pass, the memory knob; no effect on the result",
     )
-    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", DTYPES)
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
+    dtype: str = flag("auto", "dtype of products; auto: bfloat16 on CUDA, else float32", DTYPES)
+    device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
     beside: tuple[str, ...] = flag(
         (), "OUT folders evaluated before, with the same settings: columns of the table"
     )
@@ -177,8 +174,8 @@ def scores(results: dict[str, dict]) -> list[Score]:
 
 
 def simpo_scores(policy: Policy) -> tuple[list[Score], list[Score]]:
-    """The first column of the paper's Table 1: the SimPO loss of a run's last evaluation by
-    train.py, and the paper's.
+    """The SimPO loss of a run's last evaluation by train.py, and the paper's; the cells of its
+    Table 1 are lost.
 
     Both are empty for a bare model or adapter; the paper's too unless the model is of Gemma-2-2B's
     shape.
@@ -189,8 +186,8 @@ def simpo_scores(policy: Policy) -> tuple[list[Score], list[Score]]:
     own = Score("simpo", "eval loss", "none", last["loss"], None, last["pairs"])
     if policy.base.config != PUBLISHED["gemma-2-2b"]:
         return [own], []
-    kind = "full" if isinstance(policy.model, Unsteered) else "steered"
-    return [own], [own._replace(value=PAPER[kind], documents=None)]
+    kind = "full_fine_tuning" if isinstance(policy.model, Unsteered) else "fsrl"
+    return [own], [own._replace(value=published()["losses"][kind], documents=None)]
 
 
 def last_evaluation(path: Path) -> dict | None:
@@ -299,13 +296,14 @@ def evaluate(s: Settings) -> Path:
     with writing(out):
         folder.mkdir(parents=True, exist_ok=True)
 
-    alone = len(metrics) == 1
-    for name, task in tqdm(loaded.tasks.items(), desc="tasks", unit="task", disable=alone):
-        if metrics[name] is None:
-            result = harness.evaluate_task(lm, name, task, s.limit, s.chat_template)
-            metrics[name] = result.metrics
-            with writing(out):
-                write_json(folder / f"{name}.json", dict(identity=known, **result._asdict()))
+    bars = dict(scoring=1, generating=1)  # a task has one of the two
+    missing = [name for name in loaded.tasks if metrics[name] is None]
+    for name in parts(missing, "evals", "tasks", bars=bars):
+        task = loaded.tasks[name]
+        result = harness.evaluate_task(lm, name, task, s.limit, s.chat_template)
+        metrics[name] = result.metrics
+        with writing(out):
+            write_json(folder / f"{name}.json", dict(identity=known, **result._asdict()))
 
     groups = {
         name: group.aggregate(metrics)

@@ -84,8 +84,8 @@ class Settings:
         None, "steering of each token: - (print), a .jsonl or an .html to write"
     )
     top: int = flag(5, "features a token in the trace")
-    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", DTYPES)
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
+    dtype: str = flag("auto", "dtype of products; auto: bfloat16 on CUDA, else float32", DTYPES)
+    device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
 
     def __post_init__(self):
         """Raises UserError for settings that mean nothing."""
@@ -93,7 +93,7 @@ class Settings:
             raise UserError("--run or --model: one of the two was expected.")
         if not math.isfinite(self.scale):
             raise UserError(f"--scale {self.scale}: must be finite.")
-        cli.at_least_one(self, "max_new_tokens", "batch_size", "top")
+        cli.at_least(self, 1, "max_new_tokens", "batch_size", "top")
         if self.compare and not (self.prompt or self.prompts):
             raise UserError("--compare: needs --prompt or --prompts; a chat has one speaker.")
         if self.trace not in (None, "-"):

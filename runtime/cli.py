@@ -1,4 +1,4 @@
-"""Command lines: settings become flags, a person's mistake becomes one sentence.
+"""Command lines: the fields of a dataclass become flags, a user's mistake becomes one sentence.
 
     @dataclass(frozen=True)
     class Settings:
@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable
@@ -22,32 +23,29 @@ from collections.abc import Callable
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from runtime import progress
 from runtime.messages import LONGEST, brief, shown
 from runtime.sources import UserError
 
 
 def flag(default, help: str, choices: tuple | None = None):
-    """A dataclass field that knows its line of help."""
+    """A dataclass field with its line of help and the values it may have (None: any)."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
 def at_least(settings, least: float, *names: str, most: float = math.inf) -> None:
-    """Raises UserError for a setting of these that is given and is not a finite number from `least`
-    to `most`.
-    """
+    """Check settings that are not None. Raises UserError for one not finite or out of bounds."""
     for name in names:
         value = getattr(settings, name)
-        # numpy and torch take seeds below 2^63
-        if value is not None and not (
-            least <= value <= most and value < (2**63 if name == "seed" else math.inf)
-        ):
+        limit = 2**63 if name == "seed" else math.inf  # numpy and torch take seeds below 2^63
+        if value is not None and not (least <= value <= most and value < limit):
             flag = name.replace("_", "-")
             bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise UserError(f"--{flag} {value}: a finite number, {bounds}, was expected.")
 
 
 def number(name: str, given: str) -> float:
-    """A positive finite number. Raises UserError for anything else."""
+    """The value of a flag as a number. Raises UserError where it is not positive and finite."""
     try:
         value = float(given)
     except ValueError:
@@ -55,10 +53,6 @@ def number(name: str, given: str) -> float:
     if not 0 < value < math.inf:
         raise UserError(f"--{name} {brief(given)}: a positive number was expected.")
     return value
-
-
-def at_least_one(settings, *names: str) -> None:
-    at_least(settings, 1, *names)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,10 +66,13 @@ def parse(
     presets: dict[str, dict] | None = None,
     doc: str = "",
 ):
-    """Build `settings` from the command line. Abbreviated and unknown flags are errors.
+    """Build `settings` from the command line. Raises UserError for unknown or abbreviated flags.
 
-    presets: value of --model -> defaults that fit it; flags given by the user win over them.
+    presets: value of --model -> other defaults that it changes. doc: the text above --help's list.
     """
+    for model, changed in (presets or {}).items():
+        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
+        doc += "\n" + textwrap.fill(f"--model {model} changes these defaults: {flags}", 100) + "\n"
     form = argparse.RawDescriptionHelpFormatter
     parser = _Parser(_command(), description=doc, allow_abbrev=False, formatter_class=form)
     hints = typing.get_type_hints(settings)
@@ -83,18 +80,14 @@ def parse(
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):  # `int | None`: the flag itself takes an int
             kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
-        default = (
-            " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        )
-        known = "" if default in (None, "") else f" (default: {default})"
-        options = dict(
-            default=field.default, help=f"{field.metadata['help']}{known}".replace("%", "%%")
-        )
-        if (
-            typing.get_origin(kind) is tuple
-        ):  # `tuple[str, ...]`: any number of values after one flag
+        default = field.default
+        default = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        known = "" if default is False or default in (None, "") else f" (default: {default})"
+        words = f"{field.metadata['help']}{known}".replace("%", "%%")
+        options = dict(default=field.default, help=words)
+        if typing.get_origin(kind) is tuple:  # `tuple[str, ...]`: a flag with any number of values
             kind, options["nargs"] = typing.get_args(kind)[0], "*"
-            if not field.default:  # and the flag may be repeated
+            if not field.default:  # it may then also be repeated
                 options |= dict(action="extend", default=[])
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -104,6 +97,7 @@ def parse(
             named = _whole if kind is int else kind
             options |= dict(type=named, choices=allowed, metavar=metavar)
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     if presets:
         first = _Parser(add_help=False, allow_abbrev=False)
         first.add_argument("--model")
@@ -112,6 +106,8 @@ def parse(
     if any("\0" in word for word in given):
         raise UserError(f"{parser.prog}: an argument holds a zero byte.")
     values = vars(parser.parse_args(given))
+    if values.pop("quiet"):
+        progress.be_quiet()
     return settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
@@ -126,7 +122,7 @@ _whole.__name__ = "int"  # in argparse's messages
 
 
 def _command() -> str:
-    """How this script was started: python train.py, python -m audit."""
+    """How this script was started: "python train.py" or "python -m audit"."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is None:
         return f"python {os.path.basename(sys.argv[0])}"
