@@ -184,20 +184,15 @@ def check_same(s: Settings, out: Path) -> None:
 def train(s: Settings) -> Path:
     """Train, save and measure; returns the SAE's folder."""
     out, device = writable(Path(s.out)), resolve_device(s.device, s.dtype)
-    out.mkdir(parents=True, exist_ok=True)
-    check_same(s, out)
     model, tokenizer = load_base(s.model, device.dtype, device.name)
-<<<<<<< HEAD
-    recorded = DEFAULTS._replace(data=s.data)
+    limits = dict(max_length=s.max_length, max_prompt_length=s.max_length // 2)
+    recorded = DEFAULTS._replace(data=s.data, **limits)
     splits = [read_pairs(s.data, tokenizer, recorded, split) for split in ("train", "test")]
     if not all(splits):
         raise UserError(f"--data {s.data}: a train and a test split were expected.")
-    plan = rounds(texts(splits[0], s.max_length), s.round_tokens)
-=======
-    limits = dict(max_length=s.max_length, max_prompt_length=s.max_length // 2)
-    recorded = DEFAULTS._replace(data=s.data, **limits)
-    plan = rounds(texts(read_pairs(s.data, tokenizer, recorded, "train")), s.round_tokens)
->>>>>>> main
+    out.mkdir(parents=True, exist_ok=True)
+    check_same(s, out)
+    plan = rounds(texts(splits[0]), s.round_tokens)
     if s.tokens:
         plan = plan[: max(1, round(s.tokens / s.round_tokens))]
     generator = torch.Generator().manual_seed(s.seed)

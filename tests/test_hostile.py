@@ -83,9 +83,12 @@ SCRIPTS = {
         f"--model {GOLDEN}/model --layer 1 --data {GOLDEN}/dataset --width 64 --l0 4 --passes 1"
         " --round-tokens 3000 --batch 64 --max-length 100 --test-pairs 2 --out o"
     ),
+    "generation.export": Row(f"--run {{x}}/run {MODEL} --to o"),
     "benchmarks.compare": Row("--shape tiny --pairs 2 --steps 1", runs=False, needs="transformers"),
     "benchmarks.decode": Row("--shape tiny --tokens 2 --rounds 1", runs=False),
     "benchmarks.evals": Row("--shape tiny --limit 2 --rounds 1", runs=False, needs="lm_eval"),
+    "benchmarks.first_step": Row("--shape mid", runs=False),
+    "benchmarks.gpu": Row("--device cpu --shape tiny --pairs 2 --steps 1 --out o.json", runs=False),
     "benchmarks.labels": Row("--what tiny", runs=False, needs="sklearn"),
     "benchmarks.throughput": Row("--shape tiny --pairs 2 --steps 1"),
     "tiny.build": Row("--sae-layers 1 --sae-out o", make_short="with_few_steps"),
@@ -196,6 +199,8 @@ FLAGS = {  # flag -> what it names, in every script that has it
     "--trace": "file out",
     "--out": "folder out",
     "--sae-out": "folder out",
+    "--to": "folder out",
+    "--folder": "folder out",
     "--journal": "file out",
 }
 # Free text, or what only a server is asked for: nothing that it says is bad by itself.
