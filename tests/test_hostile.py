@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -129,7 +130,8 @@ def with_finished_run(script: dict) -> None:
     def execute(runs, devices):
         for run in runs:
             source = Path(os.environ["FSRL_CACHE"]) / "hostile-run"
-            shutil.copytree(source, run.out, dirs_exist_ok=True)
+            run.out.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run(["cp", "-r", source, run.out], check=True)
         return []
 
     script["execute"] = execute
