@@ -94,7 +94,7 @@ class Settings:
         cli.at_least(self, 1, "max_new_tokens", "batch_size", "top")
         if self.compare and not (self.prompt or self.prompts):
             raise UserError("--compare: needs --prompt or --prompts; a chat has one speaker.")
-        if self.trace and self.trace != "-":
+        if self.trace not in (None, "-"):
             path = Path(self.trace)
             named = path.suffix in (".jsonl", ".html")
             if not named or not os.path.isdir(path.parent):

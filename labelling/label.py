@@ -85,8 +85,7 @@ class Settings:
         at_least(self, 1, "concurrency", "attempts", "ask", "sample")
         if not 0 < self.timeout < math.inf:
             raise UserError(f"--timeout {self.timeout}: more than 0 was expected.")
-        if min(self.price_in, self.price_out, self.seed) < 0:
-            raise UserError("--price-in, --price-out, --seed: must not be negative.")
+        at_least(self, 0, "price_in", "price_out", "seed")
         if self.labels:
             if not self.human:
                 raise UserError(

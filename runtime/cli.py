@@ -94,7 +94,8 @@ def parse(
         else:
             allowed = field.metadata["choices"]
             metavar = "{" + ",".join(map(str, allowed)) + "}" if allowed else kind.__name__.upper()
-            options |= dict(type=kind, choices=allowed, metavar=metavar)
+            named = _whole if kind is int else kind
+            options |= dict(type=named, choices=allowed, metavar=metavar)
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     if presets:
@@ -108,6 +109,16 @@ def parse(
     if values.pop("quiet"):
         progress.be_quiet()
     return settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def _whole(given: str) -> int:
+    value = int(given)
+    if abs(value) >= 1 << 63:  # more than numpy and torch can hold
+        raise ValueError
+    return value
+
+
+_whole.__name__ = "int"  # in argparse's messages
 
 
 def _command() -> str:
@@ -181,6 +192,21 @@ class _Output(io.FileIO):
             return len(content)
 
 
+class _Text(io.TextIOWrapper):
+    """Text for a terminal: whatever it says, only progress bars move the cursor, on stderr."""
+
+    moves = re.compile(r"(\r|\x1b\[A)")
+
+    def write(self, text: str) -> int:
+        if self.fileno() == 2:
+            parts = self.moves.split(text)
+            parts[::2] = map(shown, parts[::2])  # between the moves
+            text = "".join(parts)
+        else:
+            text = shown(text)
+        return super().write(text)
+
+
 def _open_streams() -> None:
     """Streams that the shell closed lead nowhere; text that a terminal cannot show is escaped."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -196,7 +222,7 @@ def _open_streams() -> None:
         elif _is(stream, number):  # not where a test has put a buffer
             raw = io.BufferedWriter(_Output(number, "w", closefd=False))
             how = dict(line_buffering=stream.line_buffering, write_through=stream.write_through)
-            opened = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", **how)
+            opened = _Text(raw, stream.encoding, "backslashreplace", **how)
             setattr(sys, name, opened)
 
 
