@@ -103,9 +103,7 @@ class Settings:
     shuffle: bool = flag(True, "shuffle the pairs in each epoch")
     seed: int = flag(0, "seed of the order of the pairs and of the initial weights")
     samples: int = flag(2, "prompts to answer before and after training; 0: none")
-    dtype: str = flag(
-        "auto", "dtype of matrix products; auto: bfloat16 on CUDA, else float32", DTYPES
-    )
+    dtype: str = flag("auto", "dtype of products; auto: bfloat16 on CUDA, else float32", DTYPES)
     device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
     eval_every: int = flag(200, "steps between evaluations; 0: only before and after training")
     checkpoint_every: int = flag(200, "steps between checkpoints (the last two are kept); 0: none")
@@ -244,7 +242,7 @@ def evaluate(
             pause()
     found = simpo.means(how.total(sums), len(pairs), data.positions(pairs), how.beta)
     tokens = sum(pair.tokens for pair in pairs)
-    kept = ("loss", "accuracy", "margin", "l1", "l0")
+    kept = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected", "l1", "l0")
     return {name: getattr(found, name) for name in kept} | dict(pairs=len(pairs), tokens=tokens)
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from audit.attribution import KINDS, position_kinds
 from data import Packed, Pair
 from kernels.logps import CHUNK_ELEMENTS
-from policy import Policy
+from policy import Policy, Stream
 
 END = "end"  # the class of <end_of_turn>: how long a response is
 REST = "rest"  # the class of the tokens of no category
@@ -42,10 +42,17 @@ AVERAGE = 2.0  # each token's evidence counts so many average tokens more, again
 
 
 class Classes(NamedTuple):
-    """A partition of the vocabulary."""
+    """A partition of the vocabulary, in which a response's own tokens may be placed apart."""
 
     names: tuple[str, ...]  # categories, END, REST
     of_token: Tensor  # int64 [V]
+    own: list[Tensor] | None = None  # int64 [targets] of each pair; None: those of their tokens
+
+    def of_targets(self, stream: Stream) -> Tensor:
+        """The class of each target of a stream of pairs: int64 [N]."""
+        if self.own is None:
+            return self.of_token[stream.packed.target.cpu()]
+        return torch.cat([self.own[i] for i in stream.pairs])
 
 
 class Choices(NamedTuple):
@@ -132,6 +139,8 @@ def choices(
 ) -> list[Choices]:
     """The change of each pair's gap, divided under each partition, from one pass of base model and
     policy.
+
+    Where a target's own class is another than its token's, its probability moves there with it.
     """
     steered, head, device = policy.steered, policy.base.head, policy.device.name
     member = [torch.eye(len(c.names))[c.of_token].to(device) for c in partitions]  # [V, C] each
@@ -144,6 +153,7 @@ def choices(
             states = [steered.above(x, stream.plan)[packed.source] for x in streams]  # [N, d] each
         pair = torch.tensor(stream.pairs)[packed.sequence.cpu() // 2]
         weight = token_weight(packed).cpu()
+        own = [c.of_targets(stream) for c in partitions]
         for rows in torch.arange(len(pair)).split(rows_at_once(policy)):
             here = rows.to(device)
             target = packed.target[here]
@@ -151,9 +161,14 @@ def choices(
             chosen = [lp.gather(1, target[:, None])[:, 0].double().cpu() for lp in logp]
             change.index_add_(0, pair[rows], weight[rows] * (chosen[1] - chosen[0]))
             p = [lp.exp_() for lp in logp]
-            for share, c, columns in zip(shares, partitions, member, strict=True):
-                p0, p1 = ((prob @ columns).double().cpu() for prob in p)  # [n, V] -> [n, C]
-                terms = token_shares(chosen[1] - chosen[0], p0, p1, c.of_token[target.cpu()])
+            for share, c, columns, of_target in zip(shares, partitions, member, own, strict=True):
+                mass = [(prob @ columns).double().cpu() for prob in p]  # [n, V] -> [n, C]
+                usual, of_target = c.of_token[target.cpu()], of_target[rows]
+                for m, logp_target in zip(mass, chosen, strict=True):
+                    moved = torch.where(usual == of_target, 0.0, logp_target.exp())[:, None]
+                    m.scatter_add_(1, usual[:, None], -moved)
+                    m.scatter_add_(1, of_target[:, None], moved)
+                terms = token_shares(chosen[1] - chosen[0], *mass, of_target)
                 share.index_add_(0, pair[rows], weight[rows, None] * terms)
     return [Choices(c.names, share, change) for c, share in zip(partitions, shares, strict=True)]
 

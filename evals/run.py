@@ -70,8 +70,8 @@ class Settings:
         DEFAULTS.tokens_per_microbatch,
         "tokens per forward pass, the memory knob; no effect on the result",
     )
-    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", DTYPES)
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
+    dtype: str = flag("auto", "dtype of products; auto: bfloat16 on CUDA, else float32", DTYPES)
+    device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
     beside: tuple[str, ...] = flag(
         (), "OUT folders evaluated before, with the same settings: columns of the table"
     )

@@ -6,9 +6,9 @@
     python -m labelling --explanations DIR --sample 300 --out sheet.csv  # for a person to fill in
     python -m labelling --human sheet.csv --labels runs/labels.jsonl     # agreement with them
 
-Deviations from the paper:
-1. The categories' definitions (categories.json) cover the points of its prompts in our own words.
-2. An answer that is neither of the two words stays without a label and is counted, never guessed.
+As in the paper, an answer is one of two words for each category. One that is neither, where a
+server cannot enforce that, stays without a label and is counted, never guessed. The definitions
+(categories.json) cover the points of the paper's prompts in our own words.
 """
 
 import json

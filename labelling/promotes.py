@@ -39,7 +39,7 @@ class Settings:
     sae_id: str | None = flag(None, "folder within --sae; unset: the layer's 65k SAE of lowest L0")
     layer: int = flag(DEFAULTS.layer, "the block whose SAE is meant, where --sae-id does not say")
     tokens: int = flag(10, "tokens named for each feature")
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
+    device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
     out: str | None = flag(None, "the jsonl file to write")
 
     def __post_init__(self):
