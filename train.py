@@ -50,11 +50,11 @@ from policy import DEFAULTS, TINY, Policy, greedy, identity, load_preferences, n
 from runtime import cli, ranks
 from runtime.cli import flag
 from runtime.device import DTYPES, Device, peak_memory, resolve_device
-from runtime.folder import Run, choose_out, describe, draw_loss, finished, print_table
+from runtime.folder import Run, choose_out, describe, draw_loss, finished, print_table, push
 from runtime.messages import shown
 from runtime.progress import progress_bar
 from runtime.ranks import ALONE, Ranks
-from runtime.sources import UserError, sha256
+from runtime.sources import UserError, check_upload, sha256
 from sae import default_source
 from simpo import Scores, Sums
 
@@ -63,7 +63,7 @@ PRESETS = {"tiny": dict(**TINY, lr=2e-3, threshold_lr=0.2, epochs=1, eval_every=
 # Settings that --resume may change, because losses and weights do not depend on them, apart from
 # rounding.
 FREE = {"out", "resume", "eval_every", "checkpoint_every", "device", "timeout", "shard"}
-FREE |= {"tokens_per_microbatch", "samples"}
+FREE |= {"tokens_per_microbatch", "samples", "push_to"}
 SCHEDULES = ("cosine", "constant", "constant-with-warmup")
 UNIT_PAIRS = 8  # pairs over which --unit stream measures the residual stream's norm
 SAMPLE_TOKENS = 96  # limit on the tokens of an answer before and after training
@@ -110,6 +110,7 @@ class Settings:
     timeout: float = flag(30.0, "under torchrun: minutes after which a process gives up waiting")
     on_bad_row: str = flag("error", "end the run on a malformed row, or skip it", ("error", "skip"))
     out: str | None = flag(None, "folder to write (default: runs/NAME, with a number if taken)")
+    push_to: str | None = flag(None, "audit, and upload to OWNER/NAME: adapter, card and report")
 
     def __post_init__(self):
         """Fill in defaults that depend on other settings. Raises UserError for impossible ones."""
@@ -133,11 +134,13 @@ class Settings:
             raise UserError(f"--l0 {self.l0}: only --adapter jumprelu can follow an L0 penalty.")
         if self.full and self.adapter != "relu":
             raise UserError(f"--full and --adapter {self.adapter} exclude each other.")
-        for other in ("init_adapter", "mask_features"):
+        for other in ("init_adapter", "mask_features", "push_to"):
             if self.full and getattr(self, other):
                 raise UserError(f"--full and --{other.replace('_', '-')} exclude each other.")
         if self.resume and not self.out:
             raise UserError("--resume: name the run to go on with, --out FOLDER.")
+        if self.push_to:
+            check_upload(self.push_to)
 
 
 # --- one step -------------------------------------------------------------------------------------
@@ -468,7 +471,10 @@ def show(
 
 
 def main() -> None:
-    train(cli.parse(Settings, presets=PRESETS, doc=__doc__))
+    s = cli.parse(Settings, presets=PRESETS, doc=__doc__)
+    out = train(s)
+    if s.push_to and ranks.ranks_here().first:
+        push(out, s.push_to)
 
 
 if __name__ == "__main__":

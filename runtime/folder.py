@@ -30,7 +30,7 @@ from runtime.messages import brief
 from runtime.output import replacing, writable, write_whole, writing
 from runtime.progress import progress_bar
 from runtime.ranks import Interrupts, Ranks
-from runtime.sources import UserError, read_json
+from runtime.sources import UserError, read_json, upload
 
 FORMAT = "fsrl-run-2"  # of config.json; runs without a format are of an earlier version
 PACKAGES = ("torch", "safetensors", "huggingface-hub", "tokenizers", "numpy", "pyarrow")
@@ -292,6 +292,24 @@ def _check_same_run(out: Path, config: dict, free: Collection[str]) -> None:
             raise UserError(f"--resume: {path} is not the file that {out} was started with.")
     if len(config["sha256"]) != len(hashes):
         raise UserError(f"--resume: {out} was started with {len(hashes)} input files.")
+
+
+# --- a finished run -----------------------------------------------------------------------------
+
+
+def push(out: Path, repo: str) -> None:
+    """Upload a run's adapter, its card and its report to the Hub, in one commit.
+
+    The audit makes card and report; what it has made before, it leaves as it is.
+    """
+    audit = [sys.executable, "-m", "audit", "--run", str(out.resolve())]
+    root = Path(__file__).resolve().parents[1]
+    if subprocess.run(audit, cwd=root).returncode:
+        raise UserError(f"--push-to {repo}: nothing was uploaded, because the audit failed.")
+    files = {path.name: path for path in sorted((out / "adapter").iterdir())}
+    files |= {"report.html": out / "report.html"}
+    address = upload(files, repo, f"FSRL adapter: {', '.join(files)}")
+    print(f"Uploaded to {address}")
 
 
 # --- what a run shows -----------------------------------------------------------------------------
