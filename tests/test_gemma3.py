@@ -4,10 +4,11 @@ import dataclasses
 import json
 import shutil
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, ragged
+from conftest import GOLDEN, metrics, ragged, small_gemma3
 from safetensors.torch import load_file, save_file
 
 from data import pack
@@ -100,6 +101,23 @@ def test_packed_trees_equal_separate_sequences(seed):
             alone = model(pack([(prompt + continuation, [])]))[len(prompt) :]
             torch.testing.assert_close(together[start : start + len(alone)], alone)
             start += len(alone)
+
+
+def test_shards_train_as_one_process_does(tmp_path):
+    """Every weight trains, the norms of queries and keys among them; each process has a slice."""
+    small_gemma3(tmp_path / "model")
+    flags = ("--model", tmp_path / "model", "--data", GOLDEN / "dataset", "--full", "--lr", 1e-3)
+    flags += ("--batch-size", 4, "--max-steps", 2, "--eval-every", 0, "--device", "cpu")
+    one, two = tmp_path / "one", tmp_path / "two"
+    forked.good(forked.Run([*flags, "--out", one]).wait())
+    forked.good(forked.Run([*flags, "--out", two, "--shard"], 2).wait())
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    trained = [load_file(out / "model" / "model.safetensors") for out in (one, two)]
+    start = load_file(tmp_path / "model" / "model.safetensors")
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(tensor, trained[1][name], atol=1e-5, rtol=1e-4)
+        assert not torch.equal(tensor, start[name]), name
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -15,14 +15,11 @@ from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
-import torch
-from conftest import GOLDEN, SAE_ID, metrics, script
+from conftest import GOLDEN, SAE_ID, metrics, script, small_gemma3
 from forked import Run, golden
 from safetensors.torch import load, save
 
 import sae as saes
-from model import GEMMA3 as GEMMA3_VALUES
-from model import Gemma2, Gemma2Config
 
 MODEL, SAE = "google/gemma-2-2b-it", "google/gemma-scope-2b-pt-res"
 DATA = "princeton-nlp/llama3-ultrafeedback-armorm"
@@ -502,12 +499,7 @@ print(all(torch.equal(getattr(ours, name), array) for name, array in theirs.item
 def gemma3(hub, tmp_path_factory):
     """The same Hub with a small Gemma 3 under the 270m's name, and SAEs beside it."""
     place = tmp_path_factory.mktemp("gemma3")
-    sizes = dict(vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=3)
-    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
-    own = dict(GEMMA3_VALUES, **sizes, **heads, sliding_window=8, model_type="gemma3_text")
-    model = Gemma2(Gemma2Config(**own))
-    model.init_weights(torch.Generator().manual_seed(0))
-    model.save_pretrained(place / "model")
+    small_gemma3(place / "model")
     golden_sae = saes.JumpReLUSAE.from_pretrained(GOLDEN / "sae" / SAE_ID)
     arrays = {name: getattr(golden_sae, name) for name in saes.ARRAYS}
     saes.save_gemmascope2(place / "sae", arrays, GEMMA3, 1)
@@ -516,9 +508,7 @@ def gemma3(hub, tmp_path_factory):
     for name in (SMALL, *(f"resid_post/layer_1_{other}" for other in others)):
         sae |= {f"{name}/{path}": body for path, body in folder(place / "sae").items()}
     sae |= {f"transcoder/{SMALL.split('/')[1]}/params.safetensors": b"unread"}
-    tokenizer = (GOLDEN / "model" / "tokenizer.json").read_bytes()
-    files = folder(place / "model") | {"tokenizer.json": tokenizer}
-    hub.repos[f"models/{GEMMA3}"] = Repo(files | UNWANTED)
+    hub.repos[f"models/{GEMMA3}"] = Repo(folder(place / "model") | UNWANTED)
     hub.repos[f"models/{SCOPE2}"] = Repo(sae | UNWANTED)
     return hub
 
