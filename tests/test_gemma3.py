@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from conftest import GOLDEN, metrics, ragged, small_gemma3
 from safetensors.torch import load_file, save_file
 
-from data import pack
+from data import load_tokenizer, pack
+from experiments import gemma3_270m
 from fsrl import Unsteered
 from generation import decode
 from model import FULL, PUBLISHED, SLIDING, Gemma2, Gemma2Config
@@ -215,3 +216,26 @@ def test_another_family_is_refused_in_a_sentence(tmp_path, model_type):
     raw = json.loads((FOLDER / "config.json").read_text()) | dict(model_type=model_type)
     with pytest.raises(UserError, match=f"model_type is '{model_type}'"):
         config(tmp_path, raw)
+
+
+# --- the experiment's data ------------------------------------------------------------------------
+
+
+def test_cut_prompts_keep_their_last_whole_words(tmp_path):
+    prompt = "many words of a question that ends with these few words"
+    rows = [dict(prompt=prompt, chosen="yes", rejected="no", split="train")]
+    rows += [dict(prompt="short", chosen="a", rejected="b", split="test")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    s = gemma3_270m.Settings(
+        model=str(GOLDEN / "model"),
+        data=str(tmp_path / "rows.jsonl"),
+        prompt_tokens=8,
+        out=str(tmp_path / "out"),
+    )
+    gemma3_270m.cut(s)
+    (train,) = map(json.loads, (tmp_path / "out" / "train.jsonl").read_text().splitlines())
+    (test,) = map(json.loads, (tmp_path / "out" / "test.jsonl").read_text().splitlines())
+    tokenizer = load_tokenizer(GOLDEN / "model")
+    assert prompt.endswith(" " + train["prompt"]) and train["chosen"] == "yes"
+    assert 0 < len(tokenizer.encode(train["prompt"], add_special_tokens=False).ids) <= 8
+    assert test == dict(prompt="short", chosen="a", rejected="b")
