@@ -41,7 +41,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import data
 import simpo
@@ -53,6 +52,7 @@ from runtime.cli import flag
 from runtime.device import DTYPES, Device, peak_memory, resolve_device
 from runtime.folder import Run, choose_out, describe, draw_loss, finished, print_table
 from runtime.messages import shown
+from runtime.progress import progress_bar
 from runtime.ranks import ALONE, Ranks
 from runtime.sources import UserError, sha256
 from sae import default_source
@@ -103,9 +103,7 @@ class Settings:
     shuffle: bool = flag(True, "shuffle the pairs in each epoch")
     seed: int = flag(0, "seed of the order of the pairs and of the initial weights")
     samples: int = flag(2, "prompts to answer before and after training; 0: none")
-    dtype: str = flag(
-        "auto", "dtype of matrix products; auto: bfloat16 on CUDA, else float32", DTYPES
-    )
+    dtype: str = flag("auto", "dtype of products; auto: bfloat16 on CUDA, else float32", DTYPES)
     device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
     eval_every: int = flag(200, "steps between evaluations; 0: only before and after training")
     checkpoint_every: int = flag(200, "steps between checkpoints (the last two are kept); 0: none")
@@ -230,8 +228,8 @@ def evaluate(
     sums = Sums.zero(how.device.name)
     # Weights that FSDP2 gathers in inference mode cannot be trained afterwards.
     no_gradient = torch.inference_mode() if how.ranks.world == 1 else torch.no_grad()
-    shown = dict(unit="pair", leave=False, disable=not how.ranks.first)
-    bar = tqdm(total=len(pairs), desc="evaluating", **shown)
+    look = dict(unit="pair", leave=False, shown=how.ranks.first)
+    bar = progress_bar(total=len(pairs), desc="evaluating", **look)
     with no_gradient, how.device.autocast(), bar:
         for batch in micro_batches(pairs, how.tokens, how.ranks):
             scores = how.score(model, batch.packed)
@@ -447,8 +445,8 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
 def samples(policy: Policy, prompts: list[list[int]], who: Ranks) -> list[str]:
     """The policy's answers. Every process computes them, because --shard spreads the model."""
     total = len(prompts) * SAMPLE_TOKENS
-    shown = dict(unit="token", leave=False, disable=not (who.first and total))
-    with tqdm(total=total, desc="sampling", **shown) as bar:
+    look = dict(unit="token", leave=False, shown=bool(who.first and total))
+    with progress_bar(total=total, desc="sampling", **look) as bar:
         return [greedy(policy, prompt, SAMPLE_TOKENS, bar.update) for prompt in prompts]
 
 

@@ -50,6 +50,7 @@ from labels import Labels
 from runtime import cli
 from runtime.cli import flag
 from runtime.output import publish
+from runtime.progress import Line, say
 from runtime.sources import UserError, read_json, sha256
 from runtime.tables import write_table
 
@@ -102,7 +103,9 @@ class Part(NamedTuple):
     tables: tuple[str, ...]  # eval/NAME.csv, .json and .png of each
     files: tuple[str, ...]  # what else it leaves in eval/
     about: dict  # of its tables, as far as it is known before they are made
-    conditions: float  # its work, in forward passes through the blocks above the adapter, about
+    # What it shows progress of, and the work of each: forward passes through the blocks above the
+    # adapter, about.
+    work: dict[str, float]
     make: Callable[[Path], None]  # writes tables and files into a folder
 
 
@@ -158,7 +161,8 @@ class Audit:
             shown = dict(about=found) | features.examples(e.policy, e.pairs, e.labels)
             (folder / "examples.json").write_text(json.dumps(shown) + "\n")
 
-        return Part("usage", names, ("features.parquet", "examples.json"), about, 2, make)
+        files = ("features.parquet", "examples.json")
+        return Part("usage", names, files, about, dict(usage=2), make)
 
     def ablation_part(self) -> Part:
         e, s = self.e, self.s
@@ -169,7 +173,8 @@ class Audit:
             with publish(e.out / "eval" / "masks") as masks:
                 eval_ablation.write(e, found, folder, masks)
 
-        return Part("ablation", names, (), e.about, eval_ablation.conditions(e, s), make)
+        work = dict(usage=1, ablating=eval_ablation.conditions(e, s) - 1)
+        return Part("ablation", names, (), e.about, work, make)
 
     def static_part(self) -> Part:
         e, s = self.e, self.s
@@ -189,8 +194,9 @@ class Audit:
             save(folder, "static", about | dict(static_data=name), rows)
 
         vectors = 3 * len(s.coefficients) + len(s.top_features)
-        means = s.static_pairs / len(e.pairs)
-        return Part("static", ("static",), (), about, 2 + vectors + means, make)
+        work = {"static steering: means": s.static_pairs / len(e.pairs)}
+        work |= {"static steering": 2 + vectors}
+        return Part("static", ("static",), (), about, work, make)
 
     def interesting(self) -> list[tuple[Labels, dict[str, np.ndarray]]]:
         """Of each label file the categories that choices tells apart, if there are any."""
@@ -220,7 +226,8 @@ class Audit:
                 rows += effect_tables.choice_rows(found, table, s.bootstrap, s.seed)
             save(folder, "choices", about, rows)
 
-        return Part("choices", ("choices",), (), about, 4 + len(e.labels), make)
+        work = {"classes of tokens": 1, "choices": 4}
+        return Part("choices", ("choices",), (), about, work, make)
 
     def attribution_part(self) -> Part:
         e, s = self.e, self.s
@@ -241,7 +248,8 @@ class Audit:
             pq.write_table(pa.table(columns), folder / parquet)
 
         names = ("attribution", "attribution_features")
-        return Part("attribution", names, (parquet,), about, 3 + 3 * s.nodes, make)
+        work = dict(attribution=3 + 3 * s.nodes)
+        return Part("attribution", names, (parquet,), about, work, make)
 
 
 def labelled(table: Labels, category: str) -> np.ndarray:
@@ -310,15 +318,18 @@ def main() -> None:
     if not audit.masks:
         print("No --labels with categories: no composition (Table 2).", file=sys.stderr)
 
-    work = [part for part in parts if part.name in due]
-    seconds = seconds_per_condition(e.policy, e.pairs) * sum(part.conditions for part in work)
-    seconds += DRAWING * sum(len(part.tables) for part in work)
+    work = {part.name: sum(part.work.values()) for part in parts if part.name in due}
+    seconds = seconds_per_condition(e.policy, e.pairs) * sum(work.values())
+    seconds += DRAWING * sum(len(part.tables) for part in parts if part.name in due)
     print(f"{len(e.pairs):,} pairs; to make: {', '.join(due) or 'nothing'}; about {seconds:.0f} s.")
-    for part in parts:
-        started = time.perf_counter()
-        make(part, folder, part.name in due)
-        took = f"{time.perf_counter() - started:.1f} s" if part.name in due else "there already"
-        print(f"{part.name:<12} {took:>13}  {', '.join((*part.tables, *part.files))}", flush=True)
+    with Line("audit", sum(work.values()), "passes") as line:
+        for part in parts:
+            started = time.perf_counter()
+            with line.part(part.name, work.get(part.name, 0), part.work):
+                make(part, folder, part.name in due)
+            seconds = time.perf_counter() - started
+            took = f"{seconds:.1f} s" if part.name in due else "there already"
+            say(f"{part.name:<12} {took:>13}  {', '.join((*part.tables, *part.files))}")
 
     run = report.read_run(e.out)
     figures_beside = beside(run.metrics, run.tables)

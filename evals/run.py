@@ -26,8 +26,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from audit.published import published
 from fsrl import Unsteered
 from model import PUBLISHED
@@ -36,6 +34,7 @@ from runtime import cli
 from runtime.cli import flag
 from runtime.device import DTYPES
 from runtime.output import write_whole, writing
+from runtime.progress import parts
 from runtime.sources import UserError, read_json, sha256
 from runtime.tables import csv_text, plain
 
@@ -71,8 +70,8 @@ class Settings:
         DEFAULTS.tokens_per_microbatch,
         "tokens per forward pass, the memory knob; no effect on the result",
     )
-    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", DTYPES)
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
+    dtype: str = flag("auto", "dtype of products; auto: bfloat16 on CUDA, else float32", DTYPES)
+    device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
     beside: tuple[str, ...] = flag(
         (), "OUT folders evaluated before, with the same settings: columns of the table"
     )
@@ -297,13 +296,14 @@ def evaluate(s: Settings) -> Path:
     with writing(out):
         folder.mkdir(parents=True, exist_ok=True)
 
-    alone = len(metrics) == 1
-    for name, task in tqdm(loaded.tasks.items(), desc="tasks", unit="task", disable=alone):
-        if metrics[name] is None:
-            result = harness.evaluate_task(lm, name, task, s.limit, s.chat_template)
-            metrics[name] = result.metrics
-            with writing(out):
-                write_json(folder / f"{name}.json", dict(identity=known, **result._asdict()))
+    bars = dict(scoring=1, generating=1)  # a task has one of the two
+    missing = [name for name in loaded.tasks if metrics[name] is None]
+    for name in parts(missing, "evals", "tasks", bars=bars):
+        task = loaded.tasks[name]
+        result = harness.evaluate_task(lm, name, task, s.limit, s.chat_template)
+        metrics[name] = result.metrics
+        with writing(out):
+            write_json(folder / f"{name}.json", dict(identity=known, **result._asdict()))
 
     groups = {
         name: group.aggregate(metrics)

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import eval_ablation
@@ -43,6 +42,7 @@ from runtime import cli, rows
 from runtime.cli import flag
 from runtime.messages import brief
 from runtime.output import writable, write_whole
+from runtime.progress import parts
 from runtime.sources import UserError
 from tiny import LABELS_DIR, measure, world
 
@@ -340,16 +340,15 @@ def run(s: Settings) -> list[Audited]:
         raise UserError(f"--out {s.out}: {other}.")
 
     done = {(row.cause, row.seed): row for row in known}
-    planned, make = [], None
-    for cause, seed in tqdm(list(jobs(s)), desc="planted", unit="run"):
-        key = (name_of(cause), seed)
-        if key not in done:
-            make = make or runner(s)
-            done[key] = make(cause, seed)
-            text = "".join(json.dumps(row._asdict()) + "\n" for row in done.values())
-            write_whole(path, text)
-        planned.append(done[key])
-    return planned
+    planned = list(jobs(s))
+    missing = [job for job in planned if (name_of(job[0]), job[1]) not in done]
+    make = runner(s) if missing else None
+    bars = dict(training=0.5)  # of a run's time, about
+    for cause, seed in parts(missing, "planted", "runs", lambda job: name_of(job[0]), bars):
+        done[name_of(cause), seed] = make(cause, seed)
+        text = "".join(json.dumps(row._asdict()) + "\n" for row in done.values())
+        write_whole(path, text)
+    return [done[name_of(cause), seed] for cause, seed in planned]
 
 
 def write(audited: list[Audited], s: Settings, command: str) -> None:

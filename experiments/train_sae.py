@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 from model import Gemma2
@@ -30,8 +29,9 @@ from runtime.cli import flag
 from runtime.device import DTYPES, Device, resolve_device
 from runtime.messages import brief
 from runtime.output import replacing, writable, write_whole
+from runtime.progress import parts, progress_bar, say
 from runtime.sources import UserError, read_json, sha256
-from sae import JumpReLUSAE, save_gemmascope2
+from sae import ARRAYS, JumpReLUSAE
 from tiny.sae_trainer import Trainer
 
 
@@ -50,8 +50,8 @@ class Settings:
     max_length: int = flag(1024, "tokens of a text, at most; a longer prompt keeps its last half")
     test_pairs: int = flag(64, "pairs of the test split that the quality is measured on")
     seed: int = flag(0, "seed of initial weights and of the order of positions")
-    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", DTYPES)
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
+    dtype: str = flag("auto", "dtype of products; auto: bfloat16 on CUDA, else float32", DTYPES)
+    device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
     out: str = flag("runs/sae", "folder to write")
 
     def __post_init__(self):
@@ -90,7 +90,7 @@ def rounds(texts: list[list[int]], tokens: int) -> list[list[list[int]]]:
 @torch.inference_mode()
 def stream(model: Gemma2, texts: list[list[int]], layer: int, device: Device) -> Iterator[Tensor]:
     """The residual stream after block `layer` of texts, without their first positions: [n, d]."""
-    with tqdm(total=len(texts), desc="stream", unit="text", leave=False) as bar:
+    with progress_bar(total=len(texts), desc="stream", unit="text", leave=False) as bar:
         for first in range(0, len(texts), 8):
             some = texts[first : first + 8]
             packed = data.pack([(text, []) for text in some]).to(device.name)
@@ -130,7 +130,7 @@ def quality(model: Gemma2, sae: JumpReLUSAE, pairs: list[data.Pair], layer: int)
         kept.append(x[packed.position > 0])
     every = torch.cat(kept)
     mean = every.mean(0)
-    for packed, x in zip(tqdm(packs, desc="quality", leave=False), streams, strict=True):
+    for packed, x in zip(progress_bar(packs, desc="quality", leave=False), streams, strict=True):
         first = (packed.position == 0)[:, None]
         f = sae.encode(x)
         fired += (f > 0)[packed.position > 0].sum(0)
@@ -210,18 +210,18 @@ def train(s: Settings) -> Path:
         before = round_of(done - 1)
         print(f"Going on after round {done} of {s.passes * len(plan)}.", file=sys.stderr)
     count = s.passes * len(plan)
-    for number in tqdm(range(done, count), desc="rounds", initial=done, total=count):
+    for number in parts(range(done, count), "SAE", "rounds"):
         now = round_of(number)
         mixed = torch.cat([before, now])
         order = torch.Generator().manual_seed(s.seed * 100_003 + number)
         chosen = torch.randperm(len(mixed), generator=order)[: len(now)]
         steps = max(1, len(now) // s.batch)
-        bar = tqdm(chosen[: steps * s.batch].split(s.batch), desc="steps", leave=False)
+        bar = progress_bar(chosen[: steps * s.batch].split(s.batch), desc="steps", leave=False)
         for i, rows in enumerate(bar):
             share = (number + i / steps) / count
             found = trainer.step(mixed[rows], share, (number * steps + i + 1) / 200)
             bar.set_postfix(unexplained=f"{found.unexplained:.4f}", l0=f"{found.l0:.1f}")
-        tqdm.write(f"round {number + 1}: {found}", file=sys.stderr)
+        say(f"round {number + 1}: {found}", sys.stderr)
         with replacing(state) as part:
             save_file(trainer.state() | {"rounds": torch.tensor(number + 1)}, part)
         before = now
@@ -240,6 +240,16 @@ def train(s: Settings) -> Path:
             print(f"{key:<20}{value:12.4f}")
     print(f"Written to {folder}")
     return folder
+
+
+def save_gemmascope2(folder: Path, arrays: dict[str, Tensor], model: str, layer: int) -> None:
+    """Write the five arrays as Gemma Scope 2's params.safetensors (float32) and config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name.lower(): arrays[name].detach().float().cpu().contiguous() for name in ARRAYS}
+    save_file(tensors, folder / "params.safetensors")
+    place = dict(hf_hook_point_in=f"model.layers.{layer}.output", model_name=model)
+    config = dict(architecture="jump_relu", **place)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:

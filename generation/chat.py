@@ -84,8 +84,8 @@ class Settings:
         None, "steering of each token: - (print), a .jsonl or an .html to write"
     )
     top: int = flag(5, "features a token in the trace")
-    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", DTYPES)
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
+    dtype: str = flag("auto", "dtype of products; auto: bfloat16 on CUDA, else float32", DTYPES)
+    device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
 
     def __post_init__(self):
         """Raises UserError for settings that mean nothing."""

@@ -6,9 +6,9 @@
     python -m labelling --explanations DIR --sample 300 --out sheet.csv  # for a person to fill in
     python -m labelling --human sheet.csv --labels runs/labels.jsonl     # agreement with them
 
-Deviations from the paper:
-1. The categories' definitions (categories.json) cover the points of its prompts in our own words.
-2. An answer that is neither of the two words stays without a label and is counted, never guessed.
+As in the paper, an answer is one of two words for each category. One that is neither, where a
+server cannot enforce that, stays without a label and is counted, never guessed. The definitions
+(categories.json) cover the points of the paper's prompts in our own words.
 """
 
 import json
@@ -23,7 +23,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from labelling.categories import OURS, digest, question, read_categories
 from labelling.endpoint import Answer, Endpoint, Question
@@ -35,6 +34,7 @@ from runtime import cli
 from runtime.cli import at_least, flag
 from runtime.messages import brief
 from runtime.output import writable_file
+from runtime.progress import progress_bar
 from runtime.sources import UserError
 
 OUTPUT_TOKENS = 8  # of one answer, for the estimate: {"label": "no"} and the end
@@ -163,7 +163,7 @@ def ask(
             key = os.environ.get(s.key_env, "").strip()
             server = Endpoint(s.endpoint, s.judge_model, key, extra, s.timeout, s.attempts)
             server.connect()
-            with tqdm(total=n, desc=s.judge_model, unit="answer", disable=None) as bar:
+            with progress_bar(total=n, desc=s.judge_model, unit="answer") as bar:
 
                 def record(question: Question, answer: Answer | None) -> None:
                     if answer is not None:

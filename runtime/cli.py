@@ -12,6 +12,7 @@ import dataclasses
 import io
 import math
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -22,7 +23,8 @@ from collections.abc import Callable
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from runtime.messages import brief, shown
+from runtime import progress
+from runtime.messages import LONGEST, brief, shown
 from runtime.sources import UserError
 
 
@@ -94,6 +96,7 @@ def parse(
             metavar = "{" + ",".join(map(str, allowed)) + "}" if allowed else kind.__name__.upper()
             options |= dict(type=kind, choices=allowed, metavar=metavar)
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     if presets:
         first = _Parser(add_help=False, allow_abbrev=False)
         first.add_argument("--model")
@@ -102,6 +105,8 @@ def parse(
     if any("\0" in word for word in given):
         raise UserError(f"{parser.prog}: an argument holds a zero byte.")
     values = vars(parser.parse_args(given))
+    if values.pop("quiet"):
+        progress.be_quiet()
     return settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
@@ -132,7 +137,7 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except (UserError, OSError, SafetensorError) as e:
         _end_bars()
-        print(shown(" ".join(_sentence(e).split())), file=sys.stderr)
+        print(_sentence(e), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         _end_bars()
@@ -143,9 +148,12 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    if isinstance(error, UserError) or not getattr(error, "strerror", None):
-        return str(error)
-    return f"{error.filename or 'output'}: {error.strerror}."
+    """What an error says, on one line; of long words (paths, values) the beginning and the end."""
+    said = str(error)
+    if not isinstance(error, UserError) and getattr(error, "strerror", None):
+        said = f"{error.filename or 'output'}: {error.strerror}."
+    said = shown(" ".join(said.split()))
+    return re.sub(rf"\S{{{LONGEST + 1},}}", lambda word: f"{word[0][:100]}…{word[0][-99:]}", said)
 
 
 def _terminate(number, frame) -> None:

@@ -1,9 +1,10 @@
-"""Which SAE Neuronpedia's source ids name, and the way back to its pages.
+"""Translate between Neuronpedia's source ids and the ids of SAEs.
 
-An id without `__l0-` stands for one average L0 per block, by SAELens's table of published SAEs. The
-paper's SAEs, of lowest L0, have suffixed ids: `12-gemmascope-res-65k` is average_l0_72, and
-average_l0_21 is `12-gemmascope-res-65k__l0-21`. Of Gemma Scope 2 only the SAEs of medium L0 have
-pages: `12-gemmascope-2-res-65k` is resid_post/layer_12_width_65k_l0_medium.
+A source id without `__l0-` means the SAE of one particular average L0 for each block, by SAELens's
+table of published SAEs. The paper's SAEs, of lowest L0, have ids with that suffix: at layer 12,
+`12-gemmascope-res-65k` is average_l0_72, and average_l0_21 is `12-gemmascope-res-65k__l0-21`.
+Of Gemma Scope 2 only the SAEs of medium L0 have pages: `12-gemmascope-2-res-65k` is
+resid_post/layer_12_width_65k_l0_medium.
 """
 
 import re
@@ -20,7 +21,7 @@ REPO = {
     "gemma-2-9b": "google/gemma-scope-9b-pt-res",
     "gemma-2-9b-it": "google/gemma-scope-9b-it-res",
 }
-# (modelId, width) -> average L0 of the unsuffixed id, block by block.
+# (modelId, width) -> average L0 of the id without suffix, for each block.
 AVERAGE_L0 = {
     ("gemma-2-2b", "16k"): (
         "105 102 141 59 124 68 70 69 71 73 77 80 82 84 84 78 78 77 74 73 71 70 72 75 73 116"

@@ -16,12 +16,12 @@ import time
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import GOLDEN, ROOT, SAE_ID, script
+from conftest import GOLDEN, ROOT, SAE_ID, metrics, script
 from PIL import Image
 
 import labels
 import tiny
-from audit import features, figures, report
+from audit import features, figures, published, report
 from audit.counting import SIDES
 from runtime.output import publish
 from runtime.sources import UserError
@@ -228,6 +228,28 @@ def test_tables_of_another_adapter_are_marked_and_made_again(audited, tmp_path, 
     assert read(copy, "topk")["about"]["adapter_sha256"] != "0" * 64
     assert "to make: ablation; about" in capsys.readouterr().out
     assert "Made with another adapter" not in (copy / "report.html").read_text()
+
+
+def test_published_figures_stand_beside_a_run_of_their_shape(audited, tmp_path, monkeypatch):
+    """Were the published run of this shape, its figures would stand beside these tables'."""
+    out, flags = audited
+    copy = shutil.copytree(out, tmp_path / "run")
+    assert not (copy / "eval" / "beside_published.json").exists()
+    about, theirs = read(copy, "topk")["about"], published.published()
+    shape = {key: about[key] for key in ("d_model", "d_sae", "layer")}
+    monkeypatch.setattr(published, "published", lambda: theirs | dict(setting=shape))
+    run("--run", copy, *flags[2:])
+
+    found = {row["figure"]: row for row in read(copy, "beside_published")["rows"]}
+    last = metrics(copy, "eval")[-1]
+    assert found["SimPO loss"]["published"] == 2.73 and found["SimPO loss"]["here"] == last["loss"]
+    assert found["L0"]["here"] == last["l0"]
+    rows = read(copy, "composition_paper")["rows"]
+    named = dict(labels="hostile", category="style", context="prompt", first="counted")
+    (ours,) = (row for row in rows if named.items() <= row.items())
+    change = found["hostile: style, prompt, relative change, %"]
+    assert (change["published"], change["here"]) == (1.91, 100 * ours["change"])
+    assert "Beside the published figures" in (copy / "report.html").read_text()
 
 
 # --- mistakes and interruptions -------------------------------------------------------------------

@@ -20,7 +20,7 @@ from audit import figures
 from audit.attribution import attribute
 from audit.counting import count
 from fsrl import Adapter, Unsteered
-from kernels.logps import CHUNK_ELEMENTS
+from kernels import logps
 from labels import write_labels
 from policy import open_policy, read_features
 from runtime import cli
@@ -97,7 +97,8 @@ def test_packing_changes_no_pair(golden, monkeypatch):  # noqa: F811
     results = [measured(tokens) for tokens in (1, 150, 100_000)]
     monkeypatch.setattr(fsrl, "STEER_ROWS", 7)
     monkeypatch.setitem(fsrl.STEER_ELEMENTS, "cpu", 1)
-    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 1 << 12)
+    monkeypatch.setitem(logps.CHUNK_ELEMENTS, "cpu", 1 << 12)
+    monkeypatch.setattr(logps, "CHUNK_ROWS", 1)
     results.append(measured(8192))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
