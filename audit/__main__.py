@@ -14,8 +14,9 @@ labels or settings. --only makes the parts that it names again, and no other.
                  features.parquet, examples.json
     ablation     topk (Figure 2), ablation and masks/, as eval_ablation.py makes them
     static       steering that does not read its context (static.py)
-    choices      the widened preference gap by kinds of tokens (choices.py); it names the category
-                 that the data taught
+    choices      the widened preference gap by kinds of tokens, which features' labels or
+                 --token-rules tell apart (choices.py, rules.py); it names the category that the
+                 data taught
     attribution  integrated gradients (attribution.py): attribution by category and by where the
                  steering acts, attribution_features, attribution_features.parquet
 
