@@ -41,22 +41,25 @@ import torch
 import eval_ablation
 from audit import card, effect_tables, features, figures, report, static
 from audit.attribution import attribute
-from audit.choices import choices, classes
+from audit.choices import choices, classes, data_alone
 from audit.counting import CONTEXTS, FIRST, Counts, count
 from audit.label_noise import read_human
 from audit.published import beside
 from audit.rules import by_rules, read_rules
+from audit.verdict import verdict
 from eval_ablation import Evaluation, open_evaluation, seconds_per_condition
 from labels import Labels
 from runtime import cli
 from runtime.cli import flag
+from runtime.messages import shown
 from runtime.output import publish
 from runtime.progress import Line, say
 from runtime.sources import UserError, read_json, sha256
-from runtime.tables import write_table
+from runtime.tables import interval, write_table
 
 PARTS = ("usage", "ablation", "static", "choices", "attribution")
 DRAWING = 0.7  # seconds that a figure takes, about
+VERSION = 2  # of the columns of the tables of usage, choices and attribution
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class Audit:
     def usage_part(self) -> Part:
         e, s = self.e, self.s
         about = e.about | dict(human=sha256(Path(s.human)) if s.human else None)
-        about |= dict(first=FIRST[s.count_first])
+        about |= dict(first=FIRST[s.count_first], version=VERSION)
         names = ("top_usage", "top_value", "value_difference", "usage_rank", "l0", "l0_by_position")
         names = ("composition_paper", "composition", *names) if self.masks else names
 
@@ -162,6 +165,7 @@ class Audit:
                 save(folder, name, found, rows)
             pq.write_table(features.feature_table(counts, e.labels), folder / "features.parquet")
             shown = dict(about=found) | features.examples(e.policy, e.pairs, e.labels)
+            shown["cards"] = features.cards(e.policy, e.pairs, features.of_interest(counts, shown))
             (folder / "examples.json").write_text(json.dumps(shown) + "\n")
 
         files = ("features.parquet", "examples.json")
@@ -214,7 +218,7 @@ class Audit:
         e, s = self.e, self.s
         rules = self.rules
         said = rules.described() if rules else None
-        about = e.about | dict(rest=s.rest, token_rules=said)
+        about = e.about | dict(rest=s.rest, token_rules=said, version=VERSION)
 
         def make(folder: Path) -> None:
             divided = [
@@ -225,17 +229,21 @@ class Audit:
             tables, partitions = zip(*divided, strict=True)
             rows = []
             results = choices(e.policy, e.pairs, partitions, "choices")
-            for table, found in zip(tables, results, strict=True):
-                rows += effect_tables.choice_rows(found, table, s.bootstrap, s.seed)
-            save(folder, "choices", about, rows)
+            for table, partition, found in zip(tables, partitions, results, strict=True):
+                alone = data_alone(e.pairs, partition)
+                rows += effect_tables.choice_rows(found, alone, table, s.bootstrap, s.seed)
+            change = results[0].change[None]
+            low, high = (end.item() for end in interval(change, s.bootstrap, s.seed))
+            gap = dict(change=change.mean().item(), change_low=low, change_high=high)
+            save(folder, "choices", about | gap, rows)
 
         work = {"classes of tokens": 1, "choices": 4}
         return Part("choices", ("choices",), (), about, work, make)
 
     def attribution_part(self) -> Part:
         e, s = self.e, self.s
-        about = e.about | dict(nodes=s.nodes)
-        parquet = "attribution_features.parquet"
+        about = e.about | dict(nodes=s.nodes, version=VERSION)
+        files = ("attribution_features.parquet", "attribution_cards.json")
 
         def make(folder: Path) -> None:
             masks = [torch.from_numpy(x.mask) for x in effect_tables.category_masks(e.labels)]
@@ -248,11 +256,13 @@ class Audit:
             columns = effect_tables.feature_columns(found, e.labels, usage, mean_v)
             rows = effect_tables.earned_by_rows(columns, e.labels)
             save(folder, "attribution_features", said, rows)
-            pq.write_table(pa.table(columns), folder / parquet)
+            pq.write_table(pa.table(columns), folder / files[0])
+            cards = features.cards(e.policy, e.pairs, [row.feature for row in rows])
+            (folder / files[1]).write_text(json.dumps(dict(about=said, cards=cards)) + "\n")
 
         names = ("attribution", "attribution_features")
         work = dict(attribution=3 + 3 * s.nodes)
-        return Part("attribution", names, (parquet,), about, work, make)
+        return Part("attribution", names, files, about, work, make)
 
 
 def labelled(table: Labels, category: str) -> np.ndarray:
@@ -343,55 +353,16 @@ def main() -> None:
     if (e.out / "adapter").is_dir() or (e.out / "adapter_config.json").is_file():
         card.write_card(e.out)
     print(summary(report.read_run(e.out).tables))
-    print(f"Written to {folder}, and {page}")
-
-
-def composition_lines(name: str, table: dict) -> list[str]:
-    titles = f"{'category':<24}{'context':<17}{'SAE':>8}{'adapter':>9}{'change':>10}"
-    lines = ["", name.replace("_", ", as the ") + ":", f"{titles}  95 % over pairs"]
-    for row in report.shown_rows(table):
-        category = f"{row['labels']}: {row['category']}"
-        shares = f"{report.percent(row['sae']):>9}{report.percent(row['adapter']):>9}"
-        line = (
-            f"{category:<24}{row['context']:<16}{shares}{report.percent(row['change'], True):>10}"
-        )
-        line += f"  {report.between(row, 'low', 'high')}"
-        if row.get("noisy_low") is not None:
-            line += f"; with label noise {report.between(row, 'noisy_low', 'noisy_high')}"
-        lines.append(line)
-    return lines
+    print(f"The rest: {page}, and the tables in {folder}.")
 
 
 def summary(tables: dict[str, dict]) -> str:
-    """The tables' main numbers, for the terminal."""
-    lines = []
-    for name in ("composition_paper", "composition"):
-        table = tables.get(name)
-        lines += composition_lines(name, table) if table else []
-
-    rows = tables.get("choices", {}).get("rows", ())
-    for labels in dict.fromkeys(row["labels"] for row in rows):
-        here = [row for row in rows if row["labels"] == labels]
-        named = next((row["tokens"] for row in here if row["named"]), "no category")
-        shares = ", ".join(f"{row['tokens']} {row['part_of_change'] or 0:.0%}" for row in here)
-        said = f"by {labels}, name: {named} (shares of the widened gap: {shares})"
-        lines += ["", f"The policy's choices, {said}"]
-
-    best = min(tables.get("static", {}).get("rows", ())[2:], key=lambda r: r["loss"], default=None)
-    if best:
-        lines += ["", f"Best static steering: {best['steering']}, loss {best['loss']:.3f}"]
-    if "attribution" in tables:
-        about, rows = tables["attribution"]["about"], tables["attribution"]["rows"]
-        said = (
-            f"shares sum to the change of {about['change']:.4f}, residual {about['residual']:.2g}"
-        )
-        lines += ["", f"Attribution: {said}"]
-        lines += [
-            f"{row['labels']}: {row['category']:<24}{row['share']:9.3f}"
-            for row in rows
-            if row["where"] == "(all)" and row["labels"]
-        ]
-    return "\n".join([*lines, ""])
+    """What was learned, in three lines for the terminal; "" where choices was not measured."""
+    found = verdict(tables)
+    if found is None:
+        return ""
+    learned, sure, features, _ = (shown(answer.text) for answer in found.answers)
+    return "\n".join(["", f"{shown(found.headline)} {learned}", sure, features, ""])
 
 
 if __name__ == "__main__":

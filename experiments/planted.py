@@ -268,13 +268,9 @@ def chosen(
             zip(found.names, zip(shares, p, strict=True), strict=True)
         )
 
-    packed = data.pack_pairs(pairs)
-    weight = ch.token_weight(packed)
     for kind in (*KINDS, "true spans"):
-        of_token, classes = partitions[kind].of_token[packed.target], partitions[kind].names
-        gap = torch.zeros(len(pairs), len(classes), dtype=torch.float64)
-        gap.index_put_((packed.sequence // 2, of_token), weight, accumulate=True)
-        values = zip(classes, over_pairs(gap), strict=True)
+        alone = over_pairs(ch.data_alone(pairs, partitions[kind]))
+        values = zip(partitions[kind].names, alone, strict=True)
         answers[f"data alone|{kind}"] = {name: (abs(mean), z) for name, (mean, z) in values}
     return answers
 

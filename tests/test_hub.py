@@ -22,6 +22,7 @@ from forked import Run, golden
 from safetensors.torch import load, save
 
 import sae as saes
+from experiments.train_sae import save_gemmascope2
 
 MODEL, SAE = "google/gemma-2-2b-it", "google/gemma-scope-2b-pt-res"
 DATA = "princeton-nlp/llama3-ultrafeedback-armorm"
@@ -610,7 +611,7 @@ def gemma3(hub, tmp_path_factory):
     small_gemma3(place / "model")
     golden_sae = saes.JumpReLUSAE.from_pretrained(GOLDEN / "sae" / SAE_ID)
     arrays = {name: getattr(golden_sae, name) for name in saes.ARRAYS}
-    saes.save_gemmascope2(place / "sae", arrays, GEMMA3, 1)
+    save_gemmascope2(place / "sae", arrays, GEMMA3, 1)
     sae = {}
     others = ("width_65k_l0_medium", "width_65k_l0_small_seed_1", "width_16k_l0_small")
     for name in (SMALL, *(f"resid_post/layer_1_{other}" for other in others)):
