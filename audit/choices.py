@@ -32,12 +32,13 @@ import torch
 from torch import Tensor
 
 from audit.attribution import KINDS, position_kinds
-from data import Packed, Pair
+from data import Packed, Pair, pack_pairs
 from kernels.logps import CHUNK_ELEMENTS
 from policy import Policy, Stream
 
 END = "end"  # the class of <end_of_turn>: how long a response is
 REST = "rest"  # the class of the tokens of no category
+LEVEL = 0.01  # of the test, over all classes together
 AVERAGE = 2.0  # each token's evidence counts so many average tokens more, against single sightings
 
 
@@ -66,7 +67,13 @@ class Choices(NamedTuple):
         """sign_flip of each class, times the number of classes (Bonferroni): [C]."""
         return (sign_flip(self.shares, draws, seed) * len(self.names)).clamp(max=1)
 
-    def named(self, level: float = 0.01) -> str | None:
+    def chance(self, draws: int = 9999, seed: int = 0) -> Tensor:
+        """What the mean share of each class must exceed to be named, [C]: the one-sided bound that
+        belongs to p_values at LEVEL.
+        """
+        return flipped_means(self.shares, draws, seed).quantile(1 - LEVEL / len(self.names), dim=0)
+
+    def named(self, level: float = LEVEL) -> str | None:
         """The category that earned most of the gap; None where its p-value is above `level`.
 
         It is never END or REST. Where REST has the largest share of all, most of what the policy
@@ -207,13 +214,33 @@ def token_shares(change: Tensor, p0: Tensor, p1: Tensor, own: Tensor) -> Tensor:
     return terms
 
 
-def sign_flip(shares: Tensor, draws: int = 9999, seed: int = 0) -> Tensor:
-    """p-value of each class: how often its mean is as large when every pair's sign is drawn, [P, C]
-    -> [C].
-    """
+def flipped_means(shares: Tensor, draws: int, seed: int) -> Tensor:
+    """Means over pairs when every pair's sign is drawn: [P, C] -> [draws, C]."""
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], (draws, len(shares)))
-    drawn = torch.from_numpy(signs) @ shares / len(shares)  # [draws, C]
-    mean = shares.mean(0)
+    return torch.from_numpy(signs) @ shares / len(shares)
+
+
+def sign_flip(shares: Tensor, draws: int = 9999, seed: int = 0) -> Tensor:
+    """One-sided p-value of each class: how often its mean is as large when every pair's sign is
+    drawn, [P, C] -> [C].
+    """
+    drawn, mean = flipped_means(shares, draws, seed), shares.mean(0)
     # Equal draws may differ by the order of their sum.
     tie = 1e-12 * shares.abs().mean(0)
     return (1 + (drawn >= mean - tie).sum(0)) / (1 + draws)
+
+
+def data_alone(pairs: Sequence[Pair], partition: Classes) -> Tensor:
+    """No policy: of each pair the share of the chosen response's tokens that are of a class, less
+    that of the rejected one's. Float64 [P, C].
+    """
+    packed = pack_pairs(pairs)
+    difference = torch.zeros(len(pairs), len(partition.names), dtype=torch.float64)
+    where = packed.sequence // 2, partition.of_token[packed.target]
+    return difference.index_put_(where, token_weight(packed), accumulate=True)
+
+
+def data_p_values(difference: Tensor) -> Tensor:
+    """Two-sided sign-flip test of data_alone, corrected as p_values are: [P, C] -> [C]."""
+    sided = difference * difference.mean(0).sign()
+    return (2 * sign_flip(sided) * difference.shape[1]).clamp(max=1)

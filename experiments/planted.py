@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import eval_ablation
@@ -43,6 +42,7 @@ from runtime import cli, rows
 from runtime.cli import flag
 from runtime.messages import brief
 from runtime.output import writable, write_whole
+from runtime.progress import parts
 from runtime.sources import UserError
 from tiny import LABELS_DIR, measure, world
 
@@ -268,13 +268,9 @@ def chosen(
             zip(found.names, zip(shares, p, strict=True), strict=True)
         )
 
-    packed = data.pack_pairs(pairs)
-    weight = ch.token_weight(packed)
     for kind in (*KINDS, "true spans"):
-        of_token, classes = partitions[kind].of_token[packed.target], partitions[kind].names
-        gap = torch.zeros(len(pairs), len(classes), dtype=torch.float64)
-        gap.index_put_((packed.sequence // 2, of_token), weight, accumulate=True)
-        values = zip(classes, over_pairs(gap), strict=True)
+        alone = over_pairs(ch.data_alone(pairs, partitions[kind]))
+        values = zip(partitions[kind].names, alone, strict=True)
         answers[f"data alone|{kind}"] = {name: (abs(mean), z) for name, (mean, z) in values}
     return answers
 
@@ -340,16 +336,15 @@ def run(s: Settings) -> list[Audited]:
         raise UserError(f"--out {s.out}: {other}.")
 
     done = {(row.cause, row.seed): row for row in known}
-    planned, make = [], None
-    for cause, seed in tqdm(list(jobs(s)), desc="planted", unit="run"):
-        key = (name_of(cause), seed)
-        if key not in done:
-            make = make or runner(s)
-            done[key] = make(cause, seed)
-            text = "".join(json.dumps(row._asdict()) + "\n" for row in done.values())
-            write_whole(path, text)
-        planned.append(done[key])
-    return planned
+    planned = list(jobs(s))
+    missing = [job for job in planned if (name_of(job[0]), job[1]) not in done]
+    make = runner(s) if missing else None
+    bars = dict(training=0.5)  # of a run's time, about
+    for cause, seed in parts(missing, "planted", "runs", lambda job: name_of(job[0]), bars):
+        done[name_of(cause), seed] = make(cause, seed)
+        text = "".join(json.dumps(row._asdict()) + "\n" for row in done.values())
+        write_whole(path, text)
+    return [done[name_of(cause), seed] for cause, seed in planned]
 
 
 def write(audited: list[Audited], s: Settings, command: str) -> None:

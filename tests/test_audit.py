@@ -173,7 +173,7 @@ def test_both_variants_of_the_papers_composition_are_there(audited):
     for key in ("sae", "adapter"):
         assert sum(row[key] for row in rows[:24]) == pytest.approx(2 * 3)
     text = (audited[0] / "report.html").read_text()
-    assert "What it uses (Table 2)" in text and "&lt;bos&gt;, is left out" in text
+    assert "Averaged over positions (Table 2)" in text and "&lt;bos&gt;, is left out" in text
 
 
 def test_examples_are_the_first_pairs(audited):
@@ -325,7 +325,8 @@ def test_an_adapter_folder_without_labels(tmp_path, monkeypatch):
     run(*flags, "--sae-id", SAE_ID, *SMALL, "--device", "cpu", "--out", tmp_path / "out")
     files = {path.stem for path in (tmp_path / "out" / "eval").iterdir()}
     without = {*COMPOSITIONS, "ablation", "choices"}
-    assert files == {*TABLES, "features", "examples", "masks"} - without
+    others = {"features", "examples", "attribution_cards", "masks"}
+    assert files == {*TABLES, *others} - without
     rows = read(tmp_path / "out", "top_usage")["rows"]
     assert [row["rank"] for row in rows] == [*range(1, features.TOP + 1)] * 6
     assert rows[0]["explanation"] == ""

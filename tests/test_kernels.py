@@ -226,6 +226,21 @@ def test_rms_norm_equals_its_definition_with_gradients():
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
+def test_autocast_rounds_nothing_in_a_norm():
+    """Training enters autocast for its matrix products, and the backward runs under it too."""
+    g = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(64, generator=g), torch.randn(20, 64, generator=g)
+    probe = torch.randn(20, 64, generator=g) + x
+    found = []
+    for low in (False, True):
+        own = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            y = pointwise.rms_norm(own, weight, 1e-6)
+            (y * probe).sum().backward()
+        found.append((y.detach(), own.grad))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
 def test_jumprelu_and_step_equal_saelens():
     want = load_file(GOLDEN / "jumprelu.safetensors")
     z, threshold = want["z"].requires_grad_(), want["threshold"].requires_grad_()
