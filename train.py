@@ -111,7 +111,7 @@ class Settings:
     timeout: float = flag(30.0, "under torchrun: minutes after which a process gives up waiting")
     on_bad_row: str = flag("error", "end the run on a malformed row, or skip it", ("error", "skip"))
     out: str | None = flag(None, "folder to write (default: runs/NAME, with a number if taken)")
-    push_to: str | None = flag(None, "audit, and upload to OWNER/NAME: adapter, card and report")
+    push_to: str | None = flag(None, "audit, then upload adapter, card and report to OWNER/NAME")
 
     def __post_init__(self):
         """Fill in defaults that depend on other settings. Raises UserError for impossible ones."""
