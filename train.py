@@ -24,7 +24,6 @@ The main deviations from the paper and the authors' code (docs/paper.md lists al
    out of it; shuffling makes them others in each epoch.
 """
 
-import functools
 import math
 import os
 import sys
@@ -398,12 +397,15 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
     prompts = [list(prompt) for prompt in distinct][: s.samples]
     before = samples(policy, prompts, who)
 
+    def evaluate_at(step: int) -> None:
+        if eval_pairs:
+            found = evaluate(wrapped, eval_pairs, how, lambda: run.checkpoint(step))
+            run.log("eval", step, whole_penalty.added(found))
+
     step = run.resume(s.resume or who.restarts > 0)
     while step < steps:
-        if eval_pairs and run.evaluates(step):
-            pause = functools.partial(run.checkpoint, step)
-            measured = evaluate(wrapped, eval_pairs, how, pause)
-            run.log("eval", step, whole_penalty.added(measured))
+        if run.evaluates(step):
+            evaluate_at(step)
 
         step_started = time.perf_counter()
         indices = batch_indices(step, len(pairs), s.batch_size, s.seed, s.shuffle)
@@ -430,10 +432,7 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
         run.log("train", step, row)
         run.checkpoint(step)
 
-    if eval_pairs:
-        pause = functools.partial(run.checkpoint, steps)
-        measured = evaluate(wrapped, eval_pairs, how, pause)
-        run.log("eval", steps, whole_penalty.added(measured))
+    evaluate_at(steps)
     run.close()
     if who.first:
         draw_loss(run.rows, out / "loss.png", "accuracy" if s.full else "l0")
@@ -457,7 +456,7 @@ def samples(policy: Policy, prompts: list[list[int]], who: Ranks) -> list[str]:
 
 
 def show(run: Run, policy: Policy, found: list[Sample], seconds: float) -> None:
-    """The samples, the metrics before and after, and what they say of the training."""
+    """Print the answers and metrics before and after training, and what they say of it."""
     what = "model" if isinstance(policy.model, Unsteered) else "adapter"
     for sample in found:
         print("\n--- prompt\n{}\n--- before\n{}\n--- after\n{}".format(*map(shown, sample)))
