@@ -399,8 +399,8 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
 
     def evaluate_at(step: int) -> None:
         if eval_pairs:
-            found = evaluate(wrapped, eval_pairs, how, lambda: run.checkpoint(step))
-            run.log("eval", step, whole_penalty.added(found))
+            metrics = evaluate(wrapped, eval_pairs, how, lambda: run.checkpoint(step))
+            run.log("eval", step, whole_penalty.added(metrics))
 
     step = run.resume(s.resume or who.restarts > 0)
     while step < steps:
@@ -417,8 +417,8 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
 
         sums = backward(wrapped, batch, penalty, how)
         grad_norm = clip(trained, s.max_grad_norm)
-        found = simpo.means(sums, len(batch), data.positions(batch), s.beta)
-        run.stop_unless_finite(step, found.loss, grad_norm, indices)
+        metrics = simpo.means(sums, len(batch), data.positions(batch), s.beta)
+        run.stop_unless_finite(step, metrics.loss, grad_norm, indices)
 
         optimizer.step()
         if adapter is not None:
@@ -427,7 +427,7 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
         step += 1
 
         seconds = time.perf_counter() - step_started
-        row = dict(epoch=step / per_epoch, **penalty.added(found._asdict()))
+        row = dict(epoch=step / per_epoch, **penalty.added(metrics._asdict()))
         row |= dict(lr=s.lr * factor, grad_norm=grad_norm, **throughput(batch, seconds))
         run.log("train", step, row)
         run.checkpoint(step)
@@ -437,13 +437,13 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
     if who.first:
         draw_loss(run.rows, out / "loss.png", "accuracy" if s.full else "l0")
     after = samples(policy, prompts, who)
-    answered = [policy.tokenizer.decode(prompt) for prompt in prompts]
-    found = [Sample(*texts) for texts in zip(answered, before, after, strict=True)]
+    asked = [policy.tokenizer.decode(prompt) for prompt in prompts]
+    answers = [Sample(*texts) for texts in zip(asked, before, after, strict=True)]
     if who.first:
-        write_samples(out, found)
+        write_samples(out, answers)
     ranks.together(who, lambda: save(out, policy, who))  # last: it says that the run is finished
     if who.first:
-        show(run, policy, found, time.perf_counter() - started)
+        show(run, policy, answers, time.perf_counter() - started)
     return out
 
 
@@ -455,13 +455,13 @@ def samples(policy: Policy, prompts: list[list[int]], who: Ranks) -> list[str]:
         return [greedy(policy, prompt, SAMPLE_TOKENS, bar.update) for prompt in prompts]
 
 
-def show(run: Run, policy: Policy, found: list[Sample], seconds: float) -> None:
+def show(run: Run, policy: Policy, answers: list[Sample], seconds: float) -> None:
     """Print the answers and metrics before and after training, and what they say of it."""
     what = "model" if isinstance(policy.model, Unsteered) else "adapter"
-    for sample in found:
+    for sample in answers:
         print("\n--- prompt\n{}\n--- before\n{}\n--- after\n{}".format(*map(shown, sample)))
     print_table(run.rows, what == "adapter", seconds, peak_memory(policy.device.name))
-    print("", *outcome(run.rows, found), "", sep="\n")
+    print("", *outcome(run.rows, answers), "", sep="\n")
     written = "metrics.jsonl, config.json, samples.json, loss.png"
     print(f"Written to {run.out}: {what}/, {written}")
 
