@@ -24,7 +24,6 @@ The main deviations from the paper and the authors' code (docs/paper.md lists al
    out of it; shuffling makes them others in each epoch.
 """
 
-import functools
 import math
 import os
 import sys
@@ -111,7 +110,7 @@ class Settings:
     timeout: float = flag(30.0, "under torchrun: minutes after which a process gives up waiting")
     on_bad_row: str = flag("error", "end the run on a malformed row, or skip it", ("error", "skip"))
     out: str | None = flag(None, "folder to write (default: runs/NAME, with a number if taken)")
-    push_to: str | None = flag(None, "audit, and upload to OWNER/NAME: adapter, card and report")
+    push_to: str | None = flag(None, "audit, then upload adapter, card and report to OWNER/NAME")
 
     def __post_init__(self):
         """Fill in defaults that depend on other settings. Raises UserError for impossible ones."""
@@ -398,12 +397,15 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
     prompts = [list(prompt) for prompt in distinct][: s.samples]
     before = samples(policy, prompts, who)
 
+    def evaluate_at(step: int) -> None:
+        if eval_pairs:
+            metrics = evaluate(wrapped, eval_pairs, how, lambda: run.checkpoint(step))
+            run.log("eval", step, whole_penalty.added(metrics))
+
     step = run.resume(s.resume or who.restarts > 0)
     while step < steps:
-        if eval_pairs and run.evaluates(step):
-            pause = functools.partial(run.checkpoint, step)
-            measured = evaluate(wrapped, eval_pairs, how, pause)
-            run.log("eval", step, whole_penalty.added(measured))
+        if run.evaluates(step):
+            evaluate_at(step)
 
         step_started = time.perf_counter()
         indices = batch_indices(step, len(pairs), s.batch_size, s.seed, s.shuffle)
@@ -415,8 +417,8 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
 
         sums = backward(wrapped, batch, penalty, how)
         grad_norm = clip(trained, s.max_grad_norm)
-        found = simpo.means(sums, len(batch), data.positions(batch), s.beta)
-        run.stop_unless_finite(step, found.loss, grad_norm, indices)
+        metrics = simpo.means(sums, len(batch), data.positions(batch), s.beta)
+        run.stop_unless_finite(step, metrics.loss, grad_norm, indices)
 
         optimizer.step()
         if adapter is not None:
@@ -425,26 +427,23 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
         step += 1
 
         seconds = time.perf_counter() - step_started
-        row = dict(epoch=step / per_epoch, **penalty.added(found._asdict()))
+        row = dict(epoch=step / per_epoch, **penalty.added(metrics._asdict()))
         row |= dict(lr=s.lr * factor, grad_norm=grad_norm, **throughput(batch, seconds))
         run.log("train", step, row)
         run.checkpoint(step)
 
-    if eval_pairs:
-        pause = functools.partial(run.checkpoint, steps)
-        measured = evaluate(wrapped, eval_pairs, how, pause)
-        run.log("eval", steps, whole_penalty.added(measured))
+    evaluate_at(steps)
     run.close()
     if who.first:
         draw_loss(run.rows, out / "loss.png", "accuracy" if s.full else "l0")
     after = samples(policy, prompts, who)
-    answered = [policy.tokenizer.decode(prompt) for prompt in prompts]
-    found = [Sample(*texts) for texts in zip(answered, before, after, strict=True)]
+    asked = [policy.tokenizer.decode(prompt) for prompt in prompts]
+    answers = [Sample(*texts) for texts in zip(asked, before, after, strict=True)]
     if who.first:
-        write_samples(out, found)
+        write_samples(out, answers)
     ranks.together(who, lambda: save(out, policy, who))  # last: it says that the run is finished
     if who.first:
-        show(run, policy, found, time.perf_counter() - started)
+        show(run, policy, answers, time.perf_counter() - started)
     return out
 
 
@@ -456,13 +455,13 @@ def samples(policy: Policy, prompts: list[list[int]], who: Ranks) -> list[str]:
         return [greedy(policy, prompt, SAMPLE_TOKENS, bar.update) for prompt in prompts]
 
 
-def show(run: Run, policy: Policy, found: list[Sample], seconds: float) -> None:
-    """The samples, the metrics before and after, and what they say of the training."""
+def show(run: Run, policy: Policy, answers: list[Sample], seconds: float) -> None:
+    """Print the answers and metrics before and after training, and what they say of it."""
     what = "model" if isinstance(policy.model, Unsteered) else "adapter"
-    for sample in found:
+    for sample in answers:
         print("\n--- prompt\n{}\n--- before\n{}\n--- after\n{}".format(*map(shown, sample)))
     print_table(run.rows, what == "adapter", seconds, peak_memory(policy.device.name))
-    print("", *outcome(run.rows, found), "", sep="\n")
+    print("", *outcome(run.rows, answers), "", sep="\n")
     written = "metrics.jsonl, config.json, samples.json, loss.png"
     print(f"Written to {run.out}: {what}/, {written}")
 

@@ -118,7 +118,7 @@ def _whole(given: str) -> int:
     return value
 
 
-_whole.__name__ = "int"  # in argparse's messages
+_whole.__name__ = "int"  # argparse's messages show it
 
 
 def _command() -> str:
@@ -193,7 +193,7 @@ class _Output(io.FileIO):
 
 
 class _Text(io.TextIOWrapper):
-    """Text for a terminal: whatever it says, only progress bars move the cursor, on stderr."""
+    """Text with control characters escaped: only progress bars, on stderr, may move the cursor."""
 
     moves = re.compile(r"(\r|\x1b\[A)")
 

@@ -299,7 +299,8 @@ def _check_same_run(out: Path, config: dict, free: Collection[str]) -> None:
 def push(out: Path, repo: str) -> None:
     """Upload a run's adapter, its card and its report to the Hub, in one commit.
 
-    The audit makes card and report; what it has made before, it leaves as it is.
+    The audit writes card and report, or leaves them if it has written them already. Raises
+    UserError where the audit or the upload fails.
     """
     audit = [sys.executable, "-m", "audit", "--run", str(out.resolve())]
     root = Path(__file__).resolve().parents[1]
