@@ -226,7 +226,7 @@ class Audit:
                 rows += effect_tables.choice_rows(found, table, s.bootstrap, s.seed)
             save(folder, "choices", about, rows)
 
-        work = {"classes of tokens": 1, "choices": 4}
+        work = {f"classes of tokens, {table.kind}": 1 for table in e.labels} | dict(choices=4)
         return Part("choices", ("choices",), (), about, work, make)
 
     def attribution_part(self) -> Part:
