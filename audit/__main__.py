@@ -237,7 +237,7 @@ class Audit:
             gap = dict(change=change.mean().item(), change_low=low, change_high=high)
             save(folder, "choices", about | gap, rows)
 
-        work = {"classes of tokens": 1, "choices": 4}
+        work = {f"classes of tokens, {table.kind}": 1 for table in e.labels} | dict(choices=4)
         return Part("choices", ("choices",), (), about, work, make)
 
     def attribution_part(self) -> Part:

@@ -111,7 +111,7 @@ def classes(
     member = torch.cat([member, none]).T.to(device)  # [F, C - 1]
     total = torch.zeros(V, member.shape[1], device=device)
     count = torch.zeros(V, device=device)
-    for stream in policy.streams(pairs, "classes of tokens"):
+    for stream in policy.streams(pairs, f"classes of tokens, {kind}"):
         packed = stream.packed
         text = in_text(packed, policy)
         places = packed.source if kind == "promotes" else (packed.branch > 0).nonzero()[:, 0]

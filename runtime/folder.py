@@ -299,14 +299,12 @@ def _check_same_run(out: Path, config: dict, free: Collection[str]) -> None:
 def push(out: Path, repo: str) -> None:
     """Upload a run's adapter, its card and its report to the Hub, in one commit.
 
-    The audit writes card and report, or leaves them if it has written them already. Raises
-    UserError where the audit or the upload fails.
+    Where the run has not been audited, `python -m audit` makes card and report first.
     """
-    audit = [sys.executable, "-m", "audit", "--run", str(out.resolve())]
-    root = Path(__file__).resolve().parents[1]
-    if subprocess.run(audit, cwd=root).returncode:
-        raise UserError(f"--push-to {repo}: nothing was uploaded, because the audit failed.")
-    files = {path.name: path for path in sorted((out / "adapter").iterdir())}
-    files |= {"report.html": out / "report.html"}
-    address = upload(files, repo, f"FSRL adapter: {', '.join(files)}")
-    print(f"Uploaded to {address}")
+    card, page = out / "adapter" / "README.md", out / "report.html"
+    if not (card.is_file() and page.is_file()):
+        audit = [sys.executable, "-m", "audit", "--run", str(out.resolve())]
+        if subprocess.run(audit, cwd=Path(__file__).resolve().parents[1]).returncode:
+            raise UserError(f"--push-to {repo}: nothing was uploaded, because the audit failed.")
+    files = {path.name: path for path in (*sorted((out / "adapter").iterdir()), page)}
+    print(f"Uploaded to {upload(files, repo, 'FSRL adapter, its card and its report')}")

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,7 +23,11 @@ from forked import Run, golden
 from safetensors.torch import load, save
 
 import sae as saes
+import train
+from audit import card
 from experiments.train_sae import save_gemmascope2
+from runtime import folder as run_folder
+from runtime.sources import UserError
 
 MODEL, SAE = "google/gemma-2-2b-it", "google/gemma-scope-2b-pt-res"
 DATA = "princeton-nlp/llama3-ultrafeedback-armorm"
@@ -118,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
         if url.path == "/api/validate-yaml":
             self.server.cards.append(json.loads(body)["content"])
             return self.answer(200, json.dumps(dict(errors=[], warnings=[])).encode())
-        if self.server.fault == "403":
+        if name[1].endswith("/forbidden"):
             return self.answer(403)
         if url.path.endswith("/preupload/main"):
             files = [dict(f, uploadMode="regular") for f in json.loads(body)["files"]]
@@ -509,33 +514,21 @@ def test_a_published_adapter_is_opened_and_trained_on_by_its_id(hub, first, tmp_
 
 
 def test_push_to_uploads_adapter_card_and_report_in_one_commit(hub, first, tmp_path):
-    """A run that is finished is not trained again; its repository opens as its folder does."""
-    again = ("--out", first.out, "--resume", "--push-to", "owner/pushed")
-    nobody = client(hub, tmp_path)
-    result = script("train.py", *BRIEF, *again, env=nobody)
-    expect_sentence(result, "--push-to owner/pushed", "hf auth login")
+    """A run that is finished is not trained again, and one that was audited keeps its report."""
+    out = shutil.copytree(first.out, tmp_path / "out")
+    card.write_card(out)
+    (out / "report.html").write_text("a report")
     user = client(hub, first.home) | dict(HF_TOKEN="hf_writes")
-    for name, word in (("owner", "OWNER/NAME"), ("owner/name@v1", "OWNER/NAME")):
-        result = script("train.py", *BRIEF, "--push-to", name, env=user)
-        expect_sentence(result, f"--push-to {name}", word)
-
-    hub.fault = "403"
-    try:
-        result = script("train.py", *BRIEF, *again, env=user)
-    finally:
-        hub.fault = None
-    expect_sentence(result, "--push-to owner/pushed: the Hub did not take it", "403")
-    assert not hub.commits
-
-    result = script("train.py", *BRIEF, *again, env=user)
+    flags = ("--out", out, "--resume", "--push-to", "owner/pushed")
+    result = script("train.py", *BRIEF, *flags, env=user)
     assert result.returncode == 0, result.stderr
     files = ["README.md", "adapter.safetensors", "adapter_config.json", "report.html"]
     assert hub.commits == [("models/owner/pushed", files)] and "Uploaded to" in result.stdout
     held = next(iter(hub.repos["models/owner/pushed"].commits.values()))
-    assert held["adapter.safetensors"] == first.weights
-    assert held["README.md"] == (first.out / "adapter" / "README.md").read_bytes()
+    assert held["adapter.safetensors"] == first.weights and held["report.html"] == b"a report"
+
     text = held["README.md"].decode()
-    assert hub.cards[-1] == text  # which the Hub was asked to validate
+    assert hub.cards == [text]  # which the Hub was asked to validate
     data = huggingface_hub.ModelCard(text).data  # raises for metadata that are none
     for name in (data.base_model, *data.datasets):
         huggingface_hub.utils.validate_repo_id(name)
@@ -543,12 +536,39 @@ def test_push_to_uploads_adapter_card_and_report_in_one_commit(hub, first, tmp_p
     wanted |= dict(datasets=[DATA], library_name="fsrl")
     assert {k: v for k, v in data.to_dict().items() if k != "tags"} == wanted
     assert "fsrl" in data.tags and len(data.tags) == len(set(data.tags))
-    before, after = (row["loss"] for row in first.rows[-2:])
+    before, after = (row["loss"] for row in metrics(out, "eval"))
     assert f"| SimPO loss | {before:.3f} | {after:.3f} |" in text
 
-    flags = ("--prompt", "A question", "--max-new-tokens", 2, "--device", "cpu")
-    result = script("-m", "generation", "--run", "owner/pushed", *flags, env=user)
-    assert result.returncode == 0, result.stderr
+    asked = [("upload", {}, "owner/forbidden", "no")]
+    ((kind, sentence),) = ask(hub, first.home, *asked)
+    assert kind == "error" and "\n" not in sentence
+    assert (
+        sentence.startswith("--push-to owner/forbidden: the Hub did not take it (")
+        and "403" in sentence
+    )
+
+
+def test_push_to_audits_first_and_refuses_early(first, tmp_path, monkeypatch):
+    commands = []
+
+    def run(command, cwd):
+        commands.append(command[1:])
+        return SimpleNamespace(returncode=2)
+
+    out = shutil.copytree(first.out, tmp_path / "out")
+    monkeypatch.setattr(run_folder.subprocess, "run", run)
+    with pytest.raises(UserError, match="--push-to owner/name: nothing was uploaded"):
+        run_folder.push(out, "owner/name")
+    assert commands == [["-m", "audit", "--run", str(out)]]
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    for name, sentence in {
+        "owner": "OWNER/NAME on the Hub was expected",
+        "owner/name@v1": "OWNER/NAME on the Hub was expected",
+        "owner/name": "needs a token that may write; run `hf auth login`",
+    }.items():
+        with pytest.raises(UserError, match=f"--push-to {name}: {sentence}"):
+            train.Settings(model="tiny", sae="tiny", push_to=name)
 
 
 def test_a_reference_is_small_and_loads_base_and_sae_by_their_commits(hub, first, tmp_path):
