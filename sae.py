@@ -260,9 +260,9 @@ def default_id(source: str | Path, layer: int, width: str | None = None) -> str 
     return found
 
 
-SAE_FILE = re.compile(  # GemmaScope's, or Gemma Scope 2's
+SAE_FILE = re.compile(  # GemmaScope's, or Gemma Scope 2's, in which train_sae states L0 itself
     r"(?P<id>layer_(?P<layer>\d+)/width_(?P<width>\w+)/average_l0_(?P<l0>\d+))/params\.npz"
-    r"|(?P<id2>resid_post(_all)?/layer_(?P<layer2>\d+)_width_(?P<width2>[^_]+)_l0_(?P<l02>[a-z]+))"
+    r"|(?P<id2>resid_post(_all)?/layer_(?P<layer2>\d+)_width_(?P<width2>[^_]+)_l0_(?P<l02>small|medium|big|\d+))"
     r"/params\.safetensors"
 )
 
