@@ -81,6 +81,18 @@ def test_gradients_of_every_weight_equal_transformers(golden):
         assert (parameter.grad - want).norm() <= 1e-4 * want.norm(), name
 
 
+def test_float32_masters_train_under_bfloat16_autocast(golden):
+    """--full --dtype bfloat16: norms keep queries and keys float32, where products are bfloat16."""
+    model, ids = Gemma2.from_pretrained(FOLDER).requires_grad_(True), golden["input_ids"]
+    packed = pack([(ids[:20].tolist(), [ids[20:].tolist()])])
+    exact = model.logps(model(packed), packed)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.logps(model(packed), packed)
+        found.sum().backward()
+    assert (found - exact).abs().max() < 0.1 and not torch.equal(found, exact)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_cached_greedy_tokens_beyond_the_window_equal_transformers(golden):
     model = Unsteered(Gemma2.from_pretrained(FOLDER))
     prompt = golden["input_ids"][:5].tolist()
