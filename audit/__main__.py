@@ -11,14 +11,15 @@ labels or settings. --only makes the parts that it names again, and no other.
     usage        which features are active where (features.py): composition_paper (Table 2) and
                  composition, which pools positions; top_usage, top_value (Tables 3 and 4),
                  value_difference (Figure 3), usage_rank (Figure 5), l0, l0_by_position,
-                 features.parquet, examples.json
+                 features.parquet, examples.json (with what the page says of single features)
     ablation     topk (Figure 2), ablation and masks/, as eval_ablation.py makes them
     static       steering that does not read its context (static.py)
     choices      the widened preference gap by kinds of tokens, which features' labels or
                  --token-rules tell apart (choices.py, rules.py); it names the category that the
                  data taught
     attribution  integrated gradients (attribution.py): attribution by category and by where the
-                 steering acts, attribution_features, attribution_features.parquet
+                 steering acts, attribution_features, attribution_features.parquet,
+                 attribution_cards.json
 
 Everything is measured on the evaluation pairs. Intervals are 95 % percentile intervals over pairs,
 which are drawn with replacement.
@@ -169,7 +170,8 @@ class Audit:
             (folder / "examples.json").write_text(json.dumps(shown) + "\n")
 
         files = ("features.parquet", "examples.json")
-        return Part("usage", names, files, about, dict(usage=2), make)
+        work = {"usage": 2, "strongest contexts": 1}
+        return Part("usage", names, files, about, work, make)
 
     def ablation_part(self) -> Part:
         e, s = self.e, self.s
@@ -261,7 +263,7 @@ class Audit:
             (folder / files[1]).write_text(json.dumps(dict(about=said, cards=cards)) + "\n")
 
         names = ("attribution", "attribution_features")
-        work = dict(attribution=3 + 3 * s.nodes)
+        work = {"attribution": 3 + 3 * s.nodes, "strongest contexts": 1}
         return Part("attribution", names, files, about, work, make)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from audit.choices import END, REST
+from runtime.messages import brief
 
 Rows = Sequence[dict]
 
@@ -19,9 +20,14 @@ TOKENS = {
     END: "the end of the response (<end_of_turn>)",
     REST: "the rest (tokens of no category)",
 }
-KIND = {
-    "fires": "what features fire on",
-    "promotes": "what features promote",
+KIND = {  # of what tells tokens apart
+    "fires": "Labels of what features fire on",
+    "promotes": "Labels of what features promote",
+    "rules": "Token rules",
+}
+WHY = {  # it may name another category than labels of kind fires
+    "promotes": "under them a token's kind is read at the position that predicts it",
+    "rules": "they go by the text alone",
 }
 GAP = (
     "The gap is how much likelier the model finds the chosen response than the rejected one, in "
@@ -158,20 +164,15 @@ def data_alone(lead: Reading) -> str:
 def other_labels(lead: Reading, other: Reading) -> str:
     ours, theirs = (of.named and of.named["tokens"] for of in (lead, other))
     kinds = [of.rows[0].get("kind", "fires") for of in (lead, other)]
-    by = f"Labels of {KIND.get(kinds[1], kinds[1])} ({other.labels})"
+    by = f"{KIND.get(kinds[1], kinds[1])} ({other.labels})"
     of_gap = ""
     if other.named:
         more = ", less than the rest" if other.mostly_rest else ""
         of_gap = f" ({percent(other.named['part_of_change'])}{more})"
     if ours == theirs:
         return f"{by} name {theirs or 'nothing'} too{of_gap}."
-    said = f"{by} name {theirs or 'nothing'}{of_gap} instead"
-    if kinds[0] == kinds[1]:
-        return f"{said}: their categories are others."
-    return (
-        f"{said}: under them a token's kind is read at the position that predicts it, under "
-        f"{lead.labels} at the token itself."
-    )
+    why = WHY.get(kinds[1]) if kinds[0] != kinds[1] else "their categories are others"
+    return f"{by} name {theirs or 'nothing'}{of_gap} instead" + (f": {why}." if why else ".")
 
 
 def carried(lead: Reading, about: dict, tables: dict[str, dict]) -> str:
@@ -196,14 +197,10 @@ def carried(lead: Reading, about: dict, tables: dict[str, dict]) -> str:
     static = tables.get("static", {}).get("rows", ())[2:]
     best = max((row["recovered"] for row in static if row["recovered"]), default=None)
     if best is not None:
-        rest = (
-            "what it adds by reading the text is the rest"
-            if best < MOST
-            else ("it needs to read the text for little")
-        )
+        rest = "the rest comes from" if best < MOST else "little is gained by"
         said.append(
-            f"The best single vector, added at every position, has {percent(best)} of the gain: "
-            f"{rest}."
+            f"The best single vector, added at every position, regains {percent(best)} of the "
+            f"gain; {rest} reading the text."
         )
     return " ".join(said) or "Not measured: attribution, topk and static were not made."
 
@@ -297,8 +294,8 @@ def feature(row: dict) -> str:
 
 
 def shortened(text: str, most: int = 120) -> str:
-    """On one line, cut between words."""
-    return textwrap.shorten(text, most, placeholder=" …")
+    """Foreign text inside a sentence: on one line, cut between words, no character of it hidden."""
+    return textwrap.shorten(brief(" ".join(text.split())), most, placeholder=" …")
 
 
 def percent(share: float | None, digits: int = 0, sign: bool = False) -> str:

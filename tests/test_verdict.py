@@ -119,6 +119,12 @@ def test_only_what_was_measured_is_said():
     assert verdict({"choices": old}) is None
 
 
+def test_foreign_text_cannot_turn_a_sentence_round():
+    found = tables("honesty")
+    found["attribution_features"]["rows"][0]["explanation"] = "fires on \u202e names\nand"
+    assert "(fires on \\u202e names and)" in verdict(found).answers[2].text
+
+
 def test_numbers_have_no_false_digits():
     assert nats(-1.1e-10) == "0.000" and nats(-0.25) == "-0.250" and nats(12.345) == "12.35"
     assert percent(-0.001) == "0 %" and percent(None) == "–"
