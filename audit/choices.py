@@ -24,7 +24,8 @@ pairs that were not trained on. experiments/PLANTED.md says how often the class 
 share is the cause that was planted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -32,12 +33,13 @@ import torch
 from torch import Tensor
 
 from audit.attribution import KINDS, position_kinds
-from data import Packed, Pair
+from data import Packed, Pair, pack_pairs
 from kernels.logps import CHUNK_ELEMENTS
-from policy import Policy
+from policy import Policy, Stream
 
 END = "end"  # the class of <end_of_turn>: how long a response is
 REST = "rest"  # the class of the tokens of no category
+AT_ONCE = 8  # conditions whose final states [N, d] are in memory together
 AVERAGE = 2.0  # each token's evidence counts so many average tokens more, against single sightings
 
 
@@ -123,7 +125,87 @@ def partition(policy: Policy, names: tuple[str, ...], total: Tensor, count: Tens
     return Classes(names, of_token)
 
 
+# --- both models at every response position -------------------------------------------------------
+
+# x' [T, d] of each condition, in the same order for every stream
+Conditions = Callable[[Stream], Iterable[Tensor]]
+
+
+class Compared(NamedTuple):
+    """Some of the response positions of a few pairs, under one condition."""
+
+    condition: int
+    pair: Tensor  # int64 [n], on the CPU; in the order of the pairs given
+    text: Tensor  # int64 [n], on the CPU: 2 pair for chosen responses, 2 pair + 1 for rejected ones
+    weight: Tensor  # float64 [n], on the CPU: token_weight
+    target: Tensor  # int64 [n]
+    logp: tuple[Tensor, Tensor]  # [n, V], base model and condition
+    p: tuple[Tensor, Tensor]  # [n, V], their exponentials
+
+
+def as_trained(policy: Policy) -> Conditions:
+    """The policy as it is."""
+    return lambda stream: [policy.steered.steer(stream.x)[0]]
+
+
 @torch.inference_mode()
+def compared(
+    policy: Policy, pairs: Sequence[Pair], conditions: Conditions, what: str | None = None
+) -> Iterator[Compared]:
+    """The base model's distributions beside those of each condition, exact over the vocabulary, a
+    chunk of positions at a time. Nothing of size [T, V] is kept.
+    """
+    head, above = policy.base.head, policy.steered.above
+    for stream in policy.streams(pairs, what):
+        packed = stream.packed
+        pair = torch.tensor(stream.pairs)[packed.sequence.cpu() // 2]  # [N]
+        text = 2 * pair + packed.sequence.cpu() % 2
+        weight = token_weight(packed).cpu()
+        with policy.autocast():  # not below: it would round sums of probabilities to bfloat16
+            base = above(stream.x, stream.plan)[packed.source]  # [N, d]
+        changed, first = iter(conditions(stream)), 0
+        while group := list(islice(changed, AT_ONCE)):
+            with policy.autocast():
+                states = [above(x, stream.plan)[packed.source] for x in group]
+            for rows in torch.arange(len(pair)).split(rows_at_once(policy)):
+                here = rows.to(policy.device.name)
+                logp0 = head(base[here]).log_softmax(-1)  # [n, d] -> [n, V]
+                p0, of = logp0.exp(), (pair[rows], text[rows], weight[rows], packed.target[here])
+                for i, hidden in enumerate(states, start=first):
+                    logp1 = head(hidden[here]).log_softmax(-1)
+                    yield Compared(i, *of, (logp0, logp1), (p0, logp1.exp()))
+            first += len(states)
+
+
+# --- choices --------------------------------------------------------------------------------------
+
+
+class ChoiceSums:
+    """Adds up Choices of P pairs under each partition."""
+
+    def __init__(self, policy: Policy, pairs: int, partitions: Sequence[Classes]):
+        self.partitions, device = partitions, policy.device.name
+        eyes = [torch.eye(len(c.names))[c.of_token].to(device) for c in partitions]
+        self.member = eyes  # [V, C] each
+        self.shares = [torch.zeros(pairs, e.shape[1], dtype=torch.float64) for e in eyes]
+        self.change = torch.zeros(pairs, dtype=torch.float64)
+
+    def add(self, c: Compared) -> None:
+        own = [logp.gather(1, c.target[:, None])[:, 0].double().cpu() for logp in c.logp]
+        change, target = own[1] - own[0], c.target.cpu()
+        self.change.index_add_(0, c.pair, c.weight * change)
+        for share, classes, member in zip(
+            self.shares, self.partitions, self.member, strict=True
+        ):
+            p0, p1 = ((p @ member.to(p.dtype)).double().cpu() for p in c.p)  # [n, V] -> [n, C]
+            terms = token_shares(change, p0, p1, classes.of_token[target])
+            share.index_add_(0, c.pair, c.weight[:, None] * terms)
+
+    def result(self) -> list[Choices]:
+        found = zip(self.partitions, self.shares, strict=True)
+        return [Choices(c.names, share, self.change) for c, share in found]
+
+
 def choices(
     policy: Policy,
     pairs: Sequence[Pair],
@@ -133,29 +215,20 @@ def choices(
     """The change of each pair's gap, divided under each partition, from one pass of base model and
     policy.
     """
-    steered, head, device = policy.steered, policy.base.head, policy.device.name
-    member = [torch.eye(len(c.names))[c.of_token].to(device) for c in partitions]  # [V, C] each
-    shares = [torch.zeros(len(pairs), len(c.names), dtype=torch.float64) for c in partitions]
-    change = torch.zeros(len(pairs), dtype=torch.float64)
-    for stream in policy.streams(pairs, what):
-        packed = stream.packed
-        with policy.autocast():  # not below: it would round sums of probabilities to bfloat16
-            streams = (stream.x, steered.steer(stream.x)[0])
-            states = [steered.above(x, stream.plan)[packed.source] for x in streams]  # [N, d] each
-        pair = torch.tensor(stream.pairs)[packed.sequence.cpu() // 2]
-        weight = token_weight(packed).cpu()
-        for rows in torch.arange(len(pair)).split(rows_at_once(policy)):
-            here = rows.to(device)
-            target = packed.target[here]
-            logp = [head(h[here]).log_softmax(-1) for h in states]  # [n, V] each
-            chosen = [lp.gather(1, target[:, None])[:, 0].double().cpu() for lp in logp]
-            change.index_add_(0, pair[rows], weight[rows] * (chosen[1] - chosen[0]))
-            p = [lp.exp_() for lp in logp]
-            for share, c, columns in zip(shares, partitions, member, strict=True):
-                p0, p1 = ((prob @ columns).double().cpu() for prob in p)  # [n, V] -> [n, C]
-                terms = token_shares(chosen[1] - chosen[0], p0, p1, c.of_token[target.cpu()])
-                share.index_add_(0, pair[rows], weight[rows, None] * terms)
-    return [Choices(c.names, share, change) for c, share in zip(partitions, shares, strict=True)]
+    sums = ChoiceSums(policy, len(pairs), partitions)
+    for some in compared(policy, pairs, as_trained(policy), what):
+        sums.add(some)
+    return sums.result()
+
+
+def gap_in_data(pairs: Sequence[Pair], classes: Classes) -> Tensor:
+    """What the pairs alone show, without a policy: of each class, its share of the chosen
+    response's tokens less that of the rejected one's, float64 [P, C].
+    """
+    packed = pack_pairs(pairs)
+    gap = torch.zeros(len(pairs), len(classes.names), dtype=torch.float64)
+    place = packed.sequence // 2, classes.of_token[packed.target]
+    return gap.index_put_(place, token_weight(packed), accumulate=True)
 
 
 def token_weight(packed: Packed) -> Tensor:

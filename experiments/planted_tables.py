@@ -26,23 +26,38 @@ REALISES = {  # cause -> the finer kinds of tokens that show it (planted.FINE)
 }
 NO_CATEGORY = ("content", "chat", END, REST)
 LEVEL = 0.01  # of all of a measure's categories together, for saying that there is anything at all
+EXACT = ("choices", "behaviour")  # measures that have a p-value where others have z
+# Measures whose second number is the lower end of an interval, and how large it must be to be said.
+# Chosen on seeds 0 to 2.
+LEAST = {"shift": 0.01, "shift, share of KL": 0.01, "shift, mass": 0.01}
 
 # A measure's answer: category -> (score, z). It names the category of the largest score. A |z| that
-# chance reaches too seldom (LEVEL, over all categories) says that there is something to name. The
-# choices measure has a p-value where the others have z.
+# chance reaches too seldom (LEVEL, over all categories) says that there is something to name.
 Answer = dict[str, tuple[float, float]]
+
+
+class Does(NamedTuple):
+    """What a policy does to one attribute of its answers, by the world's grammar."""
+
+    excess: float  # share of answers whose value changed, beyond chance
+    p_value: float
+    rates: dict[str, list[float]]  # value -> share of answers that show it, before and after
 
 
 class Audited(NamedTuple):
     """A row of runs.jsonl: what every measure says of one policy."""
 
-    cause: str
+    policy: str  # planting.Recipe.name
+    cause: str  # of its training pairs, "mix" for several
     seed: int
-    settings: dict  # sizes: pairs, eval_pairs, loss_pairs, steps
+    settings: dict  # sizes
     loss: float
     accuracy: float
     l0: float
-    answers: dict[str, Answer]  # "measure|kind of labels" -> answer
+    answers: dict[str, dict[str, Answer]]  # audit set -> "measure|kind of labels" -> answer
+    does: dict[str, tuple]  # attribute -> Does
+    lengths: list[float]  # mean tokens of an answer, before and after
+    kept: dict[str, list[float]]  # ranking -> share of divergence kept by its first features
     train_seconds: float
     audit_seconds: float
 
@@ -51,11 +66,27 @@ class Audited(NamedTuple):
 
 
 def significant(measure: str, answer: Answer, category: str) -> bool:
-    """Whether the measure calls this category's score more than chance."""
+    """Whether the measure calls this category's score more than chance, or than nothing."""
     value = answer[category][1]
-    if measure.startswith("choices"):
+    if measure in EXACT:
         return value <= LEVEL
+    if measure in LEAST:
+        return value >= LEAST[measure]
     return math.erfc(abs(value) / math.sqrt(2)) * len(answer) <= LEVEL
+
+
+def named(key: str, answer: Answer) -> str | None:
+    """The category that a measure names and is sure of; None for nothing. key: MEASURE|KIND."""
+    among = categories(answer)
+    first = top(among)
+    return first if significant(key.split("|")[0], answer, first) else None
+
+
+def done(row: Audited) -> str | None:
+    """The category of what the policy does, by its own answers; None where chance explains it."""
+    attribute = max(row.does, key=lambda name: row.does[name][0])
+    found = Does(*row.does[attribute])
+    return world.CATEGORY_OF[attribute] if found.p_value <= LEVEL else None
 
 
 def top(answer: Answer) -> str:
