@@ -194,9 +194,7 @@ class ChoiceSums:
         own = [logp.gather(1, c.target[:, None])[:, 0].double().cpu() for logp in c.logp]
         change, target = own[1] - own[0], c.target.cpu()
         self.change.index_add_(0, c.pair, c.weight * change)
-        for share, classes, member in zip(
-            self.shares, self.partitions, self.member, strict=True
-        ):
+        for share, classes, member in zip(self.shares, self.partitions, self.member, strict=True):
             p0, p1 = ((p @ member.to(p.dtype)).double().cpu() for p in c.p)  # [n, V] -> [n, C]
             terms = token_shares(change, p0, p1, classes.of_token[target])
             share.index_add_(0, c.pair, c.weight[:, None] * terms)

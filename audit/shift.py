@@ -35,6 +35,7 @@ from policy import Policy, Stream
 SEARCH_PAIRS = 8  # that the null's scale is found on
 SEARCH = (4.0, 1.4)  # widths of the two rounds of that search, as ratios of neighbouring scales
 
+
 class Shift(NamedTuple):
     """By text and class, means over the text's positions. Texts: chosen 0, rejected 0, chosen 1,
     ... of the pairs, S in all. On the CPU, float64 [S, C].
