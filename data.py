@@ -1,22 +1,23 @@
-"""Preference rows -> rendered text -> token ids -> packed micro-batches, as the authors' code
-scores them.
+"""Preference rows -> rendered text -> token ids -> packed micro-batches.
+
+The text is rendered as the authors' code renders it:
 
     prompt    <bos><start_of_turn>user\\n{content}<end_of_turn>\\n       (earlier turns alike)
     response  <start_of_turn>model\\n{content}<end_of_turn>\\n<eos>      (every token is scored)
 
-The markup is put in as token ids and the content between as plain text, so that a literal
-"<start_of_turn>" inside a user's words stays words. For all other content the ids equal those of
-the whole rendered string, because special tokens split the text in any case.
+The markup is inserted as token ids and the content is encoded as plain text, so that a literal
+"<start_of_turn>" in a user's message is no markup. For any other content the ids equal those of
+the whole rendered string, because the tokenizer splits text at special tokens anyway.
 
-A packed stream holds prompts with their continuations, without padding; everything this project
-computes is one:
+A packed stream holds prompts with their continuations, without padding. Every forward pass of this
+project reads one:
 
     tokens     p p p p w w w  l l l l  | next prompt ...
     position   0 1 2 3 4 5 6  4 5 6 7  | 0 1 ...
-    attends    own prompt and own continuation, causally; the other continuation never
+    attends    to its own prompt and its own continuation, causally; never to the other one
 
-A preference pair is a prompt with two continuations, a multiple-choice question one with k, a
-prompt to generate from one with none. The shared prompt is computed once.
+A preference pair is a prompt with two continuations, a multiple-choice question a prompt with k,
+and text generation starts from a prompt with none. The shared prompt is computed once.
 """
 
 import functools
@@ -43,18 +44,18 @@ from runtime.messages import brief
 from runtime.sources import Arrays, UserError, cached_arrays, fetch, sha256
 
 ROLES = {"system": "system", "user": "user", "assistant": "model", "model": "model"}
-SPLITS = ("train", "test")  # names that begin so, as train_prefs does, count as theirs
+SPLITS = ("train", "test")  # train_prefs and the like count as these: see split_name
+# The split in a file's path: train-00000.parquet, data/test/0.jsonl.
 NAMED_SPLIT = re.compile(r"(?:^|[/._-])(train|test|validation)(?=[/._-])", re.IGNORECASE)
 SUFFIXES = (".parquet", ".jsonl")
-LONGEST_TEXT = (
-    1 << 20
-)  # characters of one message; the tokenizer takes gigabytes for far longer ones
+# Characters of one message: the tokenizer needs gigabytes for far longer ones.
+LONGEST_TEXT = 1 << 20
 LONGEST_LINE = 1 << 24  # bytes of one line of jsonl
 CACHE_FORMAT = "4"  # raise it when rendering or tokenising changes, so that old caches are not used
 
 
 class Pair(NamedTuple):
-    """Token ids of one preference: both responses continue the prompt."""
+    """Token ids of one preference: a prompt and its two responses."""
 
     prompt: list[int]
     chosen: list[int]
@@ -62,7 +63,7 @@ class Pair(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Positions the pair takes in a packed stream (the prompt once)."""
+        """How many positions of a packed stream the pair takes; the prompt counts once."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
@@ -71,14 +72,14 @@ class Pair(NamedTuple):
 
 class DataFile(NamedTuple):
     path: Path
-    split: str | None  # that its name, or a folder's within the source, says its rows belong to
+    split: str | None  # the split that its path names, for rows without a `split` of their own
 
 
 def data_files(source: str | Path) -> tuple[list[DataFile], str | None]:
-    """The parquet and jsonl files of a source, sorted, and the Hub commit.
+    """The parquet and jsonl files of a source, sorted, and the commit of a Hub data set (or None).
 
-    Regular files alone, in folders of any depth; what begins with a dot or an underscore is left
-    out, as Spark and the Hub's client mean it. Raises UserError when there are none.
+    Folders are searched at any depth. Names that begin with a dot or an underscore are left out,
+    because Spark and the Hub's client mark their own files so. Raises UserError for no files.
     """
     root, commit = fetch(source, "data", [f"*{suffix}" for suffix in SUFFIXES])
     if root.is_file():
@@ -101,22 +102,22 @@ def data_files(source: str | Path) -> tuple[list[DataFile], str | None]:
 
 
 def split_name(given: object) -> str:
-    """What a row's `split` or a file's name means: train, test, or another by its own name."""
+    """A split's name in lower case; those that begin with train or test as just that."""
     name = brief(given).strip().lower()
     return next((split for split in SPLITS if re.match(rf"{split}(_|$)", name)), name)
 
 
 def split_of(row: dict, file: DataFile) -> str:
-    """A row's own column decides; without one, or where it is null, the file's name; else train."""
+    """The row's `split`, or if it has none the one in the file's path, or else train."""
     own = row.get("split")
     return split_name(own) if own is not None else file.split or "train"
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict | bytes]]:
-    """(where, row) for each row of a file: `where` names file and row for messages, a row of jsonl
-    is its bytes, those of a longer line than LONGEST_LINE cut off.
+    """Yield (where, row) for each row of a file; `where` names file and row in messages.
 
-    Raises UserError for a file that cannot be read.
+    A row of parquet is a dict. A row of jsonl is its line, undecoded, and cut off after
+    LONGEST_LINE + 1 bytes: see decode_row. Raises UserError for a file that cannot be read.
     """
     try:
         rows = _parquet(path) if path.suffix == ".parquet" else _lines(path)
@@ -129,7 +130,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict | bytes]]:
 def _lines(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while line := file.readline(LONGEST_LINE + 1):
-            rest = line
+            rest = line  # skip the rest of a line that is too long
             while len(rest) > LONGEST_LINE and not rest.endswith(b"\n"):
                 rest = file.readline(LONGEST_LINE + 1)
             yield line
@@ -144,7 +145,7 @@ def _parquet(path: Path) -> Iterator[dict]:
 
 
 def decode_row(where: str, row: dict | bytes) -> dict:
-    """A row of read_rows as an object. Raises UserError naming it."""
+    """A row of read_rows as a dict. Raises UserError naming the row where it is none."""
     if isinstance(row, bytes):
         if len(row) > LONGEST_LINE:
             raise UserError(f"{where}: a line of more than {LONGEST_LINE >> 20} MB.")
@@ -161,7 +162,7 @@ Turns = list[tuple[str, str]]  # (role, content), role "user" or "model"
 
 
 class Conversation(NamedTuple):
-    """A row after validation: the turns of the prompt, and the two answers, stripped."""
+    """A valid row: the turns of the prompt and the two answers, without space around them."""
 
     prompt: Turns
     chosen: str
@@ -169,14 +170,14 @@ class Conversation(NamedTuple):
 
 
 def parse_row(where: str, row: dict) -> Conversation:
-    """Validate one row. Three layouts are read:
+    """Validate one row, which may have any of three layouts:
 
     - `chosen` and `rejected` are whole conversations that agree in all turns but the last; a
       `prompt` beside them is ignored;
-    - `prompt` is a list of turns, `chosen` and `rejected` are lists of one message (TRL's);
-    - `prompt` is a string, one user turn, and so are `chosen` and `rejected`.
+    - `prompt` is a list of turns, `chosen` and `rejected` are lists of one message (TRL's layout);
+    - `prompt` is a string, which becomes one user turn, and `chosen` and `rejected` are strings.
 
-    Raises UserError naming the row for anything a training run should not guess about.
+    Raises UserError naming the row for any other, since training should not guess.
     """
     sides = []
     for column in ("chosen", "rejected"):
@@ -211,7 +212,7 @@ def parse_row(where: str, row: dict) -> Conversation:
 
 
 def _turns(where: str, column: str, given: object, role: str) -> Turns:
-    """A column as turns; a string is one turn of the role."""
+    """A column as turns; a string becomes one turn of the given role."""
     if isinstance(given, str):
         given = [dict(role=role, content=given)]
     if not isinstance(given, list):
@@ -237,9 +238,7 @@ def _turns(where: str, column: str, given: object, role: str) -> Turns:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """tokenizer.json of a model folder. Raises UserError when it is missing or lacks Gemma's
-    special tokens.
-    """
+    """Read tokenizer.json of a model folder. Raises UserError where it has no Gemma chat tokens."""
     path = folder / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -252,7 +251,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 class Encoder:
-    """Text -> ids in batch calls; special tokens inside the text are encoded as text."""
+    """Turns -> token ids. Markup inside a message is encoded as text.
+
+    `learn` encodes many messages in a few calls, which is fast; the other methods look them up.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         # A copy, because the switch below would change the caller's tokenizer.
@@ -265,7 +267,7 @@ class Encoder:
         self.ids: dict[str, list[int]] = {}
 
     def learn(self, texts: Sequence[str], progress: bool = False) -> None:
-        """Encode texts that prompt and response will ask for."""
+        """Encode f"{role}\\n{content}" of every turn that prompt and response will be asked for."""
         texts = list(dict.fromkeys(["\n", *texts]))
         with tqdm(
             total=len(texts), desc="tokenising", unit="text", disable=not progress, leave=False
@@ -287,9 +289,7 @@ class Encoder:
 
 
 def header_ids(tokenizer: Tokenizer) -> list[int]:
-    """Token ids of "<start_of_turn>model\\n", which stand between a prompt and an answer to be
-    written.
-    """
+    """Token ids of "<start_of_turn>model\\n", the markup before an answer to generate."""
     return [
         tokenizer.token_to_id("<start_of_turn>"),
         *tokenizer.encode("model\n", add_special_tokens=False).ids,
@@ -297,7 +297,7 @@ def header_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def prompt_ids(tokenizer: Tokenizer, turns: Turns) -> list[int]:
-    """Token ids of a prompt, as they stand in a Pair."""
+    """Token ids of a prompt, as in Pair.prompt."""
     encoder = Encoder(tokenizer)
     turns = [(role, content.strip()) for role, content in turns]
     encoder.learn([f"{role}\n{content}" for role, content in turns])
@@ -305,8 +305,10 @@ def prompt_ids(tokenizer: Tokenizer, turns: Turns) -> list[int]:
 
 
 def truncate(pair: Pair, max_length: int, max_prompt_length: int) -> Pair:
-    """Where prompt + longer response exceed max_length, the prompt keeps its last max_prompt_length
-    tokens; where that is not enough, each response keeps its first max_length - max_prompt_length.
+    """Shorten a pair of which prompt + longer response exceed max_length.
+
+    First the prompt keeps its last max_prompt_length tokens. If that is not enough, each response
+    keeps its first max_length - max_prompt_length tokens.
     """
     prompt, chosen, rejected = pair
     longer = max(len(chosen), len(rejected))
@@ -327,12 +329,13 @@ def load_pairs(
     progress: bool = False,
     on_bad_row: str = "error",
 ) -> list[Pair]:
-    """Preference pairs of a source as token ids, truncated. split: "train", "test", or None for all
-    rows.
+    """Preference pairs of a source as token ids, truncated.
 
-    Untruncated ids are cached on disk under the hash of the files' and the tokenizer's content.
-    Raises UserError naming the row for anything malformed (on_bad_row "skip": leaves it out, and
-    says how many and where), and for limits that leave a response no token.
+    split: "train", "test", or None for all rows. on_bad_row: "error", or "skip" to leave malformed
+    rows out. progress: print which rows are used, and show a bar while tokenising. Untruncated ids
+    are cached on disk under the hash of the files' and the tokenizer's content.
+
+    Raises UserError naming a malformed row, and for limits that leave a response no token.
     """
     if not 0 < max_prompt_length < max_length:
         raise UserError(
@@ -361,9 +364,11 @@ def load_pairs(
 def _tokenise(
     files: list[DataFile], tokenizer: Tokenizer, split: str | None, progress: bool, on_bad_row: str
 ) -> Arrays:
-    """Rows as one flat array of ids with the lengths of prompt, chosen, rejected in turn.
+    """The rows of a split as arrays that a cache can hold.
 
-    splits and counts: how many rows there are of which split. bad: rows left out as malformed.
+    ids, lengths: all token ids in one array, and how many belong to the first prompt, chosen,
+    rejected, the second prompt, ... empty: number of empty responses. splits, counts: the rows of
+    each split in the files. bad: where the malformed rows are.
     """
     rows, bad, splits = [], [], Counter()
     for file in files:
@@ -398,7 +403,7 @@ def _tokenise(
 
 
 def _report(source: str | Path, stored: Arrays, split: str | None) -> None:
-    """Say which rows are used and which are left out."""
+    """Print how many rows of which split are used and how many are left out."""
     splits = dict(zip(stored["splits"].tolist(), stored["counts"].tolist(), strict=True))
     used = {name: n for name, n in splits.items() if split in (None, name)}
     left = [f"{n:,} {name}" for name, n in splits.items() if name not in used]
@@ -418,19 +423,17 @@ def _report(source: str | Path, stored: Arrays, split: str | None) -> None:
 
 @functools.lru_cache(maxsize=1)
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
-    """Which pair comes when: a function of (seed, epoch) alone, whatever the number of
-    processes.
-    """
-    return (
-        np.random.default_rng((seed, epoch)).permutation(n).tolist() if shuffle else list(range(n))
-    )
+    """The order of n pairs in an epoch. It depends on the arguments alone, not on the processes."""
+    if not shuffle:
+        return list(range(n))
+    return np.random.default_rng((seed, epoch)).permutation(n).tolist()
 
 
 def microbatches(pairs: Sequence[Pair], tokens: int) -> list[list[int]]:
-    """Distribute pairs, by their indices, over as few micro-batches as first-fit by falling length
-    finds.
+    """Distribute pairs over micro-batches of at most `tokens` tokens; returns indices into pairs.
 
-    Each holds at most so many tokens; a pair longer than that stands alone.
+    First-fit, the longest pair first, which needs few micro-batches. A pair that is longer than
+    `tokens` gets one to itself.
     """
     bins: list[list[int]] = []
     room: list[int] = []
@@ -447,10 +450,10 @@ def microbatches(pairs: Sequence[Pair], tokens: int) -> list[list[int]]:
 
 
 def shares(pairs: Sequence[Pair], processes: int) -> list[list[int]]:
-    """Which pairs, by their indices, each process scores: by falling length, each to the one with
-    the fewest tokens.
+    """Distribute pairs over processes; returns indices into pairs for each.
 
-    Where the pairs are fewer than the processes, some get none.
+    The longest pair first, each pair goes to the process with the fewest tokens so far. With fewer
+    pairs than processes, some get none.
     """
     chosen, tokens = [[] for _ in range(processes)], [0] * processes
     for index in _longest_first(pairs):
@@ -465,7 +468,7 @@ def _longest_first(pairs: Sequence[Pair]) -> list[int]:
 
 
 def positions(pairs: Sequence[Pair]) -> int:
-    """Positions of the unshared sequences: a prompt's count once for each response."""
+    """How many positions prompt + chosen and prompt + rejected have: a prompt counts twice."""
     return sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
 
 
@@ -476,17 +479,16 @@ class Packed(NamedTuple):
     position: Tensor  # int64 [T], counted from the prompt's first token
     tree: Tensor  # int64 [T], which prompt
     branch: Tensor  # int64 [T], 0 in a prompt, 1.. in its continuations
-    copies: Tensor  # float32 [T], in how many of the unshared sequences the position stands
-    source: Tensor  # int64 [N], the position whose hidden state predicts ...
-    target: Tensor  # int64 [N], ... this token: every continuation token, in order
+    # float32 [T], how many of the unpacked sequences (prompt + one continuation) hold the position
+    copies: Tensor
+    target: Tensor  # int64 [N], token ids to score: every continuation token, in order
+    source: Tensor  # int64 [N], index in the stream whose hidden state predicts the target
     sequence: Tensor  # int64 [N], which continuation the target belongs to, 0..C-1 in packing order
     lengths: Tensor  # int64 [C], tokens of each continuation
-    buckets: tuple[Bucket, ...]  # how the plain attention walks the trees
+    buckets: tuple[Bucket, ...]  # queries with their keys, for attention.plain
 
     def to(self, device: torch.device | str) -> "Packed":
-        """The same layout on another device. CUDA needs no buckets: FlexAttention takes the trees
-        as its mask.
-        """
+        """The same layout on another device; on CUDA without buckets, which only the CPU needs."""
         if torch.device(device).type == "cpu":
             return self
         tensors = (x.to(device, non_blocking=True) for x in self[:-1])
@@ -494,20 +496,20 @@ class Packed(NamedTuple):
 
 
 class Newest(NamedTuple):
-    """The fields of Packed that a cached forward of one new token of each sequence reads."""
+    """One new token of each of B sequences: the fields of Packed that a cached forward reads."""
 
     tokens: Tensor  # int64 [B]
     position: Tensor  # int64 [B]
 
 
-Tree = tuple[
-    Sequence[int], Sequence[Sequence[int]]
-]  # a prompt's token ids, and those of its continuations
+# A prompt's token ids, and those of each of its continuations.
+Tree = tuple[Sequence[int], Sequence[Sequence[int]]]
 
 
 def pack(trees: Sequence[Tree]) -> Packed:
-    """Lay prompts and their continuations into one stream. Every prompt needs at least one
-    token.
+    """Lay prompts and their continuations into one stream.
+
+    Raises ValueError for a prompt without a token, since nothing would predict its continuations.
     """
     tokens, position, tree, branch, copies, source, lengths = [], [], [], [], [], [], []
     stretches = []
@@ -526,7 +528,7 @@ def pack(trees: Sequence[Tree]) -> Packed:
             position += range(p, p + n)
             branch += [c] * n
             copies += [1] * n
-            # The first token of each continuation is predicted at the prompt's last position.
+            # The prompt's last position predicts the first token of each continuation.
             source += [start + p - 1, *range(first, first + n - 1)][:n]
             lengths.append(n)
             if n:
@@ -551,5 +553,5 @@ def pack(trees: Sequence[Tree]) -> Packed:
 
 
 def pack_pairs(pairs: Sequence[Pair]) -> Packed:
-    """Continuations stand in the order chosen 0, rejected 0, chosen 1, rejected 1, ..."""
+    """Pack pairs; the continuations are chosen 0, rejected 0, chosen 1, rejected 1, ..."""
     return pack([(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs])

@@ -46,11 +46,12 @@ import data
 from data import Pair
 from fsrl import SteeredModel
 from labels import Labels, described, load_labels
-from policy import Policy, Stream, described_run, open_policy, out_folder
+from policy import Policy, Stream, adapter_sha256, open_policy
 from runtime import cli
 from runtime.cli import flag
 from runtime.device import DTYPES
-from runtime.output import publish
+from runtime.folder import code_revision
+from runtime.output import publish, writable
 from runtime.sources import TINY, UserError
 from runtime.tables import interval, write_table
 from simpo import preference_losses
@@ -88,7 +89,7 @@ class Settings:
     def __post_init__(self):
         if self.run is None:
             raise UserError("--run: a run's folder, an adapter folder or a Hub id was expected.")
-        cli.at_least_one(self, "bootstrap", "pairs", "tokens_per_microbatch")
+        cli.at_least(self, 1, "bootstrap", "pairs", "tokens_per_microbatch")
         cli.at_least(self, 0, "seed", "random_sets")
         if not all(0 <= percent <= 100 for percent in self.keep):
             raise UserError("--keep: percentages from 0 to 100 were expected.")
@@ -122,6 +123,41 @@ def open_evaluation(s: Settings) -> Evaluation:
     about = described_run(policy, source, pairs, [described(table) for table in labels])
     about |= dict(beta=policy.run.beta, gamma_ratio=policy.run.gamma_ratio)
     return Evaluation(policy, pairs, labels, about | dict(bootstrap=s.bootstrap, seed=s.seed), out)
+
+
+def out_folder(run: str, out: str | None) -> Path:
+    """Where an evaluation writes: --out, or the folder that --run names (a Hub id names none).
+
+    Raises UserError, before any work, where it could not be written.
+    """
+    if out:
+        return writable(Path(out))
+    if not Path(run).is_dir():
+        raise UserError(
+            f"--run {run}: no such folder; for a Hub id, --out must say where the results go."
+        )
+    return writable(Path(run), "run")
+
+
+def described_run(policy: Policy, source: str, pairs: list[Pair], labels: list[dict]) -> dict:
+    """What was evaluated on what, for a table's `about`. labels: of each file, labels.described."""
+    sae = policy.steered.sae
+    return dict(
+        run=policy.name,
+        adapter_sha256=adapter_sha256(policy.folder),
+        data=source,
+        pairs=len(pairs),
+        base_model=policy.run.model,
+        layer=policy.steered.layer,
+        d_model=sae.d_model,
+        d_sae=sae.d_sae,
+        sae=sae.source,
+        sae_id=sae.sae_id,
+        sae_sha256=sae.sha256,
+        dtype=policy.device.dtype_name,
+        labels=labels,
+        code=code_revision(),
+    )
 
 
 def seconds_per_condition(policy: Policy, pairs: list[Pair], timed: int = 8) -> float:

@@ -1,10 +1,10 @@
 """FSRL: the adapter and the steered model (arXiv 2509.12934, section 3).
 
-    v  = ReLU(x W_aᵀ + b_a)                        x [T, d] -> v [T, F], the only trained weights
-    x' = decode(f + v) + (x - decode(f))           the long form
+    v  = ReLU(x W_aᵀ + b_a)                        x [T, d] -> v [T, F]; only W_a and b_a train
+    x' = decode(f + v) + (x - decode(f))           as the paper writes it; f: the SAE's features
        = x + v W_dec                               the same, because decode is affine
 
-Two variants of v, each with a threshold per feature that trains too:
+--adapter has two variants, which also train a threshold for each feature:
 
     jumprelu         v = z 1[z > θ],  z = x W_aᵀ + b_a,  θ ≥ 0        Appendix C
     soft-threshold   v = sign(z) ReLU(|z| - τ),  z = x W_aᵀ + b_a     the authors' later work
@@ -29,39 +29,38 @@ from runtime.weights import read_weights
 from sae import JumpReLUSAE, layer_of
 
 FORMAT = "fsrl-adapter-1"
-ADAPTER_FILES = (  # (config, weights): ours, and the authors'
-    ("adapter_config.json", "adapter.safetensors"),
-    ("fsrl_adapter_config.json", "adapter_weights.safetensors"),
+ADAPTER_FILES = (
+    ("adapter_config.json", "adapter.safetensors"),  # (config, weights) as this project writes them
+    ("fsrl_adapter_config.json", "adapter_weights.safetensors"),  # as the authors' code does
 )
-# Elements of v [rows, F] computed at once, but at least so many rows: each piece adds to the whole
-# weight gradient [F, d].
+# v [rows, F] is computed for some rows at a time: about so many elements, but at least so many
+# rows, because the backward of each piece adds to the whole weight gradient [F, d].
 STEER_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 21}
 STEER_ROWS = 256
-INIT_RANGE = 1e-9  # of the weight, the authors': training starts at the unsteered model
+INIT_RANGE = 1e-9  # weights start within ± this, as the authors' do: close to the unsteered model
 
-# What --adapter takes. jumprelu-log trains log θ, as the authors' code does; its files are those of
-# jumprelu.
+# Values of --adapter. jumprelu-log trains log θ, as the authors' code does; saved as jumprelu.
 KINDS = ("relu", "jumprelu", "jumprelu-log", "soft-threshold")
 THRESHOLD_INIT = {"jumprelu": 0.001, "jumprelu-log": 0.001, "soft-threshold": 0.0}
-# ε of the estimator; 0.001 is the authors'. Under Adam exp(log θ) hardly moves, a direct θ with a
-# wider ε does.
+# Width ε of the estimator of θ's gradient. The authors have 0.001 and log θ, which hardly moves
+# under Adam; θ itself with a wider ε does move.
 BANDWIDTH = {"jumprelu": 0.05, "jumprelu-log": 0.001}
 
 
 class Steering(NamedTuple):
-    v: Tensor  # [T, F], in the dtype of the products
+    v: Tensor  # [T, F], in the dtype of the matrix products
     l1: Tensor  # [T], ‖v‖₁, float32 at least
-    l0: Tensor  # [T], how many features are steered; of jumprelu it carries a gradient to θ
+    l0: Tensor  # [T], ‖v‖₀: how many features are steered; for jumprelu with a gradient to θ
 
 
 class Adapter(nn.Module):
-    """weight [F, d], bias [F] and, except for relu, raw_threshold [F], all float32.
+    """Trained weights, float32: weight [F, d], bias [F] and, except for relu, raw_threshold [F].
 
-    kind: see KINDS. bandwidth: ε of jumprelu's straight-through estimator, None for the kind's own;
-    it matters to training alone, not to v.
+    kind: one of KINDS. bandwidth: ε of jumprelu's straight-through estimator; None: that of the
+    kind. It changes the gradient of θ and not v.
     """
 
-    forward_methods = ("steering",)  # beside forward, for FSDP2
+    forward_methods = ("steering",)  # called beside forward; FSDP2 must know of them
 
     def __init__(
         self, d_model: int, d_sae: int, kind: str = "relu", bandwidth: float | None = None
@@ -71,26 +70,25 @@ class Adapter(nn.Module):
             raise UserError(f"--adapter {kind}: one of {', '.join(KINDS)} was expected.")
         self.kind, self.activation = kind, kind.removesuffix("-log")
         self.bandwidth = BANDWIDTH.get(kind) if bandwidth is None else bandwidth
-        self.identity: dict = {}  # what adapter_config.json says
-        self.files: dict[str, str] = {}  # that it was read from, with their sha256
+        self.identity: dict = {}  # content of adapter_config.json
+        self.files: dict[str, str] = {}  # path -> sha256 of the weights file it was read from
         self.weight = nn.Parameter(torch.zeros(d_sae, d_model))
         self.bias = nn.Parameter(torch.zeros(d_sae))
-        # The trained parameter: θ or τ itself, or log θ. In bfloat16, what Adam adds to it would be
-        # rounded away.
+        # θ, log θ or τ, in float32 because bfloat16 would round Adam's small updates away.
         self.raw_threshold = nn.Parameter(torch.zeros(d_sae)) if kind != "relu" else None
 
     def init_weights(self, generator: torch.Generator) -> None:
         threshold = THRESHOLD_INIT.get(self.kind, 0.0)
         nn.init.uniform_(self.weight, -INIT_RANGE, INIT_RANGE, generator=generator)
-        # A jumprelu's z starts at its threshold, as the authors' does: below it nothing would pass,
-        # nor any gradient.
+        # jumprelu's z starts at its threshold, as in the authors' code: further below it, neither
+        # values nor gradients would pass.
         nn.init.constant_(self.bias, threshold if self.activation == "jumprelu" else 0.0)
         if self.raw_threshold is not None:
             self.set_threshold(torch.full_like(self.bias, threshold))
 
     @property
     def threshold(self) -> Tensor:
-        """θ of jumprelu, τ of soft-threshold: [F], not negative."""
+        """jumprelu's θ or soft-threshold's τ: [F], not negative."""
         return self.raw_threshold.exp() if self.kind == "jumprelu-log" else self.raw_threshold
 
     @torch.no_grad()
@@ -105,13 +103,13 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """After an optimiser step: a threshold that went below 0 is set to 0."""
+        """After an optimiser step, set thresholds that went below 0 to 0."""
         if self.raw_threshold is not None and self.kind != "jumprelu-log":
             self.raw_threshold.clamp_(min=0)
 
     @torch.no_grad()
     def rescale(self, unit: float) -> None:
-        """Measure a fresh adapter's bias, thresholds and ε in another unit of steering."""
+        """Multiply a fresh adapter's bias, thresholds and ε by the unit of steering (--unit)."""
         self.bias *= unit
         if self.raw_threshold is not None:
             self.set_threshold(self.threshold * unit)
@@ -120,11 +118,11 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def silence(self, features: list[int]) -> None:
-        """v = 0 for these features, under training too: a ReLU at 0 passes no gradient on."""
+        """Set v = 0 for these features, for good: a ReLU at 0 has no gradient, so none trains."""
         self.weight[features] = 0
         self.bias[features] = 0
         if self.activation == "jumprelu":
-            self.bias[features] = -self.bandwidth  # out of the reach of its threshold's estimator
+            self.bias[features] = -self.bandwidth  # so far below θ that its estimator is 0, too
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual stream x [T, d] -> steering v [T, F]."""
@@ -133,7 +131,7 @@ class Adapter(nn.Module):
     def steering(self, x: Tensor) -> Steering:
         """Residual stream x [T, d] -> v and its norms."""
         v, l0 = self._activate(x)
-        size = v.abs() if self.activation == "soft-threshold" else v  # else v is not negative
+        size = v.abs() if self.activation == "soft-threshold" else v  # other v are not negative
         dtype = at_least_float32(v.dtype)
         l1 = size.sum(-1, dtype=dtype)
         if l0 is None:
@@ -141,19 +139,17 @@ class Adapter(nn.Module):
         return Steering(v, l1, l0)
 
     def _activate(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [T, d] -> v [T, F], and of jumprelu ‖v‖₀ [T] with its gradient."""
+        """x [T, d] -> v [T, F] and, for jumprelu, ‖v‖₀ [T] with its gradient."""
         x = x.to(self.weight.dtype)
-        few = len(x) < FEW
         if self.activation == "jumprelu":
-            # The bias is added in float32: in bfloat16 it may stand below the threshold that it
-            # starts at, for good.
-            product = linear(x, self.weight) if few else F.linear(x, self.weight)
-            # v is that of the paper, which passes z through a ReLU first, since θ is not negative.
-            # The estimator of θ's gradient must not see a ReLU's zeros: kernels/pointwise.py.
+            product = linear(x, self.weight)  # [T, d] -> [T, F]
+            # The bias starts at θ and is added in float32, because bfloat16 could round it below θ,
+            # where it would never train. The paper applies a ReLU to z first; v is the same
+            # without, as θ ≥ 0, but the estimator must not see a ReLU's zeros (see jumprelu).
             v, l0 = jumprelu(product + self.bias, self.threshold, self.bandwidth)
             return v.to(product.dtype), l0
 
-        if few:
+        if len(x) < FEW:
             z = linear(x, self.weight).add_(self.bias)
         else:
             z = F.linear(x, self.weight, self.bias)  # [T, d] -> [T, F]
@@ -164,9 +160,10 @@ class Adapter(nn.Module):
     # --- files ------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, identity: dict) -> None:
-        """Write adapter.safetensors and adapter_config.json, each whole or not at all.
+        """Write adapter.safetensors and adapter_config.json; after a failure neither has changed.
 
         identity: base_model, base_model_revision, layer, sae, sae_id, sae_revision, sae_sha256.
+        Raises UserError where the folder cannot be written.
         """
         folder = Path(folder)
         d_sae, d_model = self.weight.shape
@@ -184,9 +181,9 @@ class Adapter(nn.Module):
     def from_pretrained(cls, source: str | Path, kind: str | None = None) -> "Adapter":
         """Read an adapter folder, a run's folder or a Hub repository, ours or the authors'.
 
-        kind: how it trains on, where that is another than its file's activation (jumprelu-log).
-        Raises UserError for anything missing or misshapen. Which SAE it belongs to is checked by
-        SteeredModel.
+        kind: the kind to train it on as, where the file's activation leaves a choice (jumprelu or
+        jumprelu-log); None: the activation. Raises UserError for anything missing or of a wrong
+        shape. SteeredModel checks that it belongs to the SAE.
         """
         names = [name for pair in ADAPTER_FILES for name in pair]
         folder = fetch(source, "init-adapter", names).path
@@ -227,8 +224,8 @@ class Adapter(nn.Module):
 
 
 def _from_authors(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor], dict]:
-    """Their tensors under our names, and an identity."""
-    named = config.get("activation_type")  # earlier files have use_jump_relu instead
+    """The authors' tensors under our names, and an identity."""
+    named = config.get("activation_type")  # their earlier files have use_jump_relu instead
     if not named:
         named = "jump_relu" if config.get("use_jump_relu") else "relu"
     activation = {"jump_relu": "jumprelu", "soft_threshold": "soft-threshold"}.get(named, named)
@@ -242,36 +239,40 @@ def _from_authors(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, T
 
 # --- the steered model ----------------------------------------------------------------------------
 
-Change = Callable[[Tensor], Tensor]  # what becomes of steering v [rows, F] before it is added
+Change = Callable[[Tensor], Tensor]  # v [rows, F] -> the steering to add in its place [rows, F]
 
 
 class States(NamedTuple):
     hidden: Tensor  # [T, d], final states after the last norm
     l1: Tensor  # [T], ‖v‖₁ of the steering at each position
-    l0: Tensor  # [T], how many features were steered there
+    l0: Tensor  # [T], ‖v‖₀: how many features are steered at each position
 
 
 class Scored(NamedTuple):
     logps: Tensor  # float32 [N], log-probability of each target of the packed stream
-    l1: Tensor  # [T]
+    l1: Tensor  # [T], as in States
     l0: Tensor  # [T]
 
 
 class PolicyModel(nn.Module):
-    """What training, generation and the audit call: a Gemma2, steered or not."""
+    """A Gemma2, steered or not: the one interface of training, generation and the audit."""
 
-    forward_methods = ("states",)  # beside forward, for FSDP2
+    forward_methods = ("states",)  # called beside forward; FSDP2 must know of them
     model: Gemma2
-    trained: nn.Module  # holds exactly what trains
+    trained: nn.Module  # the module whose parameters train, and no others
 
     def forward(self, packed: Packed) -> Scored:
+        """A packed stream of T tokens and N targets -> log-probabilities and steering norms."""
         hidden, l1, l0 = self.states(packed)
         return Scored(self.model.logps(hidden, packed), l1, l0)
 
     def states(
         self, packed: Packed, attend: Attend | None = None, change: Change | None = None
     ) -> States:
-        """attend: how blocks attend (Gemma2.plan). change: see SteeredModel.steer."""
+        """A packed stream of T tokens -> final states and steering norms.
+
+        attend: how blocks attend (Gemma2.plan). change: applied to v before it is added.
+        """
         raise NotImplementedError
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -308,9 +309,9 @@ class SteeredModel(PolicyModel):
         return States(self.above(x, plan), l1, l0)
 
     def steer(self, x: Tensor, change: Change | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, d] -> x' [T, d], ‖v‖₁ and ‖v‖₀ [T].
+        """x [T, d] -> x' [T, d] and the adapter's ‖v‖₁ and ‖v‖₀ [T].
 
-        change: what becomes of v before it is added, piece by piece.
+        change: applied to v [rows, F], some rows at a time, before it is added.
         """
         parts = []
         for rows in self.pieces(x):
@@ -320,23 +321,23 @@ class SteeredModel(PolicyModel):
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def pieces(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x [T, ...], some rows at a time: v [T, F] is wide, and on a CPU a piece that stays in
-        cache is worked on faster and needs no fresh pages.
+        """Split x [T, ...] by rows, because v [T, F] would be large; on a CPU a piece of v also
+        stays in the cache and needs no new memory pages.
         """
         return x.split(max(STEER_ROWS, STEER_ELEMENTS[x.device.type] // self.sae.d_sae))
 
     def add(self, x: Tensor, v: Tensor) -> Tensor:
-        """x' = x + v W_dec for any steering: x [rows, d], v [rows, F] -> [rows, d].
+        """x' = x + v W_dec: x [rows, d], v [rows, F] -> x' [rows, d].
 
-        A soft-threshold's v may be negative. There f + v is clamped at 0, since no feature is ever
-        below 0: x' = decode(ReLU(f + v)) + (x - decode(f)) = x + (ReLU(f + v) - f) W_dec.
+        soft-threshold's v may be negative, but no feature of an SAE is. There the authors clamp
+        f + v at 0: x' = decode(ReLU(f + v)) + (x - decode(f)) = x + (ReLU(f + v) - f) W_dec.
         """
         if self.adapter.activation == "soft-threshold":
             f = self.sae.encode(x)
             v = F.relu(f + v) - f
         v, W_dec = v.to(self.sae.W_dec.dtype), self.sae.W_dec
-        # A decoding step waits for W_dec, most of whose rows are multiplied by 0. Under autograd
-        # the gradient at v = 0 counts, so there all rows take part.
+        # Generating on a CPU, reading all of W_dec would take longest, and most of its rows are
+        # multiplied by 0: skip those. Not under autograd, which needs the gradient at v = 0.
         if len(x) < FEW and not v.is_cuda and not torch.is_grad_enabled():
             active = v.any(0).nonzero()[:, 0]
             if 4 * len(active) < len(W_dec):
@@ -344,12 +345,12 @@ class SteeredModel(PolicyModel):
         return x + v @ W_dec
 
     def above(self, x: Tensor, plan: Plan) -> Tensor:
-        """From the stream above the adapter, x' [T, d], to final states after the last norm."""
+        """Steered stream x' [T, d] -> final states after the last norm [T, d]."""
         return self.model.final_norm(self.model.blocks(x, plan, self.layer + 1))
 
 
 class Unsteered(PolicyModel):
-    """A steered model with v = 0: a base model, or one whose own weights train (--full)."""
+    """A model without steering, v = 0: a base model, or one whose own weights train (--full)."""
 
     def __init__(self, model: Gemma2):
         super().__init__()
@@ -391,6 +392,6 @@ def _check_fit(model: Gemma2, sae: JumpReLUSAE, adapter: Adapter, layer: int) ->
 
 
 def steer_long_form(x: Tensor, sae: JumpReLUSAE, v: Tensor) -> Tensor:
-    """x' as the paper writes it, for tests and analysis: x [T, d], v [T, F] -> x' [T, d]."""
+    """x' as the paper writes it, to test SteeredModel.add with: x [T, d], v [T, F] -> x' [T, d]."""
     f = sae.encode(x)
     return sae.decode(f + v) + (x - sae.decode(f))

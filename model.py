@@ -1,10 +1,10 @@
-"""Gemma-2, written by hand: published weights in, nothing hidden.
+"""Gemma-2 and Gemma 3 (text) in plain PyTorch, with the published weights.
 
-Hidden states are [T, d]: one packed stream without a batch axis (data.Packed). Module names mirror
-those of the Hugging Face checkpoints, so loading is a plain, strict load_state_dict. One thing
-differs from other implementations on purpose: the residual stream is float32 whatever the weights'
-dtype, because a steering vector smaller than a bfloat16 step of the stream would otherwise be
-rounded away.
+Hidden states are [T, d]: one packed stream without a batch axis (data.Packed). Modules have the
+names of the Hugging Face checkpoints, so that loading is a strict load_state_dict.
+
+One thing differs from other implementations on purpose: the residual stream is float32 whatever
+the weights' dtype, because bfloat16 would round small steering vectors away.
 """
 
 import dataclasses
@@ -31,16 +31,20 @@ from runtime.sources import UserError, fetch, read_json
 from runtime.weights import Rename, read_weights
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-LARGEST_SOFTCAP = 80.0  # attention.plain and logps exponentiate capped scores as they are
+# attention.plain and logps exponentiate capped scores without subtracting their maximum first.
+LARGEST_SOFTCAP = 80.0
 
 
 @dataclass(frozen=True)
 class Gemma2Config:
-    """Names as in config.json. Gemma 3 (model_type gemma3_text) differs by values alone.
+    """The settings of config.json, under the names that they have there.
 
-    layer_types: SLIDING or FULL per block; None means the family's pattern.
-    rope_theta: of FULL blocks. rope_local_base_freq: of SLIDING ones; None means the same.
-    rope_factor: FULL blocks divide their angles by it (4B and larger Gemma 3).
+    Gemma 3 has the same settings, with other values and model_type gemma3_text.
+
+    layer_types: SLIDING or FULL for each block; None means the family's pattern.
+    rope_theta: base of the rotary angles in FULL blocks.
+    rope_local_base_freq: base in SLIDING blocks; None means rope_theta.
+    rope_factor: FULL blocks divide their angles by it; not 1 in Gemma 3 of 4B and larger.
     """
 
     vocab_size: int
@@ -64,7 +68,7 @@ class Gemma2Config:
     model_type: str = "gemma2"
 
     def __post_init__(self):
-        """Fill in layer_types. Raises UserError for values that no such model has."""
+        """Fill in layer_types. Raises UserError for values that no Gemma has."""
         for field in dataclasses.fields(self):
             if field.name not in ("layer_types", "model_type"):
                 _check_number(field, getattr(self, field.name))
@@ -89,9 +93,9 @@ class Gemma2Config:
 
     @classmethod
     def from_json(cls, path: Path) -> "Gemma2Config":
-        """Read config.json as transformers 4 or 5 writes it; of a multimodal one its text part.
+        """Read config.json as transformers 4 or 5 writes it, or the text part of a multimodal one.
 
-        Raises UserError for any other architecture.
+        Raises UserError for other architectures than Gemma 2 and 3.
         """
         try:
             raw = read_json(path)
@@ -112,7 +116,7 @@ class Gemma2Config:
             raise UserError(f"{path}: a required key is missing ({e}).") from e
 
     def to_json(self, path: Path, dtype: torch.dtype) -> None:
-        """Write config.json with the keys of both transformers styles."""
+        """Write config.json with the keys that transformers 4 and 5 read. dtype: of the weights."""
         name = str(dtype).removeprefix("torch.")
         rope = {"rope_type": "default", "rope_theta": self.rope_theta}
         if self.qk_norm:
@@ -137,14 +141,16 @@ class Gemma2Config:
         path.write_text(json.dumps(raw, indent=2) + "\n")
 
 
-ONLY = {  # keys of config.json -> the values that this forward computes; None: the key is absent
+# The values of config.json that this forward implements; None means that the key is absent.
+ONLY = {
     "model_type": {"gemma2", "gemma3_text"},
     "hidden_activation": {"gelu_pytorch_tanh", None},
     "attention_bias": {False, None},
     "tie_word_embeddings": {True, None},
     "use_bidirectional_attention": {False, None},
 }
-GEMMA3 = dict(  # what a config.json of Gemma 3 leaves out, as transformers fills it in
+# transformers' defaults for Gemma 3, which its published config.json files leave out.
+GEMMA3 = dict(
     vocab_size=262_208,
     num_attention_heads=8,
     num_key_value_heads=4,
@@ -159,7 +165,10 @@ GEMMA3 = dict(  # what a config.json of Gemma 3 leaves out, as transformers fill
 
 
 def _rope(raw: dict) -> dict:
-    """The rotary settings of a config.json: one base, or in Gemma 3 one for each kind of block."""
+    """The rotary fields of Gemma2Config from a config.json. Raises ValueError for other kinds.
+
+    Gemma-2 has one base for all blocks, Gemma 3 one for each of its two kinds of block.
+    """
     given = raw.get("rope_parameters") or {}
     full, local = given.get(FULL, given), given.get(SLIDING, {})
     scaling = raw.get("rope_scaling") or {}
@@ -213,19 +222,19 @@ PUBLISHED = {  # google/gemma-2-{2b,9b,27b}[-it], google/gemma-3-{270m,1b,4b,12b
 
 # --- what the blocks share ------------------------------------------------------------------------
 
-# (block, q, k, v) -> out, all [T, heads, hd]
+# (module, q [T, H, hd], k and v [T, KV, hd]) -> [T, H, hd]
 Attend = Callable[["Attention", Tensor, Tensor, Tensor], Tensor]
 
 
 class Plan(NamedTuple):
-    """What every block needs to know of a stream; made once per forward by Gemma2.plan."""
+    """What all blocks need beside the residual stream; made once per forward by Gemma2.plan."""
 
     angles: dict[str, tuple[Tensor, Tensor]]  # by layer type: cos and sin, float32 [T, 1, hd / 2]
     attend: Attend
 
 
 class Plain(NamedTuple):
-    """Attention by the plain kernel, on a CPU."""
+    """An Attend for the CPU: the plain kernel."""
 
     buckets: tuple[Bucket, ...]
 
@@ -234,7 +243,7 @@ class Plain(NamedTuple):
 
 
 class Flexible(NamedTuple):
-    """Attention by FlexAttention, on CUDA; blocks that use it are compiled whole."""
+    """An Attend for CUDA: FlexAttention. Blocks that use it are compiled whole (Block.forward)."""
 
     sliding: attention.BlockMask
     full: attention.BlockMask
@@ -248,7 +257,7 @@ class Flexible(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """y = x / rms(x) · (1 + weight) in float32, cast to the weights' dtype last, as Gemma does."""
+    """y = x / rms(x) · (1 + weight), in float32; cast to the weights' dtype last, as Gemma does."""
 
     def __init__(self, d: int, eps: float):
         super().__init__()
@@ -260,7 +269,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """y = x weightᵀ: [T, in] -> [T, out], without a bias."""
+    """y = x weightᵀ without a bias: [T, in] -> [T, out]."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
@@ -270,7 +279,10 @@ class Linear(nn.Linear):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [T, heads, hd]: component i turns with component i + hd / 2."""
+    """Rotary embedding of x [T, heads, hd]: rotates the plane of components i and i + hd / 2.
+
+    cos, sin: [T, 1, hd / 2].
+    """
     a, b = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -279,7 +291,7 @@ class Attention(nn.Module):
     def __init__(self, config: Gemma2Config, index: int):
         super().__init__()
         c = config
-        self.index = index  # of the block, where the generation cache keeps its keys and values
+        self.index = index  # of the block: the generation cache stores keys and values by it
         self.head_dim = c.head_dim
         self.layer_type = c.layer_types[index]
         self.window = c.sliding_window if self.layer_type == SLIDING else None
@@ -302,8 +314,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = plan.angles[self.layer_type]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        # softmax(c tanh(s q kᵀ / c)) v over the keys that a position may see; H / KV query heads
-        # share a key head
+        # softmax(c tanh(s q kᵀ / c)) v over the keys that a position may see, where c is softcap
+        # and s is scale. Each key head serves H / KV query heads.
         out = plan.attend(self, q, k, v)  # [T, H, hd]
         return self.o_proj(out.reshape(T, -1))  # [T, H hd] -> [T, d]
 
@@ -334,8 +346,8 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(d, eps)
 
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
-        # On a GPU, a block's many small operations each read and write all of x: compiled, they run
-        # in few kernels.
+        # On a GPU each of a block's many small operations reads and writes all of x; torch.compile
+        # fuses them into few kernels.
         run = _compiled_block() if isinstance(plan.attend, Flexible) else Block.run
         return run(self, x, plan)
 
@@ -361,16 +373,17 @@ class Body(nn.Module):
 
 
 class Gemma2(nn.Module):
-    """The model, in the pieces that steering takes apart: embed, blocks, final_norm, head."""
+    """The model in pieces that a caller can steer between: embed, blocks, final_norm, head."""
 
     def __init__(self, config: Gemma2Config):
         super().__init__()
         self.config = config
-        # Where the weights came from; from_pretrained sets them.
+        # Where the weights came from; set by from_pretrained.
         self.source: str | None = None
         self.revision: str | None = None  # commit of a Hub download
         self.folder: Path | None = None
-        # Activation checkpointing: keep a block's input alone, run the block again in the backward.
+        # Activation checkpointing: store only each block's input and run the block again in the
+        # backward pass.
         self.recompute = False
         self.model = Body(config)
 
@@ -379,7 +392,7 @@ class Gemma2(nn.Module):
         return self.model.embed_tokens.weight.device
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Random weights as before pre-training: normal matrices, norms at 1 + 0."""
+        """Random weights as before pre-training: normal matrices, and norms that scale by 1 + 0."""
         for parameter in self.parameters():
             if parameter.dim() == 1:
                 nn.init.zeros_(parameter)
@@ -387,10 +400,14 @@ class Gemma2(nn.Module):
                 nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
 
     def plan(self, packed: Packed, attend: Attend | None = None) -> Plan:
-        """Rotary angles of a stream, and how its blocks attend: None for within the stream."""
+        """The plan of a forward over a stream.
+
+        attend: how blocks attend; None: to the positions of the stream itself (self.attend).
+        """
         c, device = self.config, packed.position.device
         exponent = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim
-        # Angles are float32 always; float64 weights (tests) take the cosines of those same angles.
+        # Angles are always rounded to float32, as in transformers; tests with float64 weights take
+        # float64 cosines of the same angles.
         dtype = at_least_float32(self.model.norm.weight.dtype)
         angles = {}
         for kind, theta, factor in (
@@ -403,7 +420,7 @@ class Gemma2(nn.Module):
         return Plan(angles, attend or self.attend(packed))
 
     def attend(self, packed: Packed) -> Attend:
-        """Attention among the positions of a stream, by the kernel that its device runs best."""
+        """Attention among the positions of a stream, by the kernel for its device."""
         if packed.position.device.type == "cpu":
             return Plain(packed.buckets)
         tree = packed.tree, packed.branch, packed.position
@@ -413,13 +430,14 @@ class Gemma2(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids int64 [T] -> residual stream [T, d]."""
         dtype = self.model.embed_tokens.weight.dtype
-        # Gemma rounds sqrt(d) to the weights' dtype. On the CPU, so that no GPU is waited for.
+        # Gemma rounds sqrt(d) to the weights' dtype. Rounded on the CPU: .item() of a tensor on a
+        # GPU would wait for it.
         scale = torch.tensor(math.sqrt(self.config.hidden_size), dtype=dtype).item()
         x = self.model.embed_tokens(tokens) * scale
         return x.to(at_least_float32(x.dtype))
 
     def blocks(self, x: Tensor, plan: Plan, start: int = 0, stop: int | None = None) -> Tensor:
-        """Run blocks start..stop-1 on the residual stream [T, d]."""
+        """Run blocks start to stop - 1: residual stream [T, d] -> [T, d]."""
         for block in self.model.layers[start:stop]:
             if self.recompute:
                 x = checkpoint(block, x, plan, use_reentrant=False)
@@ -428,22 +446,23 @@ class Gemma2(nn.Module):
         return x
 
     def final_norm(self, x: Tensor) -> Tensor:
+        """Residual stream after the last block [T, d] -> normed states [T, d]."""
         return self.model.norm(x)
 
     def logps(self, x: Tensor, packed: Packed) -> Tensor:
-        """Normed states [T, d] of a packed stream -> log-probability of each target [N]."""
+        """Normed states [T, d] of a packed stream -> log-probability float32 [N] of each target."""
         head = self.model.embed_tokens.weight
         device = head.device.type
-        if torch.is_autocast_enabled(device):  # float32 masters (--full) multiply in bfloat16 here
+        if torch.is_autocast_enabled(device):
+            # Under --full the weights are float32, and autocast does not reach a custom kernel.
             head = head.to(torch.get_autocast_dtype(device))
         cap = self.config.final_logit_softcapping
         return token_logps(x[packed.source], head, packed.target, cap)  # [T, d] -> [N, d] -> [N]
 
     def head(self, x: Tensor) -> Tensor:
         """Normed states [N, d] -> softcapped logits float32 [N, V]; training takes logps."""
-        return softcap(
-            all_logits(x, self.model.embed_tokens.weight), self.config.final_logit_softcapping
-        )
+        logits = all_logits(x, self.model.embed_tokens.weight)
+        return softcap(logits, self.config.final_logit_softcapping)
 
     def forward(self, packed: Packed, attend: Attend | None = None) -> Tensor:
         """Normed final states [T, d] of a packed stream. attend: see plan."""
@@ -460,10 +479,10 @@ class Gemma2(nn.Module):
     def from_pretrained(
         cls, source: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> "Gemma2":
-        """Load a Hugging Face folder or Hub repository, config.json and safetensors, strictly.
+        """Load config.json and safetensors from a folder or a Hub repository.
 
-        The weights come frozen (requires_grad False). Raises UserError naming the file for a
-        missing or truncated shard, and the tensor for a wrong name or shape.
+        The weights are frozen (requires_grad is False). Raises UserError naming the file for a
+        missing or truncated shard, and naming the tensor for a wrong name or shape.
         """
         patterns = ["config.json", "*.safetensors", "*.index.json", "tokenizer*.json", "*.jinja"]
         folder, commit = fetch(source, "model", patterns)
@@ -475,7 +494,7 @@ class Gemma2(nn.Module):
         state = {}
         for shard in _shards(folder, rename):
             state.update(read_weights(shard, rename, dtype, device))
-        # The head is tied to the embedding: published checkpoints leave it out, some repeat it.
+        # The head is the embedding; most checkpoints leave it out, some store it a second time.
         head = state.pop("lm_head.weight", None)
         embedding = state.get("model.embed_tokens.weight")
         if head is not None and (embedding is None or not torch.equal(head, embedding)):
@@ -493,9 +512,9 @@ class Gemma2(nn.Module):
         return model.requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-        """Write config.json and model.safetensors as transformers reads them.
+        """Write config.json and model.safetensors so that transformers can read them.
 
-        state: the weights, where the model's own are spread over processes (ranks.gather).
+        state: the whole weights (ranks.gather), for a model whose own are spread over processes.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -506,7 +525,7 @@ class Gemma2(nn.Module):
 
 
 def text_name(name: str) -> str:
-    """The name here of a tensor of a multimodal Gemma 3; "" for the vision tower's."""
+    """Our name for a tensor of a Gemma 3 checkpoint; "" for those of a vision tower."""
     if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name):
         return ""
     if name.endswith("lm_head.weight"):
@@ -515,7 +534,7 @@ def text_name(name: str) -> str:
 
 
 def _shards(folder: Path, rename: Rename) -> list[Path]:
-    """The files that hold a tensor to read."""
+    """The safetensors files of a model that hold at least one tensor we load."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]

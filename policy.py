@@ -1,7 +1,7 @@
-"""A run to start or a run to read, opened: model, SAE, adapter, tokenizer and pairs.
+"""Load everything that belongs to a policy: model, SAE, adapter, tokenizer and pairs.
 
-Every script but train.py takes --run OUT and reads it through open_policy; train.py starts from
-new_policy.
+train.py starts a run with new_policy. Every other script takes --run OUT and reads what train.py
+has written there with open_policy.
 """
 
 import shutil
@@ -23,15 +23,14 @@ from kernels.cache import Cache
 from model import Gemma2, Plan
 from runtime import ranks
 from runtime.device import Device, resolve_device
-from runtime.folder import code_revision
 from runtime.messages import brief
-from runtime.output import replacing, writable
+from runtime.output import replacing
 from runtime.ranks import Ranks
 from runtime.sources import UserError, fetch, local, read_json, sha256, split_revision
 
 
 class Recorded(NamedTuple):
-    """What of a run's settings reading it needs. The defaults are those of train.py."""
+    """The settings of a run that are needed to read it again, with the defaults of train.py."""
 
     model: str = "google/gemma-2-2b-it"
     sae: str = "google/gemma-scope-2b-pt-res"
@@ -48,16 +47,16 @@ class Recorded(NamedTuple):
 
 
 DEFAULTS = Recorded()
-TINY = dict(sae="tiny", data="tiny", layer=2)  # what --model tiny changes of them
+TINY = dict(sae="tiny", data="tiny", layer=2)  # their values under --model tiny
 
 
 class Stream(NamedTuple):
-    """A micro-batch of pairs on its way through the model."""
+    """A micro-batch of pairs, computed as far as the adapter's layer."""
 
-    pairs: list[int]  # which
+    pairs: list[int]  # which: indices into the list of pairs
     packed: Packed
     plan: Plan
-    x: Tensor  # [T, d], the residual stream below the adapter
+    x: Tensor  # [T, d], the residual stream that the adapter reads
 
 
 class Policy(NamedTuple):
@@ -65,17 +64,17 @@ class Policy(NamedTuple):
     tokenizer: Tokenizer
     device: Device
     run: Recorded
-    name: str  # what was opened, for titles
-    folder: Path | None = None  # the run's, where its evaluations go; None for a base model alone
+    name: str  # for titles: the run, or the model of a run that starts
+    folder: Path | None = None  # the run's folder; None for a base model and a run that starts
 
     @property
     def base(self) -> Gemma2:
-        """The frozen model; of a full fine-tuning run, the trained one."""
+        """The Gemma2 inside: frozen, or trained itself after --full."""
         return self.model.model
 
     @property
     def steered(self) -> SteeredModel:
-        """Raises UserError where there is no adapter."""
+        """The model, for callers that need an adapter. Raises UserError where there is none."""
         if isinstance(self.model, Unsteered):
             raise UserError(f"--run {self.name}: has no adapter, so nothing is steered in it.")
         return self.model
@@ -84,9 +83,10 @@ class Policy(NamedTuple):
         return self.device.autocast()
 
     def streams(self, pairs: list[Pair], what: str | None = None) -> Iterator[Stream]:
-        """Walk pairs a micro-batch at a time. what: shown with the progress; None: none is shown.
+        """Yield the pairs as packed micro-batches with the residual stream that the adapter reads.
 
-        The caller enters autocast for its own products; the stream x is computed under it here.
+        what: title of a progress bar; None: no bar. x is computed under autocast here; callers
+        enter autocast again for what they compute from it.
         """
         steered = self.steered
         with tqdm(total=len(pairs), desc=what, unit="pair", leave=False, disable=not what) as bar:
@@ -101,10 +101,10 @@ class Policy(NamedTuple):
     def eval_pairs(
         self, source: str | None = None, limit: int | None = None, split: str = "test"
     ) -> tuple[list[Pair], str]:
-        """The pairs of `source`, or of the run's evaluation data, and the name of where they are.
+        """(pairs, name of the data set): of `source`, or else of the run's own evaluation data.
 
-        A source given for the purpose need not call its rows a test split: without one, all of it
-        is used. Raises UserError where there is nothing to evaluate on.
+        Of data given for evaluation (`source`, or the run's --eval-data) all rows are used where
+        none is called a test split. Raises UserError where there are no pairs.
         """
         given = source or (self.run.eval_data if split == "test" else None)
         name = given or self.run.data
@@ -120,7 +120,7 @@ class Policy(NamedTuple):
 
 
 def load_base(model: str | Path, dtype: torch.dtype, device: str) -> tuple[Gemma2, Tokenizer]:
-    """Raises UserError where the two do not belong together."""
+    """The frozen model and its tokenizer. Raises UserError where they do not fit each other."""
     base = Gemma2.from_pretrained(model, dtype, device)
     tokenizer = data.load_tokenizer(base.folder)
     if tokenizer.get_vocab_size(with_added_tokens=True) > base.config.vocab_size:
@@ -130,6 +130,7 @@ def load_base(model: str | Path, dtype: torch.dtype, device: str) -> tuple[Gemma
 
 
 def load_sae(run: Recorded, device: Device) -> saes.JumpReLUSAE:
+    """The run's SAE; without a recorded id, the layer's by saes.default_id."""
     sae_id = run.sae_id or saes.default_id(run.sae, run.layer)
     return saes.JumpReLUSAE.from_pretrained(run.sae, sae_id, device.dtype, device.name)
 
@@ -143,10 +144,10 @@ def new_policy(
     mask_features: str | None = None,
     seed: int = 0,
 ) -> Policy:
-    """A fresh adapter, or the one of init_adapter, on a frozen model; with full a model whose own
-    weights train.
+    """The policy that a run starts from: a frozen model with a fresh adapter of a kind.
 
-    mask_features: a json file of features that never steer.
+    init_adapter: take this adapter instead. mask_features: json file of features that never steer.
+    full: no adapter; all weights of the model train. seed: of the fresh adapter's weights.
     """
     base, tokenizer = load_base(run.model, torch.float32 if full else device.dtype, device.name)
     if full:
@@ -166,7 +167,7 @@ def new_policy(
 
 
 def identity(policy: Policy) -> dict:
-    """What an adapter file says about where it belongs."""
+    """Which model, layer and SAE an adapter belongs to, as adapter_config.json states it."""
     steered, run = policy.steered, policy.run
     return dict(
         base_model=split_revision(run.model)[0],
@@ -183,10 +184,10 @@ def identity(policy: Policy) -> dict:
 def greedy(
     policy: Policy, prompt: list[int], most: int, tick: Callable[[], object] = lambda: None
 ) -> str:
-    """The likeliest answer to a prompt that ends after a user turn (Pair.prompt).
+    """Answer a prompt (Pair.prompt) by taking the likeliest token each time.
 
-    most: tokens at most. tick: called after each. The plain loop; generation/ has batches, sampling
-    and chat.
+    most: limit on the answer's tokens. tick: called after each token. generation/ does the same in
+    batches, with sampling and chat.
     """
     model, base, tokenizer = policy.model, policy.base, policy.tokenizer
     stops = tokenizer.token_to_id("<end_of_turn>"), tokenizer.token_to_id("<eos>")
@@ -230,20 +231,18 @@ def read_pairs(
 class Preferences(NamedTuple):
     pairs: list[Pair]
     eval_pairs: list[Pair]  # empty where there is no evaluation data
-    files: list[data.DataFile]  # that both came from
+    files: list[data.DataFile]  # the files of both
     revision: str | None  # commit of a Hub dataset
 
 
 def load_preferences(run: Recorded, tokenizer: Tokenizer, progress: bool = True) -> Preferences:
-    """Training and evaluation pairs. A branch on the Hub is resolved once, so that both come from
-    one commit.
-    """
+    """Training and evaluation pairs, both from one commit of a Hub data set."""
     files, commit = data.data_files(run.data)
     pinned = f"{split_revision(run.data)[0]}@{commit}" if commit else run.data
     pairs = read_pairs(pinned, tokenizer, run, "train", progress)
     if run.eval_data is None:
         eval_pairs = read_pairs(pinned, tokenizer, run, "test", progress)
-    else:  # what is given for evaluation need not call itself a test split
+    else:  # without a test split, all rows of --eval-data are used
         files += data.data_files(run.eval_data)[0]
         eval_pairs = read_pairs(run.eval_data, tokenizer, run, "test", progress)
         eval_pairs = eval_pairs or read_pairs(run.eval_data, tokenizer, run, None, progress)
@@ -255,9 +254,10 @@ TOKENIZER_FILES += ("tokenizer.model", "chat_template.jinja", "generation_config
 
 
 def save(out: Path, policy: Policy, who: Ranks) -> None:
-    """OUT/adapter, or of a full run OUT/model: float32 weights and the tokenizer's files.
+    """Write OUT/adapter, or after --full OUT/model with the tokenizer's files; weights in float32.
 
-    Whole or not at all; every process calls it. Raises UserError where the disk refuses.
+    Every process must call it. After a failure nothing has changed. Raises UserError where the
+    folder cannot be written.
     """
     if not isinstance(policy.model, Unsteered):
         with ranks.whole(policy.model.adapter):
@@ -286,12 +286,11 @@ def open_policy(
     dtype: str = "auto",
     tokens_per_microbatch: int = DEFAULTS.tokens_per_microbatch,
 ) -> Policy:
-    """Open what train.py left (OUT, with adapter/ or model/), an adapter folder (ours or the
-    authors'), or its Hub id.
+    """Open a run's folder, an adapter folder (ours or the authors'), or the Hub id of either.
 
-    None as run is the base model alone. model, sae and sae_id stand in for the names that the run
-    recorded, for when those have moved. Raises UserError where something is missing or does not fit
-    together.
+    run: None opens the base model alone. model, sae, sae_id: where these are now, if no longer
+    where the run recorded them. Raises UserError for anything missing, and for a model, SAE and
+    adapter that do not fit each other.
     """
     where = resolve_device(device, dtype)
     if run is None:
@@ -327,21 +326,19 @@ def open_policy(
 
 
 def _recorded(path: Path) -> Recorded:
-    """The settings in a run's config.json; the defaults where there is none (a bare adapter
-    folder).
-    """
+    """The settings in a run's config.json; the defaults where there is no such file."""
     if not path.is_file():
         return DEFAULTS
     try:
         config = read_json(path)
-        settings = config.get("settings", {})  # without them it is an adapter's or a model's own
+        settings = config.get("settings", {})  # the config.json of a model has none
         kept = {name: settings[name] for name in Recorded._fields if name in settings}
         for name, kind in get_type_hints(Recorded).items():
             kind = float | int if kind is float else kind
             if not isinstance(kept.get(name, getattr(DEFAULTS, name)), kind):
                 raise ValueError(f"{name} is {kept[name]!r}")
         commits = dict(data=config.get("data_revision"))
-        # Runs of an earlier version named revisions apart.
+        # Runs of an earlier version have the commits of model and SAE in settings of their own.
         commits |= dict(model=settings.get("model_revision"), sae=settings.get("sae_revision"))
     except (OSError, ValueError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not the config.json of a run ({brief(e)}).") from e
@@ -352,65 +349,25 @@ def _recorded(path: Path) -> Recorded:
 
 
 def _with_identity(recorded: Recorded, identity: dict) -> Recorded:
-    """What an adapter file says about where it belongs goes before what the run's settings say."""
-    layer = saes.layer_of(identity.get("sae_id"))  # the authors' files state it only so
-    layer = recorded.layer if layer is None else layer
-    if identity.get("layer") is not None:
-        layer = identity["layer"]
+    """The settings, with those replaced that the adapter's own file states."""
+    layer = identity.get("layer")
+    if layer is None:  # the authors' files state it in the SAE's id alone
+        layer = saes.layer_of(identity.get("sae_id"))
+    model = identity.get("base_model") or recorded.model
+    sae = identity.get("sae") or recorded.sae
     return recorded._replace(
-        layer=layer,
-        model=_pinned(
-            identity.get("base_model") or recorded.model,
-            identity.get("base_model_revision"),
-            "model",
-        ),
-        sae=_pinned(identity.get("sae") or recorded.sae, identity.get("sae_revision"), "sae"),
+        layer=recorded.layer if layer is None else layer,
+        model=_pinned(model, identity.get("base_model_revision"), "model"),
+        sae=_pinned(sae, identity.get("sae_revision"), "sae"),
         sae_id=identity.get("sae_id") or recorded.sae_id,
     )
 
 
 def _pinned(name: str, commit: str | None, kind: str) -> str:
-    """owner/name -> owner/name@commit; a local path as it is."""
+    """owner/name -> owner/name@commit; a local path stays as it is."""
     if commit is None or local(name, kind) is not None:
         return name
     return f"{split_revision(name)[0]}@{commit}"
-
-
-# --- an evaluation of a run -----------------------------------------------------------------------
-
-
-def out_folder(run: str, out: str | None) -> Path:
-    """Where an evaluation writes: --out, or the folder that --run names (a Hub id names none).
-
-    Raises UserError, before any work, where it could not be written.
-    """
-    if out:
-        return writable(Path(out))
-    if not Path(run).is_dir():
-        raise UserError(
-            f"--run {run}: no such folder; for a Hub id, --out must say where the results go."
-        )
-    return writable(Path(run), "run")
-
-
-def described_run(policy: Policy, source: str, pairs: list[Pair], labels: list[dict]) -> dict:
-    """What was evaluated on what, for a table's `about`. labels: of each file, labels.described."""
-    sae = policy.steered.sae
-    return dict(
-        run=policy.name,
-        adapter_sha256=adapter_sha256(policy.folder),
-        data=source,
-        pairs=len(pairs),
-        base_model=policy.run.model,
-        layer=policy.steered.layer,
-        d_sae=sae.d_sae,
-        sae=sae.source,
-        sae_id=sae.sae_id,
-        sae_sha256=sae.sha256,
-        dtype=policy.device.dtype_name,
-        labels=labels,
-        code=code_revision(),
-    )
 
 
 def adapter_sha256(folder: Path | None) -> str | None:

@@ -1,13 +1,14 @@
-"""JumpReLU sparse autoencoder, frozen.
+"""A frozen JumpReLU sparse autoencoder (SAE): features of the residual stream and back.
 
     f = JumpReLU_θ(x W_enc + b_enc),  JumpReLU_θ(z) = z · 1[z > θ]      x [T, d] -> f [T, F]
     x̂ = f W_dec + b_dec                                                 f [T, F] -> x̂ [T, d]
 
-Read from GemmaScope's params.npz, Gemma Scope 2's params.safetensors or SAELens's folder.
+It is read from GemmaScope's params.npz, Gemma Scope 2's params.safetensors or SAELens's folders.
 """
 
 import json
 import math
+import os
 import re
 import struct
 import zipfile
@@ -19,16 +20,26 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from runtime.messages import brief
+from runtime.output import replacing
 from runtime.sources import UserError, fetch, list_files, local, read_json, sha256, split_revision
 from runtime.weights import check_weights, read_weights
 
 ARRAYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 # What zipfile raises on unsupported or damaged archives.
 ZIPFILE_RAISES = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, OverflowError)
 
 
 class JumpReLUSAE(nn.Module):
-    """Frozen. W_enc [d, F], W_dec [F, d], b_enc [F], b_dec [d], threshold [F]."""
+    """Frozen weights W_enc [d, F], W_dec [F, d], b_enc [F], b_dec [d], threshold [F].
+
+    source, sae_id, digest: where they were read from, and the sha256 of the file. Raises UserError
+    for arrays whose shapes do not fit together.
+    """
 
     def __init__(
         self,
@@ -51,6 +62,7 @@ class JumpReLUSAE(nn.Module):
             self.register_buffer(name, arrays[name])
         self.source, self.sae_id, self.sha256 = source, sae_id, digest
         self.revision = None  # commit of a Hub download, set by from_pretrained
+        self.file = None  # that was read, relative to the source; set by from_pretrained
 
     @property
     def d_model(self) -> int:
@@ -61,7 +73,7 @@ class JumpReLUSAE(nn.Module):
         return self.W_enc.shape[1]
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [T, d] -> features f [T, F]; b_dec is not subtracted from x, as in GemmaScope."""
+        """x [T, d] -> features f [T, F]. As in GemmaScope, b_dec is not subtracted from x."""
         z = x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
         return z * (z > self.threshold)
 
@@ -77,10 +89,10 @@ class JumpReLUSAE(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> "JumpReLUSAE":
-        """Load from `tiny`, a file, a folder, or a Hub repository with sae_id the folder within it.
+        """Load from `tiny`, a file, a folder, or a Hub repository.
 
-        Raises UserError for an unknown id, a pickled object, a wrong shape, or anything that is not
-        a JumpReLU SAE of the residual stream.
+        sae_id: the folder of the SAE within the source. Raises UserError for an unknown id, a
+        pickled object, a wrong shape, or anything but a JumpReLU SAE of the residual stream.
         """
         if sae_id is not None and (Path(sae_id).is_absolute() or ".." in Path(sae_id).parts):
             raise UserError(f"--sae-id {sae_id}: must be a path inside the SAE repository.")
@@ -106,16 +118,16 @@ class JumpReLUSAE(nn.Module):
             check_weights(file, name, array)
         arrays = {name: array.to(device=device, dtype=dtype) for name, array in arrays.items()}
         sae = cls(arrays, str(source), sae_id, sha256(file))
-        sae.revision = commit
+        sae.revision, sae.file = commit, os.path.relpath(file, root)
         return sae
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The five arrays of a GemmaScope params.npz, compressed or not.
 
-    Headers are checked before any array is read, and the arrays are read from the very members that
-    were checked: nothing is unpickled, and a file that unpacks to more than 20 times its size is
-    refused (float32 weights compress by about a tenth). Raises UserError.
+    All headers are checked before an array is read: nothing is unpickled, and a file that would
+    unpack to more than 20 times its size is refused (compression saves about a tenth of float32
+    weights). Raises UserError.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -127,41 +139,34 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             for name in ARRAYS:
                 with archive.open(members[name]) as f:
                     version = np.lib.format.read_magic(f)
-                    header = {(1, 0): "read_array_header_1_0", (2, 0): "read_array_header_2_0"}.get(
-                        version
-                    )
-                    if header is None:
-                        raise UserError(
-                            f"{path}: {name} has npy version {version}, not 1.0 or 2.0."
-                        )
-                    shape, _, dtype = getattr(np.lib.format, header)(f)
+                    if version not in NPY_HEADERS:
+                        found = f"npy version {version}, not 1.0 or 2.0"
+                        raise UserError(f"{path}: {name} has {found}.")
+                    shape, _, dtype = NPY_HEADERS[version](f)
                 if dtype.hasobject or dtype.kind != "f":
-                    raise UserError(
-                        f"{path}: {name} is of type {dtype}, not floating point; not loaded."
-                    )
+                    kind = f"is of type {dtype}, not floating point"
+                    raise UserError(f"{path}: {name} {kind}; not loaded.")
                 if min(shape, default=0) < 0:
                     raise UserError(f"{path}: {name} claims the shape {shape}; not loaded.")
                 unpacked += math.prod(shape) * dtype.itemsize
             if unpacked > 20 * path.stat().st_size + 65_536:
-                raise UserError(
-                    f"{path}: would unpack to {unpacked:,} bytes, 20 times its size; not loaded."
-                )
+                size = f"{unpacked:,} bytes, 20 times its size"
+                raise UserError(f"{path}: would unpack to {size}; not loaded.")
             arrays = {}
             for name in ARRAYS:
+                # The same members as above: an archive may hold two under one name.
                 with archive.open(members[name]) as f:
-                    arrays[name] = np.lib.format.read_array(f, allow_pickle=False).astype(
-                        np.float32, copy=False
-                    )
+                    array = np.lib.format.read_array(f, allow_pickle=False)
+                arrays[name] = array.astype(np.float32, copy=False)
             return arrays
     except (OSError, ValueError, EOFError, KeyError, *ZIPFILE_RAISES) as e:
-        why = str(e)[:200]  # zipfile quotes names, which may be anything
-        raise UserError(f"{path}: not a readable npz of {', '.join(ARRAYS)} ({why}).") from e
+        raise UserError(f"{path}: not a readable npz of {', '.join(ARRAYS)} ({brief(e)}).") from e
 
 
 def read_saelens(path: Path) -> dict[str, Tensor]:
-    """The same arrays from SAELens's sae_weights.safetensors and the cfg.json beside it.
+    """The five arrays of SAELens's sae_weights.safetensors, with the cfg.json beside it.
 
-    Raises UserError for any setting under which SAELens would compute something else.
+    Raises UserError for any setting under which SAELens computes something else than this class.
     """
     cfg = _settings(path.parent / "cfg.json", architecture="jumprelu")
     for key in ("normalize_activations", "reshape_activations"):
@@ -174,9 +179,9 @@ def read_saelens(path: Path) -> dict[str, Tensor]:
 
 
 def read_gemmascope2(path: Path) -> dict[str, Tensor]:
-    """The same arrays from Gemma Scope 2's params.safetensors and the config.json beside it.
+    """The five arrays of Gemma Scope 2's params.safetensors, with the config.json beside it.
 
-    Raises UserError for what is no SAE of a block's output: transcoders, attention, MLP.
+    Raises UserError for transcoders and for SAEs of attention or MLP outputs.
     """
     cfg = _settings(path.parent / "config.json", architecture="jump_relu")
     place = cfg.get("hf_hook_point_in")
@@ -185,7 +190,7 @@ def read_gemmascope2(path: Path) -> dict[str, Tensor]:
     return _tensors(path, {name: name.lower() for name in ARRAYS})
 
 
-READERS = {  # (weights, settings beside them) -> how they are read
+READERS = {  # (weights, settings beside them) -> the function that reads them
     ("params.npz",): read_npz,
     ("sae_weights.safetensors", "cfg.json"): read_saelens,
     ("params.safetensors", "config.json"): read_gemmascope2,
@@ -204,7 +209,7 @@ def _settings(path: Path, architecture: str) -> dict:
 
 
 def _tensors(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
-    """Our names -> tensors of a safetensors file, under the names that it has for them."""
+    """Tensors of a safetensors file under our names. names: our name -> the file's."""
     found = read_weights(path)
     missing = sorted(set(names.values()) - set(found))
     if missing:
@@ -214,12 +219,13 @@ def _tensors(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
 
 def save_gemmascope(path: Path, arrays: dict[str, Tensor]) -> None:
     """Write the five arrays as GemmaScope's params.npz, float32 and uncompressed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **{name: arrays[name].detach().float().cpu().numpy() for name in ARRAYS})
+    held = {name: arrays[name].detach().float().cpu().numpy() for name in ARRAYS}
+    with replacing(path) as part, open(part, "wb") as file:  # savez would rename a path
+        np.savez(file, **held)
 
 
 def save_gemmascope2(folder: Path, arrays: dict[str, Tensor], model: str, layer: int) -> None:
-    """Write the five arrays as Gemma Scope 2's params.safetensors and config.json, float32."""
+    """Write the five arrays as Gemma Scope 2's params.safetensors (float32) and config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name.lower(): arrays[name].detach().float().cpu().contiguous() for name in ARRAYS}
     save_file(tensors, folder / "params.safetensors")
@@ -231,12 +237,12 @@ def save_gemmascope2(folder: Path, arrays: dict[str, Tensor], model: str, layer:
 # --- which SAE, where none is named ---------------------------------------------------------------
 
 PAPER_REPO = "google/gemma-scope-2b-pt-res"
-PAPER_L0 = {6: 17, 12: 21, 18: 21, 24: 19}  # average L0 of the paper's SAE at each layer, width 65k
-L0_NAMES = ("small", "medium", "big")  # Gemma Scope 2's, of about 20, 60 and 150
+PAPER_L0 = {6: 17, 12: 21, 18: 21, 24: 19}  # layer -> average L0 of the paper's SAE, of width 65k
+L0_NAMES = ("small", "medium", "big")  # in Gemma Scope 2: average L0 of about 20, 60 and 150
 
 
 def default_source(model: str) -> str:
-    """The repository of SAEs published for a model. Raises UserError where none is known."""
+    """The Hub repository of a published model's SAEs. Raises UserError where none is known."""
     name = split_revision(str(model))[0]
     if m := re.fullmatch(r"google/gemma-2-(2b|9b|27b)(-it)?", name):
         return f"google/gemma-scope-{m[1]}-pt-res"
@@ -246,10 +252,11 @@ def default_source(model: str) -> str:
 
 
 def default_id(source: str | Path, layer: int, width: str | None = None) -> str | None:
-    """The SAE of a layer when none was named: the one of lowest average L0, as in the paper.
+    """The id of a layer's SAE of lowest average L0, which the paper takes.
 
-    width: as the folders name it; None: 65k, or in a local folder without that any. Returns None
-    for a local path without GemmaScope's names.
+    width: as in the names of the folders; None: 65k, or in a local folder that has no 65k any
+    width. Returns None for a local path without GemmaScope's names. Raises UserError where the Hub
+    repository holds none.
     """
     folder = local(source, "sae")
     if folder is not None:
@@ -257,7 +264,7 @@ def default_id(source: str | Path, layer: int, width: str | None = None) -> str 
         found = lowest_l0(files, layer, width or "65k")
         return found or (None if width else lowest_l0(files, layer, None))
     width = width or "65k"
-    if source == PAPER_REPO and width == "65k" and layer in PAPER_L0:  # spares asking the Hub
+    if source == PAPER_REPO and width == "65k" and layer in PAPER_L0:  # no need to ask the Hub
         return f"layer_{layer}/width_65k/average_l0_{PAPER_L0[layer]}"
     found = lowest_l0(list_files(source, "sae"), layer, width)
     if found is None:
@@ -273,24 +280,24 @@ SAE_FILE = re.compile(  # GemmaScope's, or Gemma Scope 2's
 
 
 def lowest_l0(files: list[str], layer: int, width: str | None) -> str | None:
-    """Of the SAE files of a repository the folder of lowest L0 at a layer; None without any."""
+    """The folder of a layer's SAE of lowest L0 among a repository's files; None without any."""
     found = []
     for m in filter(None, map(SAE_FILE.fullmatch, files)):
-        second = m["id2"] is not None
-        at, wide = (m["layer2"], m["width2"]) if second else (m["layer"], m["width"])
-        if int(at) == layer and width in (None, wide):
-            l0 = L0_NAMES.index(m["l02"]) if second else int(m["l0"])
+        scope2 = m["id2"] is not None
+        its_layer, its_width = (m["layer2"], m["width2"]) if scope2 else (m["layer"], m["width"])
+        if int(its_layer) == layer and width in (None, its_width):
+            l0 = L0_NAMES.index(m["l02"]) if scope2 else int(m["l0"])
             found.append((l0, m["id2"] or m["id"]))
     return min(found)[1] if found else None
 
 
 def layer_of(sae_id: str | None) -> int | None:
-    """The block whose output a published SAE reads, as its id says; None where it does not."""
+    """The block whose output a published SAE reads, by its id; None where the id does not say."""
     m = re.match(r"(?:resid_post(?:_all)?/)?layer_(\d+)[/_]", sae_id or "")
     return int(m[1]) if m else None
 
 
 def only_id(folder: Path) -> str | None:
-    """The SAE of a folder that holds just one."""
+    """The id of the SAE in a folder that holds exactly one; otherwise None."""
     found = [path.parent for path in folder.glob("**/params.*")]
     return found[0].relative_to(folder).as_posix() if len(found) == 1 else None

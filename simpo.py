@@ -1,8 +1,10 @@
-"""SimPO: response log-probabilities -> losses, and what is reported of them.
+"""SimPO: log-probabilities of response tokens -> losses, and the metrics that a run reports.
 
-ℓ(y) = (1/|y|) Σ_t log π(y_t | p, y_<t)                      mean over the response's tokens
-L    = -log σ( β (ℓ(w) - ℓ(l) - ρ) ),  ρ = γ/β               SimPO, arXiv 2405.14734
-total = mean over pairs of L + α · mean over positions of ‖v‖₁            FSRL, arXiv 2509.12934
+For a prompt p with a chosen response w and a rejected response l:
+
+    ℓ(y)  = (1/|y|) Σ_t log π(y_t | p, y_<t)                mean over the response's tokens
+    L     = -log σ( β (ℓ(w) - ℓ(l) - ρ) ),  ρ = γ/β         SimPO, arXiv 2405.14734
+    total = mean over pairs of L + α · mean over positions of ‖v‖₁     FSRL, arXiv 2509.12934
 """
 
 from typing import NamedTuple
@@ -15,44 +17,41 @@ from data import Packed
 
 
 class Losses(NamedTuple):
-    """Of P pairs."""
+    """The losses of P pairs, and the ℓ they are made of."""
 
-    loss: Tensor  # float64 [P], SimPO
-    logp_chosen: Tensor  # float64 [P], mean over the response's tokens
-    logp_rejected: Tensor  # float64 [P]
+    loss: Tensor  # float64 [P], L
+    logp_chosen: Tensor  # float64 [P], ℓ(w)
+    logp_rejected: Tensor  # float64 [P], ℓ(l)
 
 
 class Scores(NamedTuple):
-    """What a forward pass says about the P pairs and the positions of a packed stream."""
+    """What one forward pass yields for the P pairs of a packed stream."""
 
     losses: Losses
-    l1: Tensor  # sum over the positions of the unshared sequences of ‖v‖₁
-    l0: Tensor  # the same of ‖v‖₀
+    l1: Tensor  # float32 scalar, ‖v‖₁ summed over the positions of all p + w and p + l
+    l0: Tensor  # float32 scalar, ‖v‖₀ summed over the same positions
 
 
 def score(model: nn.Module, packed: Packed, beta: float, gamma_ratio: float) -> Scores:
-    """Run a SteeredModel or Unsteered, in whatever it is wrapped, over packed pairs."""
-    logps, l1, l0 = model(packed)
+    """Run a PolicyModel, which DistributedDataParallel may wrap, over packed pairs."""
+    logps, l1, l0 = model(packed)  # [N], [T], [T]
     losses = preference_losses(logps, packed, beta, gamma_ratio)
-    # Multiplied and summed, not a dot product: autocast would round that to bfloat16.
+    # A product and a sum instead of a dot product, which autocast would round to bfloat16.
     return Scores(losses, (l1 * packed.copies).sum(), (l0 * packed.copies).sum())
 
 
 def preference_losses(logps: Tensor, packed: Packed, beta: float, gamma_ratio: float) -> Losses:
-    """Log-probabilities [N] of the targets of packed pairs -> losses and mean log-probabilities,
-    each [P].
-    """
+    """Log-probabilities [N] of the targets of P packed pairs -> their losses [P]."""
     means = mean_logps(logps, packed.sequence, packed.lengths)  # [N] -> [2 P]
     chosen, rejected = means[0::2], means[1::2]
     return Losses(simpo_loss(chosen, rejected, beta, gamma_ratio), chosen, rejected)
 
 
 def mean_logps(logps: Tensor, sequence: Tensor, lengths: Tensor) -> Tensor:
-    """Token log-probabilities [N] -> their mean over each response, float64 [C]: the ℓ of the
-    equations above.
+    """ℓ: token log-probabilities [N] -> their mean over each response, float64 [C].
 
-    float64 because a float32 sum over a response near -160 steps by 1.5e-5, which β then
-    multiplies.
+    sequence [N]: which response a token belongs to. lengths [C]: tokens of each response. The sum
+    is float64, because float32 near -160 has steps of 1.5e-5, which β multiplies.
     """
     total = torch.zeros(len(lengths), dtype=torch.float64, device=logps.device)
     return total.index_add(0, sequence, logps.double()) / lengths
@@ -61,20 +60,18 @@ def mean_logps(logps: Tensor, sequence: Tensor, lengths: Tensor) -> Tensor:
 def simpo_loss(
     logp_chosen: Tensor, logp_rejected: Tensor, beta: float, gamma_ratio: float
 ) -> Tensor:
-    """-log σ(β (ℓ_w - ℓ_l - γ/β)): [P], [P] -> [P]. The logsigmoid does not overflow for any
-    margin.
-    """
+    """L = -log σ(β (ℓ(w) - ℓ(l) - γ/β)): [P], [P] -> [P]; logsigmoid never overflows."""
     return -F.logsigmoid(beta * (logp_chosen - logp_rejected - gamma_ratio))
 
 
 class Sums(NamedTuple):
-    """Sums over pairs and positions, which micro-batches and processes add up: float64 scalars."""
+    """Sums over pairs or positions, added up over micro-batches and processes: float64 scalars."""
 
     loss: Tensor
-    accuracy: Tensor  # pairs whose chosen response is the likelier one
+    accuracy: Tensor  # number of pairs with ℓ(w) > ℓ(l)
     logp_chosen: Tensor
     logp_rejected: Tensor
-    l1: Tensor
+    l1: Tensor  # the sums over positions of Scores
     l0: Tensor
 
     @classmethod
@@ -99,22 +96,22 @@ class Sums(NamedTuple):
 
 
 class Means(NamedTuple):
-    """Metrics over a whole step or evaluation set, as metrics.jsonl names them."""
+    """Means over a whole step or evaluation set, named as in metrics.jsonl."""
 
     loss: float
-    l1: float
+    l1: float  # of a position, as l0
     l0: float
-    accuracy: float
-    margin: float  # difference of the rewards β ℓ
-    reward_chosen: float
-    reward_rejected: float
-    logp_chosen: float
-    logp_rejected: float
+    accuracy: float  # share of pairs with ℓ(w) > ℓ(l)
+    margin: float  # reward_chosen - reward_rejected
+    reward_chosen: float  # β ℓ(w)
+    reward_rejected: float  # β ℓ(l)
+    logp_chosen: float  # ℓ(w)
+    logp_rejected: float  # ℓ(l)
 
 
 def means(sums: Sums, pairs: int, positions: int, beta: float) -> Means:
-    """positions: of the unshared sequences (data.positions)."""
-    totals = torch.stack(sums).tolist()  # the one place where a step waits for the device
+    """Divide sums by the number of pairs and the number of positions (data.positions)."""
+    totals = torch.stack(sums).tolist()  # one transfer from the GPU for all of them
     loss, accuracy, chosen, rejected = (x / pairs for x in totals[:4])
     l1, l0 = (x / positions for x in totals[4:])
     reward_chosen, reward_rejected = beta * chosen, beta * rejected

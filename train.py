@@ -1,26 +1,27 @@
-"""Train an FSRL adapter with SimPO and an L1 penalty: settings, step, loop.
+"""Train an FSRL adapter with the SimPO loss and an L1 penalty.
 
-    python train.py --model tiny                  # the embedded world, minutes on a laptop
+    python train.py --model tiny                  # a small embedded world, under a minute on a CPU
     python train.py --layer 12 --l1 0.02          # the paper's run: Gemma-2-2B-it, UltraFeedback
-    python train.py --full                        # its baseline: every weight trained, no SAE
+    python train.py --full                        # its baseline: all weights train, without an SAE
     torchrun --nproc-per-node 8 train.py ...      # the same run on 8 GPUs; --shard for large models
-    python train.py ... --out OUT --resume        # goes on where OUT's last checkpoint is
+    python train.py ... --out OUT --resume        # continue from the last checkpoint in OUT
 
---unit is the size of steering that counts as 1 in --l1 and in the learning rate of biases and
-thresholds: a number, or `stream` for 1 % of the residual stream's median norm. The paper's is 1.
-Streams of Gemma 3 are a hundred times as long as Gemma-2's, so that in their own unit the same --l1
-and --lr mean about the same.
+--unit sets the unit of steering: a number, or `stream` for 1 % of the median norm of the residual
+stream. The L1 penalty counts v in this unit, and the learning rates of biases and thresholds are
+multiplied by it. The paper's unit is 1. The residual stream of Gemma 3 is about a hundred times as
+long as that of Gemma-2; with `stream`, the same --l1 and --lr have about the same effect on both.
 
-Deviations from the paper and the authors' code (all of them: docs/paper.md):
+The main deviations from the paper and the authors' code (docs/paper.md lists all):
 
-1. The headline loss, train and eval, is SimPO alone; the L1 penalty is reported beside it.
+1. `loss`, in training and evaluation, is the SimPO loss alone; the penalty is reported beside it,
+   and `total` is their sum.
 
-2. The penalty averages over real positions; the authors' also counts padding.
+2. The penalty is averaged over real positions; the authors' code also counts padding.
 
-3. Logits are float32 before the log-softmax, and the residual stream is float32 throughout.
+3. Logits are float32 before the log-softmax, and the residual stream is float32 between blocks.
 
-4. An epoch whose pairs do not divide by --batch-size leaves the rest out; each shuffle leaves out
-   others.
+4. Every step has exactly --batch-size pairs. The pairs that remain at the end of an epoch are left
+   out of it; shuffling makes them others in each epoch.
 """
 
 import functools
@@ -33,9 +34,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-# OpenMP's threads spin for each other by default, which on a shared core keeps the one waited for
-# from running: the tiny run beside another busy process takes 63 s with this, 84 s without, and 27
-# s alone. Read when torch loads.
+# OpenMP's threads spin while they wait for each other. On a shared core this takes time from the
+# thread that they wait for: beside another busy process, the tiny run took 84 s with the default
+# and 63 s with this limit (27 s alone). torch reads the variable when it is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
@@ -55,63 +56,67 @@ from runtime.messages import shown
 from runtime.ranks import ALONE, Ranks
 from runtime.sources import UserError, sha256
 from sae import default_source
-from simpo import Means, Scores, Sums
+from simpo import Scores, Sums
 
-# What --model tiny changes of the defaults below.
+# Value of --model -> other defaults that it changes.
 PRESETS = {"tiny": dict(**TINY, lr=2e-3, threshold_lr=0.2, epochs=1, eval_every=16)}
-# Settings that may differ when a run is resumed: they change neither losses nor weights, to float
-# tolerance at most.
+# Settings that --resume may change, because losses and weights do not depend on them, apart from
+# rounding.
 FREE = {"out", "resume", "eval_every", "checkpoint_every", "device", "timeout", "shard"}
 FREE |= {"tokens_per_microbatch", "samples"}
 SCHEDULES = ("cosine", "constant", "constant-with-warmup")
-UNIT_PAIRS = 8  # that the stream's norm is taken from
-SAMPLE_TOKENS = 96  # of an answer before or after training, at most
+UNIT_PAIRS = 8  # pairs over which --unit stream measures the residual stream's norm
+SAMPLE_TOKENS = 96  # limit on the tokens of an answer before and after training
 
 
 @dataclass(frozen=True)
 class Settings:
     model: str = flag(DEFAULTS.model, "tiny, a Hugging Face folder, or a Hub id (name@revision)")
-    sae: str | None = flag(None, "tiny, a file, a folder, or a Hub id; unset: --model's GemmaScope")
-    sae_id: str | None = flag(None, "folder within --sae; unset: the layer's 65k SAE of lowest L0")
+    sae: str | None = flag(None, "tiny, a file, a folder, or a Hub id (default: the model's SAEs)")
+    sae_id: str | None = flag(None, "folder in --sae (default: the layer's 65k SAE of lowest L0)")
     data: str = flag(DEFAULTS.data, "tiny, a parquet or jsonl file, a folder, or a Hub id")
-    eval_data: str | None = flag(None, "as --data; unset: the test split of --data")
-    layer: int = flag(DEFAULTS.layer, "steer the residual stream after this block (counted from 0)")
-    l1: float | None = flag(None, "weight α of the L1 penalty (default: 0.02; jumprelu: 0)")
-    l0: float = flag(0.0, "weight λ of the L0 penalty, for --adapter jumprelu")
-    unit: str | None = flag(None, "of steering, see above; unset: 1, of Gemma 3 stream")
-    penalty_warmup_ratio: float = flag(0.0, "share of the steps before the penalty sets in")
-    beta: float = flag(DEFAULTS.beta, "β of SimPO")
-    gamma_ratio: float = flag(DEFAULTS.gamma_ratio, "ρ = γ/β of SimPO")
-    epochs: int = flag(2, "passes over the pairs")
-    max_steps: int | None = flag(None, "optimiser steps; overrides --epochs")
-    lr: float | None = flag(None, "peak learning rate; unset: 5e-7, with --full 2e-7")
-    threshold_lr: float | None = flag(None, "that of thresholds (default: 1000 times --lr)")
-    warmup_ratio: float = flag(0.1, "share of the steps in which the cosine schedule rises")
-    schedule: str = flag("cosine", "of the learning rate; cosine warms up, too", SCHEDULES)
-    max_grad_norm: float = flag(1.0, "gradient norm is clipped here; 0: off")
-    batch_size: int = flag(32, "pairs per optimiser step, exactly")
-    tokens_per_microbatch: int = flag(8192, "tokens a forward pass: memory, not the result")
-    max_length: int = flag(DEFAULTS.max_length, "tokens of prompt + response, at most")
-    max_prompt_length: int = flag(DEFAULTS.max_prompt_length, "tokens of a truncated prompt")
-    adapter: str = flag("relu", "what turns x W_aᵀ + b_a into steering", KINDS)
-    init_adapter: str | None = flag(None, "adapter folder (ours or the authors') to start from")
-    mask_features: str | None = flag(None, "json list of features that never steer")
-    full: bool = flag(False, "train every weight of the model instead of an adapter, without SAE")
-    shuffle: bool = flag(True, "a new order each epoch, from --seed; --no-shuffle: file order")
+    eval_data: str | None = flag(None, "data to evaluate on (default: test split of --data)")
+    layer: int = flag(DEFAULTS.layer, "steer the residual stream after this block, counted from 0")
+    l1: float | None = flag(None, "weight α of the L1 penalty (default: 0.02; for jumprelu 0)")
+    l0: float = flag(0.0, "weight λ of the L0 penalty; only with --adapter jumprelu")
+    unit: str | None = flag(None, "unit of steering, see above (default: 1; for Gemma 3 stream)")
+    penalty_warmup_ratio: float = flag(0.0, "share of the steps, at the start, without penalty")
+    beta: float = flag(DEFAULTS.beta, "β of the SimPO loss")
+    gamma_ratio: float = flag(DEFAULTS.gamma_ratio, "ρ = γ/β of the SimPO loss")
+    epochs: int = flag(2, "how often to train on each pair")
+    max_steps: int | None = flag(None, "number of optimiser steps, in place of --epochs")
+    lr: float | None = flag(None, "peak learning rate (default: 5e-7; with --full 2e-7)")
+    threshold_lr: float | None = flag(None, "peak rate of thresholds (default: 1000 times --lr)")
+    warmup_ratio: float = flag(0.1, "share of the steps in which the learning rate rises from 0")
+    schedule: str = flag(
+        "cosine", "shape of the learning rate; only constant has no warm-up", SCHEDULES
+    )
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm at this value; 0: do not clip")
+    batch_size: int = flag(32, "pairs in each optimiser step")
+    tokens_per_microbatch: int = flag(8192, "tokens in a forward pass; changes memory only")
+    max_length: int = flag(DEFAULTS.max_length, "truncate when prompt + response have more tokens")
+    max_prompt_length: int = flag(DEFAULTS.max_prompt_length, "tokens a truncated prompt keeps")
+    adapter: str = flag("relu", "function from x W_aᵀ + b_a to the steering v", KINDS)
+    init_adapter: str | None = flag(None, "start from this adapter: a folder or a Hub id")
+    mask_features: str | None = flag(None, "json file that lists features which must never steer")
+    full: bool = flag(False, "train all weights of the model, without an adapter and an SAE")
+    shuffle: bool = flag(True, "shuffle the pairs in each epoch")
     seed: int = flag(0, "seed of the order of the pairs and of the initial weights")
-    samples: int = flag(2, "prompts answered before and after training; 0: none")
-    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", DTYPES)
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
-    eval_every: int = flag(200, "steps between evaluations; 0: only at start and end")
-    checkpoint_every: int = flag(200, "steps between checkpoints (two are kept); 0: none")
-    resume: bool = flag(False, "go on from the last checkpoint in --out, under the same flags")
-    shard: bool = flag(False, "under torchrun: each process keeps a slice of every weight (FSDP2)")
-    timeout: float = flag(30.0, "under torchrun: minutes to wait for the others before all end")
-    on_bad_row: str = flag("error", "what a malformed row of the data does", ("error", "skip"))
-    out: str | None = flag(None, "folder to write; unset: runs/NAME, with a number if taken")
+    samples: int = flag(2, "prompts to answer before and after training; 0: none")
+    dtype: str = flag(
+        "auto", "dtype of matrix products; auto: bfloat16 on CUDA, else float32", DTYPES
+    )
+    device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
+    eval_every: int = flag(200, "steps between evaluations; 0: only before and after training")
+    checkpoint_every: int = flag(200, "steps between checkpoints (the last two are kept); 0: none")
+    resume: bool = flag(False, "continue from the last checkpoint in --out; needs the same flags")
+    shard: bool = flag(False, "under torchrun: each process holds a slice of every weight (FSDP2)")
+    timeout: float = flag(30.0, "under torchrun: minutes after which a process gives up waiting")
+    on_bad_row: str = flag("error", "end the run on a malformed row, or skip it", ("error", "skip"))
+    out: str | None = flag(None, "folder to write (default: runs/NAME, with a number if taken)")
 
     def __post_init__(self):
-        """Fill in defaults that depend on others; refuse impossible values and combinations."""
+        """Fill in defaults that depend on other settings. Raises UserError for impossible ones."""
         jumprelu = self.adapter.startswith("jumprelu")
         lr = (2e-7 if self.full else 5e-7) if self.lr is None else self.lr
         defaults = dict(lr=lr, l1=0.0 if jumprelu else 0.02, threshold_lr=1000 * lr)
@@ -143,11 +148,11 @@ class Settings:
 
 
 class Pass(NamedTuple):
-    """How pairs are scored: what a step and an evaluation have in common."""
+    """The settings of a forward pass over pairs, in training and in evaluation."""
 
     beta: float
     gamma_ratio: float
-    tokens: int  # of a micro-batch
+    tokens: int  # limit on the tokens of a micro-batch
     device: Device
     ranks: Ranks = ALONE
 
@@ -155,27 +160,28 @@ class Pass(NamedTuple):
         return simpo.score(model, packed.to(self.device.name), self.beta, self.gamma_ratio)
 
     def total(self, sums: Sums) -> Sums:
+        """Add up the sums of all processes."""
         return Sums(*ranks.total(self.ranks, torch.stack(sums)))
 
 
 class Penalty(NamedTuple):
     l1: float = 0.0  # α, weight of the mean over positions of ‖v‖₁
-    l0: float = 0.0  # λ, weight of that of ‖v‖₀
+    l0: float = 0.0  # λ, weight of the mean over positions of ‖v‖₀
 
-    def on(self, found: Means) -> dict[str, float]:
-        """penalty and total as metrics.jsonl has them."""
-        penalty = self.l1 * found.l1 + self.l0 * found.l0
-        return dict(penalty=penalty, total=found.loss + penalty)
+    def added(self, found: dict[str, float]) -> dict[str, float]:
+        """Metrics with penalty and total, as metrics.jsonl has them."""
+        penalty = self.l1 * found["l1"] + self.l0 * found["l0"]
+        return found | dict(penalty=penalty, total=found["loss"] + penalty)
 
 
 class MicroBatch(NamedTuple):
-    pairs: int  # that count
+    pairs: int  # how many pairs; 0 for a dummy
     packed: Packed
-    last: bool  # of this process's, whose backward sends the gradients
+    last: bool  # the last one of the step, whose backward sends the gradients
 
 
 def micro_batches(pairs: Sequence[Pair], tokens: int, who: Ranks = ALONE) -> list[MicroBatch]:
-    """This process's share of some pairs, packed into micro-batches of at most so many tokens.
+    """Pack this process's share of the pairs into micro-batches of at most so many tokens.
 
     All ranks run the same number of micro-batches, because collectives must match; a rank that runs
     out gets a dummy pair that does not count.
@@ -193,12 +199,12 @@ def micro_batches(pairs: Sequence[Pair], tokens: int, who: Ranks = ALONE) -> lis
 
 
 def backward(model: nn.Module, pairs: Sequence[Pair], penalty: Penalty, how: Pass) -> Sums:
-    """Add the gradients of one whole step; returns the sums over all processes.
+    """Add the gradients of one whole step to the trained weights; returns sums over all processes.
 
         mean over pairs of SimPO + mean over positions of α ‖v‖₁ + λ ‖v‖₀
 
-    The means are those of the whole step, so that neither packing nor the number of processes
-    matters: each process adds its share, times their number, since DDP and FSDP2 average.
+    The means are over the whole step, so that neither the packing nor the number of processes
+    changes them. DDP and FSDP2 average over processes: `weight` undoes that.
     """
     sums, positions = Sums.zero(how.device.name), data.positions(pairs)
     with how.device.autocast():
@@ -217,12 +223,12 @@ def backward(model: nn.Module, pairs: Sequence[Pair], penalty: Penalty, how: Pas
 def evaluate(
     model: nn.Module, pairs: Sequence[Pair], how: Pass, pause: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Means over a whole evaluation set, whatever the packing.
+    """Means over a whole evaluation set, as in an eval row of metrics.jsonl.
 
     pause: called after each micro-batch; it may end the run.
     """
     sums = Sums.zero(how.device.name)
-    # FSDP2 could not train on weights that it gathered in inference mode.
+    # Weights that FSDP2 gathers in inference mode cannot be trained afterwards.
     no_gradient = torch.inference_mode() if how.ranks.world == 1 else torch.no_grad()
     shown = dict(unit="pair", leave=False, disable=not how.ranks.first)
     bar = tqdm(total=len(pairs), desc="evaluating", **shown)
@@ -240,14 +246,17 @@ def evaluate(
 
 
 def batch_indices(step: int, pairs: int, size: int, seed: int, shuffle: bool) -> list[int]:
-    """Which pairs the step after `step` updates takes: a function of its arguments alone."""
+    """The pairs of a step, counted from 0, as indices; they depend on the arguments alone."""
     epoch, k = divmod(step, pairs // size)
     order = data.epoch_order(pairs, seed, epoch, shuffle)
     return order[k * size : (k + 1) * size]
 
 
 def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> float:
-    """Share of the peak learning rate at step 0, 1, ...; a warm-up rises linearly from 0."""
+    """The learning rate of a step, counted from 0, as a share of its peak.
+
+    A warm-up rises linearly from 0; "cosine" then falls to 0, the other schedules stay at 1.
+    """
     warmup = 0 if schedule == "constant" else math.ceil(warmup_ratio * steps)
     if step < warmup:
         return step / warmup
@@ -262,9 +271,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def clip(trained: nn.Module, most: float) -> float:
-    """Scale the gradients down to norm `most` (0: leave them); returns the norm that they had."""
+    """Scale the gradients so that their norm is at most `most` (0: leave them); returns their norm
+    before.
+    """
     norm = nn.utils.clip_grad_norm_(trained.parameters(), most or math.inf)
-    if hasattr(norm, "full_tensor"):  # in slices, under --shard
+    if hasattr(norm, "full_tensor"):  # under --shard each process holds a slice
         norm = norm.full_tensor()
     return float(norm)
 
@@ -272,9 +283,10 @@ def clip(trained: nn.Module, most: float) -> float:
 def make_optimizer(
     trained: nn.Module, lr: float, threshold_lr: float, unit: float = 1.0
 ) -> torch.optim.Optimizer:
-    """AdamW. Each group keeps its peak learning rate: thresholds learn at one of their own.
+    """AdamW, with the peak learning rate of each group of parameters as its `peak_lr`.
 
-    unit: of steering, which an adapter's bias and thresholds are measured in.
+    threshold_lr: peak learning rate of thresholds. unit: of steering; bias and thresholds are
+    proportional to it, and so are their learning rates.
     """
     named = dict(trained.named_parameters())
     own = {"bias": lr * unit, "raw_threshold": threshold_lr * unit}
@@ -285,6 +297,7 @@ def make_optimizer(
 
 
 def throughput(batch: Sequence[Pair], seconds: float) -> dict[str, float]:
+    """The columns of metrics.jsonl that say how much a step took in, and how fast."""
     tokens = sum(pair.tokens for pair in batch)
     speed = dict(tokens_per_second=tokens / seconds, seconds=seconds)
     return dict(pairs=len(batch), tokens=tokens, **speed)
@@ -294,7 +307,7 @@ def throughput(batch: Sequence[Pair], seconds: float) -> dict[str, float]:
 
 
 def train(s: Settings) -> Path:
-    """The whole run, alone or as one of torchrun's processes; returns the folder it wrote."""
+    """The whole run, alone or as one of torchrun's processes; returns the folder written."""
     here = ranks.ranks_here()
     if s.resume and finished(Path(s.out)):
         if here.first:
@@ -307,22 +320,22 @@ def train(s: Settings) -> Path:
 
 
 class Job(NamedTuple):
-    """What a run needs, read and checked."""
+    """Everything that a run needs, read and checked before its first step."""
 
     policy: Policy
     pairs: list[Pair]
     eval_pairs: list[Pair]  # empty where there is no evaluation data
-    unit: float  # of steering
-    out: Path | None  # the folder to write; rank 0 alone knows it
-    config: dict  # config.json, on rank 0
+    unit: float  # of steering (--unit)
+    out: Path | None  # the folder to write, on rank 0
+    config: dict  # content of config.json, on rank 0
 
 
 def prepare(s: Settings, device: Device, who: Ranks) -> Job:
-    """Everything that a person's mistake can spoil, before the first step. Each process reads."""
+    """Read and check what the run needs, in each process. Raises UserError for mistakes in it."""
     resume = s.resume or who.restarts > 0
     out = choose_out(s.out, Path(s.model).name, resume) if who.first else None
     recorded = DEFAULTS._replace(**{name: getattr(s, name) for name in DEFAULTS._fields})
-    # What will be sharded stays on the CPU until then: it need not fit one device.
+    # A model that will be sharded is loaded on the CPU, because it may not fit one GPU.
     place = device._replace(name="cpu") if s.shard else device
     new = (s.full, s.adapter, s.init_adapter, s.mask_features, s.seed)
     policy = new_policy(recorded, place, *new)
@@ -352,7 +365,7 @@ def prepare(s: Settings, device: Device, who: Ranks) -> Job:
 
 
 def steering_unit(policy: Policy, given: str | None, pairs: list[Pair]) -> float:
-    """What --unit means for this model: a number, or 1 % of the stream's median norm."""
+    """The unit of steering as a number. given: --unit, None for the model's default."""
     given = given or ("stream" if policy.base.config.qk_norm else "1")
     if given != "stream":
         return float(given)
@@ -363,7 +376,7 @@ def steering_unit(policy: Policy, given: str | None, pairs: list[Pair]) -> float
 
 
 def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
-    """The optimiser steps, with what is measured around them."""
+    """Train, evaluate and save; returns the folder written."""
     policy, pairs, eval_pairs, *_ = job
     model, trained = policy.model, policy.model.trained
     per_epoch = len(pairs) // s.batch_size
@@ -373,8 +386,9 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
     adapter = None if s.full else trained
     wrapped = ranks.spread(model, policy.base.model.layers, adapter, s.shard, device, who)
     learning = {id(p) for p in model.parameters() if p.requires_grad}
-    assert learning == {id(p) for p in trained.parameters()}, "exactly `trained` learns"
+    assert learning == {id(p) for p in trained.parameters()}, "exactly `trained` must learn"
     optimizer = make_optimizer(trained, s.lr, s.threshold_lr, job.unit)
+    whole_penalty = Penalty(s.l1 / job.unit, s.l0)
 
     out = ranks.on_first(who, lambda: job.out)
     run = Run(out, trained, optimizer, steps, s.checkpoint_every, s.eval_every, who)
@@ -388,7 +402,8 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
     while step < steps:
         if eval_pairs and run.evaluates(step):
             pause = functools.partial(run.checkpoint, step)
-            run.log("eval", step, evaluate(wrapped, eval_pairs, how, pause))
+            measured = evaluate(wrapped, eval_pairs, how, pause)
+            run.log("eval", step, whole_penalty.added(measured))
 
         step_started = time.perf_counter()
         indices = batch_indices(step, len(pairs), s.batch_size, s.seed, s.shuffle)
@@ -396,7 +411,7 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
         factor = lr_factor(step, steps, s.schedule, s.warmup_ratio)
         set_learning_rate(optimizer, factor)
         penalizes = step >= s.penalty_warmup_ratio * steps
-        penalty = Penalty(s.l1 / job.unit, s.l0) if penalizes else Penalty()
+        penalty = whole_penalty if penalizes else Penalty()
 
         sums = backward(wrapped, batch, penalty, how)
         grad_norm = clip(trained, s.max_grad_norm)
@@ -410,14 +425,15 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
         step += 1
 
         seconds = time.perf_counter() - step_started
-        row = dict(epoch=step / per_epoch, **found._asdict(), **penalty.on(found))
+        row = dict(epoch=step / per_epoch, **penalty.added(found._asdict()))
         row |= dict(lr=s.lr * factor, grad_norm=grad_norm, **throughput(batch, seconds))
         run.log("train", step, row)
         run.checkpoint(step)
 
     if eval_pairs:
         pause = functools.partial(run.checkpoint, steps)
-        run.log("eval", steps, evaluate(wrapped, eval_pairs, how, pause))
+        measured = evaluate(wrapped, eval_pairs, how, pause)
+        run.log("eval", steps, whole_penalty.added(measured))
     run.close()
     if who.first:
         draw_loss(run.rows, out / "loss.png", "accuracy" if s.full else "l0")
@@ -429,7 +445,7 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
 
 
 def samples(policy: Policy, prompts: list[list[int]], who: Ranks) -> list[str]:
-    """What the policy answers now; every process computes it, since --shard spreads the model."""
+    """The policy's answers. Every process computes them, because --shard spreads the model."""
     total = len(prompts) * SAMPLE_TOKENS
     shown = dict(unit="token", leave=False, disable=not (who.first and total))
     with tqdm(total=total, desc="sampling", **shown) as bar:

@@ -43,12 +43,13 @@ from audit.attribution import attribute
 from audit.choices import choices, classes
 from audit.counting import CONTEXTS, FIRST, Counts, count
 from audit.label_noise import read_human
+from audit.published import beside
 from eval_ablation import Evaluation, open_evaluation, seconds_per_condition
 from labels import Labels
 from runtime import cli
 from runtime.cli import flag
 from runtime.output import publish
-from runtime.sources import UserError, sha256
+from runtime.sources import UserError, read_json, sha256
 from runtime.tables import write_table
 
 PARTS = ("usage", "ablation", "static", "choices", "attribution")
@@ -267,7 +268,7 @@ def is_current(folder: Path, part: Part) -> bool:
         wanted = part.about | (dict(labels=[]) if name in NO_LABELS else {})
         wanted = json.loads(json.dumps(wanted))
         try:
-            there = json.loads((folder / f"{name}.json").read_text())["about"]
+            there = dict(read_json(folder / f"{name}.json")["about"])
         except (OSError, ValueError, KeyError, TypeError):
             return False
         if any(there.get(key) != value for key, value in wanted.items() if key not in NAMES):
@@ -308,6 +309,11 @@ def main() -> None:
         took = f"{time.perf_counter() - started:.1f} s" if part.name in due else "there already"
         print(f"{part.name:<12} {took:>13}  {', '.join((*part.tables, *part.files))}", flush=True)
 
+    run = report.read_run(e.out)
+    figures_beside = beside(run.metrics, run.tables)
+    if figures_beside:
+        with publish(folder) as new:
+            save(new, "beside_published", e.about, figures_beside)
     page = report.write_report(e.out)
     if (e.out / "adapter").is_dir() or (e.out / "adapter_config.json").is_file():
         card.write_card(e.out)

@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
+from audit.published import alike, published
 from runtime.sources import sha256
 from runtime.tables import Row
 
@@ -263,7 +264,10 @@ def curve(axes, rows: list[Row], key: str, colour: str, label: str) -> None:
 
 
 def topk(rows: list[Row], about: dict) -> Figure:
-    """Figure 2: loss against the share of the dictionary kept; base model and policy as lines."""
+    """Figure 2: loss against the share of the dictionary kept; base model and policy as lines.
+
+    A run of the published one's shape has the authors' curve beside its own.
+    """
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for row, name, share in ((rows[0], "base model", 0), (rows[-1], "policy", 100)):
         reference(axes, row, name, f"{name} ({share} %): {row['loss']:.3f}")
@@ -272,6 +276,11 @@ def topk(rows: list[Row], about: dict) -> Figure:
     for row in inner:
         place = dict(xytext=(0, 5), textcoords="offset points", fontsize=7)
         axes.annotate(f"{row['features']}", (row["percent"], row["loss"]), **place)
+    if alike(about):
+        theirs = published()["figure_2"]["rows"]
+        at, losses = ([row[key] for row in theirs] for key in ("percent", "loss"))
+        style = dict(color=CONDITION_COLOUR["random"], label="the authors' policy")
+        axes.plot(at, losses, "x--", lw=1, ms=4, **style)
     axes.set_xscale("log")
     axes.set_xlabel("% of the dictionary kept at each position (above each point: features)")
     axes.xaxis.set_major_formatter("{x:g}")

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from audit.features import EXAMPLE_TOKENS
+from audit.published import published
 from policy import adapter_sha256
 from runtime import page
 from runtime.neuronpedia import page_of
@@ -25,6 +26,7 @@ TEMPLATE = Path(__file__).resolve().parent / "templates" / "report.html"
 FEATURES = 15  # promoted, and suppressed, that are shown; features.parquet has them all
 ROWS = 40  # of a table that the page shows; its csv has them all
 SETTINGS = ("l1", "beta", "gamma_ratio", "lr", "batch_size", "epochs", "max_steps", "seed")
+TABLE_3 = published()["table_3"]["rows"][0]["usage"]
 USAGE = {  # tables of features.py -> heading, and how to read the picture
     "value_difference": (
         "Steering against activation (Figure 3)",
@@ -34,9 +36,9 @@ USAGE = {  # tables of features.py -> heading, and how to read the picture
     "top_usage": (
         "Most used features (Table 3)",
         "Share of positions at which a feature is active; eval/top_usage.csv has its share of all "
-        "events, too. The paper's Table 3 prints neither: its 4.42 % is the share of events as a "
-        "percentage, 0.0442 %, formatted as a percentage once more; per position that feature is "
-        "active at about 44 %.",
+        f"events, too. The paper's Table 3 prints neither: its {TABLE_3} % is the share of events "
+        f"as a percentage, {TABLE_3 / 100:.4f} %, formatted as a percentage once more; that "
+        "feature is active at about 44 % of the positions.",
     ),
     "top_value": (
         "Features of largest mean value (Table 4)",
@@ -76,6 +78,11 @@ EFFECTS = {  # tables of eval_ablation.py, static.py and effect_tables.py
     "attribution_features": (
         "Features that earned the gain",
         "The largest shares; the parquet file has them all.",
+    ),
+    "beside_published": (
+        "Beside the published figures",
+        "The paper's and its authors' numbers (docs/published.json) and this run's, in one unit. "
+        "Shares of Table 2 count the first position, as theirs do.",
     ),
 }
 COMPOSITION = {  # tables of features.py -> heading, and what the share is

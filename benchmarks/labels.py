@@ -1,14 +1,13 @@
 """How fast features are labelled, in how much memory, and how rightly on the embedded world.
 
-    python -m benchmarks.labels endpoint      requests a second; the server takes 200 ms for each
-    python -m benchmarks.labels million       retrieval over a million made-up explanations
-    python -m benchmarks.labels tiny          each judge on tiny, against the true categories
+    python -m benchmarks.labels --what endpoint   requests a second; the server takes 200 ms each
+    python -m benchmarks.labels --what million    retrieval over a million made-up explanations
+    python -m benchmarks.labels --what tiny       each judge on tiny, against the true categories
 
 The server is the tests' stand-in for vLLM, in a process of its own, and knows the answers: neither
 the cost of a language model nor how well it judges is measured here.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -17,11 +16,14 @@ import resource
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from labelling.label import main as run_labelling
 from labels import read_rows
+from runtime import cli
+from runtime.cli import flag
 from tests.judge import AXBENCH, TINY, Server, fill, realised
 
 TRUTH = {row["description"]: row["category"] for row in TINY}
@@ -108,16 +110,18 @@ def tiny(folder: Path, url: str) -> None:
             print(f"==> {judge}, {category}: {a}")
 
 
+@dataclass(frozen=True)
+class Settings:
+    what: str = flag("tiny", "what is measured", ("endpoint", "million", "tiny"))
+    features: int | None = flag(None, "made-up features; unset: 20,480, of million a million")
+    concurrency: int = flag(64, "requests in flight")
+
+    def __post_init__(self):
+        cli.at_least_one(self, "features", "concurrency")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", choices=("endpoint", "million", "tiny"))
-    parser.add_argument(
-        "--features", type=int, help="made-up features (endpoint: 20,480; million: 1,000,000)"
-    )
-    parser.add_argument("--concurrency", type=int, default=64, help="requests in flight")
-    options = parser.parse_args()
+    options = cli.parse(Settings, doc=__doc__)
     spawn = multiprocessing.get_context("spawn")
     address, latency = spawn.Queue(), 0.2 if options.what == "endpoint" else 0.0
     arguments = (latency, options.what == "tiny", address)
@@ -143,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from audit.published import published
 from fsrl import Unsteered
 from model import PUBLISHED
 from policy import DEFAULTS, Policy
@@ -38,9 +39,6 @@ from runtime.output import write_whole, writing
 from runtime.sources import UserError, read_json, sha256
 from runtime.tables import csv_text, plain
 
-# The paper's SimPO loss of Gemma-2-2B-it, steered and fully fine-tuned; the cells of its Table 1
-# are lost.
-PAPER = dict(steered=2.73, full=2.19)
 # Keys of an identity that must agree where models are compared.
 SAME = ("num_fewshot", "limit", "chat_template", "max_length", "data_sha256", "lm_eval")
 
@@ -177,8 +175,8 @@ def scores(results: dict[str, dict]) -> list[Score]:
 
 
 def simpo_scores(policy: Policy) -> tuple[list[Score], list[Score]]:
-    """The first column of the paper's Table 1: the SimPO loss of a run's last evaluation by
-    train.py, and the paper's.
+    """The SimPO loss of a run's last evaluation by train.py, and the paper's; the cells of its
+    Table 1 are lost.
 
     Both are empty for a bare model or adapter; the paper's too unless the model is of Gemma-2-2B's
     shape.
@@ -189,8 +187,8 @@ def simpo_scores(policy: Policy) -> tuple[list[Score], list[Score]]:
     own = Score("simpo", "eval loss", "none", last["loss"], None, last["pairs"])
     if policy.base.config != PUBLISHED["gemma-2-2b"]:
         return [own], []
-    kind = "full" if isinstance(policy.model, Unsteered) else "steered"
-    return [own], [own._replace(value=PAPER[kind], documents=None)]
+    kind = "full_fine_tuning" if isinstance(policy.model, Unsteered) else "fsrl"
+    return [own], [own._replace(value=published()["losses"][kind], documents=None)]
 
 
 def last_evaluation(path: Path) -> dict | None:

@@ -28,9 +28,11 @@ from tqdm import tqdm
 import train
 from experiments.fitting import fit, fresh, passes, tiny_policy
 from policy import load_preferences
-from runtime import cli
+from runtime import cli, rows
 from runtime.cli import flag
-from runtime.output import writable, write_whole
+from runtime.messages import brief
+from runtime.output import replacing, writable, write_whole
+from runtime.sources import UserError
 
 STEPS, PAIRS = 48, 16  # optimiser steps, and pairs in each
 SEEDS = (0, 1, 2)
@@ -175,8 +177,11 @@ class Runs:
 
     def __init__(self, out: Path):
         self.path = writable(out) / "runs.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.results = [Result(**json.loads(line)) for line in lines]
+        found = rows.read(self.path) if self.path.exists() else []
+        try:
+            self.results = [Result(**row) for row in found]
+        except TypeError as e:
+            raise UserError(f"{self.path}: not the runs of this experiment ({brief(e)}).") from e
         self.run = None
 
     def __call__(self, plans: Sequence[Plan], what: str) -> list[Result]:
@@ -189,9 +194,8 @@ class Runs:
         self.run = self.run or runner()
         found = self.run(plan)
         self.results.append(found)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(found._asdict(), ensure_ascii=False) + "\n")
+        lines = (json.dumps(result._asdict(), ensure_ascii=False) for result in self.results)
+        write_whole(self.path, "".join(f"{line}\n" for line in lines))
         return found
 
 
@@ -302,7 +306,8 @@ def draw(results: Sequence[Result], points: Sequence[Mean], path: Path) -> None:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150, format="png")
     plt.close(figure)
 
 

@@ -21,6 +21,7 @@ import functools
 import json
 import math
 import re
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -54,8 +55,9 @@ from experiments.planting import (
 from fsrl import Unsteered
 from labels import Labels, load_labels
 from policy import Policy
-from runtime import cli
+from runtime import cli, rows
 from runtime.cli import flag
+from runtime.messages import brief
 from runtime.output import writable, write_whole
 from runtime.sources import UserError
 from tiny import LABELS_DIR, measure, world
@@ -102,7 +104,7 @@ class Settings:
 
     def __post_init__(self):
         sizes = ("pairs", "eval_pairs", "other_pairs", "loss_pairs", "prompts", "steps")
-        cli.at_least_one(self, "seeds", *sizes)
+        cli.at_least(self, 1, "seeds", *sizes)
         cli.at_least(self, 0, "first_seed", "costly_seeds")
         if self.pairs < 32 or self.loss_pairs > self.eval_pairs:
             wanted = "at least 32 were expected; --loss-pairs: at most --eval-pairs"
@@ -504,7 +506,7 @@ class Runner:
             accuracy=after["accuracy"],
             l0=after["l0"],
             answers=answers | sampled,
-            does={name: tuple(of) for name, of in found.items()},
+            does={name: list(of) for name, of in found.items()},
             lengths=lengths,
             kept=kept,
             train_seconds=trained,
@@ -521,18 +523,17 @@ def sizes(s: Settings) -> dict[str, int]:
 def run(s: Settings) -> list[Audited]:
     """All runs of s; those already in OUT/runs.jsonl are read from there."""
     path = writable(Path(s.out)) / "runs.jsonl"
+    found = rows.read(path) if path.exists() else []
     try:
-        lines = path.read_text().splitlines() if path.exists() else []
-        known = [Audited(**json.loads(line)) for line in lines]
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"--out {s.out}: its runs.jsonl cannot be read ({str(e)[:200]}).") from e
+        known = [Audited(**row) for row in found]
+    except TypeError as e:
+        raise UserError(f"{path}: not the runs of this experiment ({brief(e)}).") from e
     if any(row.settings != sizes(s) for row in known):
         other = "holds runs under other settings; choose another folder or remove it"
         raise UserError(f"--out {s.out}: {other}.")
 
     done = {(row.policy, row.seed): row for row in known}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows, make = [], None
+    planned, make = [], None
     for recipe, seed in tqdm(list(jobs(s)), desc="planted", unit="run"):
         key = (recipe.name, seed)
         if key not in done:
@@ -540,15 +541,15 @@ def run(s: Settings) -> list[Audited]:
             done[key] = make(recipe, seed)
             text = "".join(json.dumps(row._asdict()) + "\n" for row in done.values())
             write_whole(path, text)
-        rows.append(done[key])
-    return rows
+        planned.append(done[key])
+    return planned
 
 
-def write(rows: list[Audited], s: Settings, command: str) -> None:
+def write(audited: list[Audited], s: Settings, command: str) -> None:
     """planted.json, tables.md, and with --update the tables of PLANTED.md."""
-    rows = contrasted(rows)
-    text = tables_md(rows, command)
-    found = dict(settings=asdict(s), measures=summarise(rows))
+    audited = contrasted(audited)
+    text = tables_md(audited, command)
+    found = dict(settings=asdict(s), measures=summarise(audited))
     write_whole(Path(s.out) / "planted.json", json.dumps(found, indent=1) + "\n")
     write_whole(Path(s.out) / "tables.md", text)
     if s.update:
@@ -567,8 +568,9 @@ def main() -> None:
     flags = ""
     for name, value in asdict(s).items():
         if value != getattr(Settings(), name) and name not in ("out", "update"):
-            value = " ".join(value) if isinstance(value, tuple) else value
-            flags += f" --{name.replace('_', '-')} {value}"
+            words = () if value is True else value if isinstance(value, tuple) else (value,)
+            words = (f"--{name.replace('_', '-')}", *(shlex.quote(str(word)) for word in words))
+            flags += "".join(f" {word}" for word in words)
     write(run(s), s, f"python -m experiments.planted{flags}")
 
 

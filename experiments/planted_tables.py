@@ -56,7 +56,7 @@ class Audited(NamedTuple):
     accuracy: float
     l0: float
     answers: dict[str, dict[str, Answer]]  # audit set -> "measure|kind of labels" -> answer
-    does: dict[str, tuple]  # attribute -> Does
+    does: dict[str, list]  # attribute -> the fields of Does
     lengths: list[float]  # mean tokens of an answer, before and after
     kept: dict[str, list[float]]  # ranking -> share of divergence kept by its first features
     train_seconds: float

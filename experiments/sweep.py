@@ -20,6 +20,12 @@ OUT/layer12-relu-l1_0.02-seed0/   a run as train.py leaves it; its output is in 
 OUT/sweep.csv, OUT/sweep.png      a row per finished run; Figure 4: loss and L0 against each axis
 OUT/sweep.json                    the elbow of each penalty curve, or why it has none
 
+Runs of the paper's model and SAE width have the authors' own sweeps beside them, which hold the
+penalty: they compare with `total`, not with `loss`. The same grids:
+
+    python -m experiments.sweep --l1 0.006 0.008 0.01 0.02 0.04
+    python -m experiments.sweep --layers 6 12 18 24 --l1 0.01 -- --epochs 1
+
 Deviation from the paper: its elbow was chosen by eye. Here it is the point farthest below the
 straight line between the curve's ends, in (log L0, log loss) scaled to the unit square, after means
 over seeds.
@@ -47,11 +53,12 @@ from tqdm import tqdm
 
 import sae
 import train
+from audit.published import alike, published
 from fsrl import KINDS
 from runtime import cli
 from runtime.cli import flag
 from runtime.device import dtype_on, resolve_device
-from runtime.output import write_whole
+from runtime.output import replacing, write_whole
 from runtime.sources import UserError, read_json
 from runtime.tables import csv_text
 
@@ -335,6 +342,7 @@ class Row(NamedTuple):
     step: int
     split: str
     seconds: float
+    total: float | None = None  # loss with the penalty; rows of an earlier version lack it
 
 
 def collect(runs: list[Run]) -> list[Row]:
@@ -345,7 +353,8 @@ def collect(runs: list[Run]) -> list[Row]:
         last = ([row for row in log if row["split"] == "eval"] or log)[-1]
         what = (run.out.name, s.layer, run.width, s.adapter, run.penalty, run.weight, s.seed)
         names = ("loss", "accuracy", "margin", "l0", "l1", "step", "split")
-        rows.append(Row(*what, *(last[name] for name in names), round(wall(run.out), 1)))
+        numbers = [last[name] for name in names]
+        rows.append(Row(*what, *numbers, round(wall(run.out), 1), last.get("total")))
     return rows
 
 
@@ -361,6 +370,8 @@ class Point(NamedTuple):
     l0: float
     seeds: int
     spread: float | None  # greatest minus least loss; None of one seed
+    total: float | None = None  # loss with the penalty
+    theirs: float | None = None  # the authors' total
 
     def title(self, axis: str = "weight") -> str:
         """What it shares with the other points of a line along this axis."""
@@ -376,16 +387,38 @@ class Point(NamedTuple):
         return float(self.width.rstrip("km") or 0) * unit
 
 
-def over_seeds(rows: Sequence[Row]) -> dict[Point, list[Row]]:
-    """Points in the order of the plan, each with its runs."""
+def over_seeds(rows: Sequence[Row], beside: bool = False) -> dict[Point, list[Row]]:
+    """Points in the order of the plan, each with its runs. beside: with the authors' totals."""
     found = {}
     for what in dict.fromkeys(row[1:6] for row in rows):
         same = [row for row in rows if row[1:6] == what]
         losses = [row.loss for row in same]
         spread = max(losses) - min(losses) if len(same) > 1 else None
         l0 = statistics.mean(row.l0 for row in same)
-        found[Point(*what, statistics.mean(losses), l0, len(same), spread)] = same
+        totals = [row.total for row in same]
+        total = None if None in totals else statistics.mean(totals)
+        means = (statistics.mean(losses), l0, len(same), spread, total)
+        theirs = their_total(*what) if beside else None
+        found[Point(*what, *means, theirs)] = same
     return found
+
+
+def are_alike(runs: Sequence[Run]) -> bool:
+    """Whether all that have finished steer a model and an SAE of the published run's shape."""
+    done = [run.out / "adapter" / "adapter_config.json" for run in runs if run.finished]
+    return all(alike(read_json(path), ("d_model", "d_sae")) for path in done)
+
+
+def their_total(layer: int, width: str, adapter: str, penalty: str, weight: float) -> float | None:
+    """The authors' evaluation loss, penalty included, of such a run; None where they have none."""
+    if (adapter, penalty) != ("relu", "l1"):
+        return None
+    alphas, layers = published()["alpha_sweep"], published()["layer_sweep"]
+    if layer == alphas["layer"]:
+        return next((row["total"] for row in alphas["rows"] if row["alpha"] == weight), None)
+    if weight == layers["alpha"]:
+        return next((row["total"] for row in layers["rows"] if row["layer"] == layer), None)
+    return None
 
 
 def lines(points: Iterable[Point], axis: str = "weight") -> dict[str, list[Point]]:
@@ -423,13 +456,16 @@ def elbow(points: Sequence[Point]) -> Elbow:
     return Elbow(points[best])
 
 
+# axis -> the authors' sweep along it in published.json, and where its points stand there
+THEIRS = dict(weight=("alpha_sweep", "alpha"), layer=("layer_sweep", "layer"))
 AXES = dict(weight="weight of the penalty", layer="layer", width="features of the SAE")
 
 
-def draw(points: dict[Point, list[Row]], path: Path) -> None:
+def draw(points: dict[Point, list[Row]], path: Path, beside: bool = False) -> None:
     """Figure 4 of the paper: loss and L0 against each axis that varies.
 
-    Dots are runs, lines go through means over seeds, a ring marks the elbow.
+    Dots are runs, lines go through means over seeds, a ring marks the elbow. beside: with the
+    authors' sweeps, as crosses, and the totals that they compare with, dashed.
     """
     import matplotlib
 
@@ -455,13 +491,32 @@ def draw(points: dict[Point, list[Row]], path: Path) -> None:
                 if best:
                     ring = dict(ms=13, mfc="none", mec=f"C{color}")
                     panel.plot(best.weight, getattr(best, name), "o", **ring)
+            if beside and axis in THEIRS:
+                draw_theirs(panel, axis, name, panels[axis].values())
             set_scales(panel, sorted({p.at(axis) for p in points}), axis != "layer")
             panel.set_xlabel(AXES[axis])
         pair[0].set_ylabel("SimPO loss (evaluation)")
         pair[1].set_ylabel("L0: features steered per position")
         pair[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=150)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150, format="png")
     plt.close(figure)
+
+
+def draw_theirs(panel, axis: str, name: str, ours: Iterable[list[Point]]) -> None:
+    """Crosses of the authors' sweep along an axis; among losses also our totals, which compare."""
+    sweep, key = THEIRS[axis]
+    if name == "loss":
+        for color, line in enumerate(ours):
+            if all(p.total is not None for p in line):
+                where, totals = [p.at(axis) for p in line], [p.total for p in line]
+                panel.plot(where, totals, "--", color=f"C{color}", lw=1)
+    value = "total" if name == "loss" else name
+    rows = [row for row in published()[sweep]["rows"] if row.get(value) is not None]
+    label = "the authors' total; dashed: ours" if name == "loss" else "the authors'"
+    panel.plot([row[key] for row in rows], [row[value] for row in rows], "kx", ms=6, label=label)
+    if name == "loss":
+        panel.legend(handles=[panel.lines[-1]], frameon=False, fontsize=8)
 
 
 def set_scales(panel, ticks: Sequence[float], logarithmic: bool) -> None:
@@ -486,7 +541,8 @@ def report(runs: list[Run], out: Path) -> None:
     rows = collect(runs)
     if not rows:
         raise UserError(f"--out {out}: no run of this sweep has finished.")
-    points = over_seeds(rows)
+    beside = are_alike(runs)
+    points = over_seeds(rows, beside)
     elbows = {title: elbow(line) for title, line in lines(points).items()}
     found = dict(
         elbow_rule=RULE,
@@ -495,16 +551,21 @@ def report(runs: list[Run], out: Path) -> None:
     )
     write_whole(out / "sweep.csv", csv_text([row._asdict() for row in rows]))
     write_whole(out / "sweep.json", json.dumps(found, indent=2) + "\n")
-    draw(points, out / "sweep.png")
+    draw(points, out / "sweep.png", beside)
 
     heads = f"{'penalty':>12} {'seeds':>5} {'loss':>9} {'spread':>8} {'L0':>9}"
+    heads += f" {'total':>9} {'theirs':>9}" if beside else ""
     print(f"\n{'layer':>5} {'width':>6} {'adapter':>15} {heads}")
     for p in points:
         spread = "-" if p.spread is None else f"{p.spread:.4f}"
         mark = "  elbow" if p is elbows[p.title()].point else ""
         what = f"{p.layer:5} {p.width or '-':>6} {p.adapter:>15} {p.penalty} {p.weight:>9g}"
-        print(f"{what} {p.seeds:5} {p.loss:9.4f} {spread:>8} {p.l0:9.2f}{mark}")
+        totals = ["-" if x is None else f"{x:.3f}" for x in (p.total, p.theirs)]
+        more = " {:>9} {:>9}".format(*totals) if beside else ""
+        print(f"{what} {p.seeds:5} {p.loss:9.4f} {spread:>8} {p.l0:9.2f}{more}{mark}")
     print("spread: greatest minus least loss over the seeds, - where there is one seed.")
+    if beside:
+        print("total: the loss with the penalty; theirs: the authors' total at these settings.")
     for title, why in found["no_elbow"].items():
         print(f"{title}: no elbow, because {why}.")
     print(f"Written to {out}: sweep.csv, sweep.json, sweep.png")

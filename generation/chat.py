@@ -93,7 +93,7 @@ class Settings:
             raise UserError("--run or --model: one of the two was expected.")
         if not math.isfinite(self.scale):
             raise UserError(f"--scale {self.scale}: must be finite.")
-        cli.at_least_one(self, "max_new_tokens", "batch_size", "top")
+        cli.at_least(self, 1, "max_new_tokens", "batch_size", "top")
         if self.compare and not (self.prompt or self.prompts):
             raise UserError("--compare: needs --prompt or --prompts; a chat has one speaker.")
         if self.trace and self.trace != "-":

@@ -32,7 +32,7 @@ from labelling.journal import Journal
 from labelling.sheets import Agreement, compare, report, write_sheet
 from labels import Given, read_given, sae_name, write_labels
 from runtime import cli
-from runtime.cli import at_least_one, flag
+from runtime.cli import at_least, flag
 from runtime.messages import brief
 from runtime.output import writable_file
 from runtime.sources import UserError
@@ -74,7 +74,7 @@ class Settings:
     out: str = flag("runs/labels.jsonl", "file to write")
 
     def __post_init__(self):
-        at_least_one(self, "concurrency", "attempts", "ask", "sample")
+        at_least(self, 1, "concurrency", "attempts", "ask", "sample")
         if not 0 < self.timeout < math.inf:
             raise UserError(f"--timeout {self.timeout}: more than 0 was expected.")
         if min(self.price_in, self.price_out, self.seed) < 0:

@@ -24,7 +24,7 @@ from labels import write_labels
 from model import Gemma2
 from policy import DEFAULTS, TINY, load_base, load_sae
 from runtime import cli
-from runtime.cli import at_least_one, flag
+from runtime.cli import at_least, flag
 from runtime.device import resolve_device
 from runtime.output import writable_file
 from runtime.sources import UserError
@@ -43,7 +43,7 @@ class Settings:
     out: str | None = flag(None, "the jsonl file to write")
 
     def __post_init__(self):
-        at_least_one(self, "tokens")
+        at_least(self, 1, "tokens")
         writable_file(self.out or "")
 
 

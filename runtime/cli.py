@@ -1,4 +1,4 @@
-"""Command lines: settings become flags, a person's mistake becomes one sentence.
+"""Command lines: the fields of a dataclass become flags, a user's mistake becomes one sentence.
 
     @dataclass(frozen=True)
     class Settings:
@@ -9,39 +9,41 @@ At the end of a script: cli.run(main), where main calls cli.parse(Settings).
 
 import argparse
 import dataclasses
+import io
 import math
 import os
+import signal
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable
+
+from safetensors import SafetensorError
+from tqdm import tqdm
 
 from runtime.messages import brief, shown
 from runtime.sources import UserError
 
 
 def flag(default, help: str, choices: tuple | None = None):
-    """A dataclass field that knows its line of help."""
+    """A dataclass field with its line of help and the values it may have (None: any)."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
 def at_least(settings, least: float, *names: str, most: float = math.inf) -> None:
-    """Raises UserError for a setting of these that is given and is not a finite number from `least`
-    to `most`.
-    """
+    """Check settings that are not None. Raises UserError for one not finite or out of bounds."""
     for name in names:
         value = getattr(settings, name)
-        # numpy and torch take seeds below 2^63
-        if value is not None and not (
-            least <= value <= most and value < (2**63 if name == "seed" else math.inf)
-        ):
+        limit = 2**63 if name == "seed" else math.inf  # numpy and torch take seeds below 2^63
+        if value is not None and not (least <= value <= most and value < limit):
             flag = name.replace("_", "-")
             bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise UserError(f"--{flag} {value}: a finite number, {bounds}, was expected.")
 
 
 def number(name: str, given: str) -> float:
-    """A positive finite number. Raises UserError for anything else."""
+    """The value of a flag as a number. Raises UserError where it is not positive and finite."""
     try:
         value = float(given)
     except ValueError:
@@ -49,10 +51,6 @@ def number(name: str, given: str) -> float:
     if not 0 < value < math.inf:
         raise UserError(f"--{name} {brief(given)}: a positive number was expected.")
     return value
-
-
-def at_least_one(settings, *names: str) -> None:
-    at_least(settings, 1, *names)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,10 +64,13 @@ def parse(
     presets: dict[str, dict] | None = None,
     doc: str = "",
 ):
-    """Build `settings` from the command line. Abbreviated and unknown flags are errors.
+    """Build `settings` from the command line. Raises UserError for unknown or abbreviated flags.
 
-    presets: value of --model -> defaults that fit it; flags given by the user win over them.
+    presets: value of --model -> other defaults that it changes. doc: the text above --help's list.
     """
+    for model, changed in (presets or {}).items():
+        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
+        doc += "\n" + textwrap.fill(f"--model {model} changes these defaults: {flags}", 100) + "\n"
     form = argparse.RawDescriptionHelpFormatter
     parser = _Parser(_command(), description=doc, allow_abbrev=False, formatter_class=form)
     hints = typing.get_type_hints(settings)
@@ -77,18 +78,14 @@ def parse(
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):  # `int | None`: the flag itself takes an int
             kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
-        default = (
-            " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        )
-        known = "" if default in (None, "") else f" (default: {default})"
-        options = dict(
-            default=field.default, help=f"{field.metadata['help']}{known}".replace("%", "%%")
-        )
-        if (
-            typing.get_origin(kind) is tuple
-        ):  # `tuple[str, ...]`: any number of values after one flag
+        default = field.default
+        default = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        known = "" if default is False or default in (None, "") else f" (default: {default})"
+        words = f"{field.metadata['help']}{known}".replace("%", "%%")
+        options = dict(default=field.default, help=words)
+        if typing.get_origin(kind) is tuple:  # `tuple[str, ...]`: a flag with any number of values
             kind, options["nargs"] = typing.get_args(kind)[0], "*"
-            if not field.default:  # and the flag may be repeated
+            if not field.default:  # it may then also be repeated
                 options |= dict(action="extend", default=[])
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -109,7 +106,7 @@ def parse(
 
 
 def _command() -> str:
-    """How this script was started: python train.py, python -m audit."""
+    """How this script was started: "python train.py" or "python -m audit"."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is None:
         return f"python {os.path.basename(sys.argv[0])}"
@@ -120,34 +117,93 @@ def run(main: Callable[[], None]) -> None:
     """Call main and end as a command line should.
 
     Exit code 2 and one sentence on stderr for a UserError and for what the system refuses, 130 for
-    Ctrl-C, 0 where the reader of our output, such as head, has read enough.
+    Ctrl-C, 143 for SIGTERM, 0 where all is done. A reader of our output that has read enough, such
+    as head, ends nothing: the files are written all the same.
     """
     _open_streams()
+    if "RANK" not in os.environ:  # torchrun ends processes that wait for each other, at once
+        signal.signal(signal.SIGTERM, _terminate)
     try:
-        main()
+        try:
+            main()
+        except SystemExit as e:
+            if e.code:
+                raise
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise SystemExit(0) from None
-    except (UserError, OSError) as e:
-        plain = isinstance(e, UserError) or not e.strerror
-        sentence = str(e) if plain else f"{e.filename or 'output'}: {e.strerror}."
-        print(shown(" ".join(sentence.split())), file=sys.stderr)
+    except (UserError, OSError, SafetensorError) as e:
+        _end_bars()
+        print(shown(" ".join(_sentence(e).split())), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
+        _end_bars()
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         _discard(sys.stdout)
 
 
+def _sentence(error: Exception) -> str:
+    if isinstance(error, UserError) or not getattr(error, "strerror", None):
+        return str(error)
+    return f"{error.filename or 'output'}: {error.strerror}."
+
+
+def _terminate(number, frame) -> None:
+    """SIGTERM ends the process as an exception does, so that nothing half-written is left."""
+    raise SystemExit(128 + number)
+
+
+def _end_bars() -> None:
+    """End all progress bars, the inner ones first, so that what is printed next has its line."""
+    for bar in sorted(tqdm._instances, key=lambda bar: bar.pos):
+        bar.close()
+
+
+class _Output(io.FileIO):
+    """Standard output or standard error of a process that goes on where nobody reads them."""
+
+    def write(self, content) -> int:
+        try:
+            return super().write(content)
+        except OSError as e:
+            # A full disk must be known of, but not where there is no other place to say so.
+            if self.fileno() == 1 and not isinstance(e, BrokenPipeError):
+                raise
+            _lead_nowhere(self.fileno())
+            return len(content)
+
+
 def _open_streams() -> None:
     """Streams that the shell closed lead nowhere; text that a terminal cannot show is escaped."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # else the next file that is opened would be taken for the stream
+            _lead_nowhere(number)
         stream = getattr(sys, name)
-        if hasattr(stream, "reconfigure"):  # not where a test has put a buffer
-            stream.reconfigure(errors="backslashreplace")
+        if stream is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+        elif number == 0 and _is(stream, 0):
+            stream.reconfigure(errors="strict")  # in some locales it would hide what is not UTF-8
+        elif _is(stream, number):  # not where a test has put a buffer
+            raw = io.BufferedWriter(_Output(number, "w", closefd=False))
+            how = dict(line_buffering=stream.line_buffering, write_through=stream.write_through)
+            opened = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", **how)
+            setattr(sys, name, opened)
+
+
+def _is(stream, number: int) -> bool:
+    try:
+        return stream.fileno() == number
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _lead_nowhere(number: int) -> None:
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere != number:
+        os.dup2(nowhere, number)
+        os.close(nowhere)
 
 
 def _discard(stream) -> None:
@@ -155,4 +211,4 @@ def _discard(stream) -> None:
     try:
         stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _lead_nowhere(stream.fileno())

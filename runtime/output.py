@@ -37,7 +37,8 @@ def writing(path: Path, flag: str = "") -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as e:  # the second is what safetensors makes of the first
         named = f"--{flag} {path}" if flag else path
-        raise UserError(f"{named}: cannot be written ({e}).") from e
+        why = getattr(e, "strerror", None) or e
+        raise UserError(f"{named}: cannot be written ({why}).") from e
 
 
 @contextmanager

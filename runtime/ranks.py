@@ -9,10 +9,12 @@ torch's distributed modules load inside the functions that need them, because a 
 needs none and they take a second.
 """
 
+import gc
 import os
 import signal
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,10 +89,11 @@ def joined(device: str, minutes: float) -> Iterator[Ranks]:
         else:
             dist.init_process_group(backend, timeout=wait)
         yield ranks
-        dist.destroy_process_group()  # not after a failure: it would wait for processes that hang
+        _leave()  # not after a failure: it would wait for processes that hang
     except SystemExit as e:
         if not e.code:
-            dist.destroy_process_group()
+            traceback.clear_frames(e.__traceback__)  # which hold the model
+            _leave()
         raise
     except RuntimeError as e:
         if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
@@ -102,6 +105,15 @@ def joined(device: str, minutes: float) -> Iterator[Ranks]:
         # the others.
         sys.stderr.flush()
         os._exit(1)
+
+
+def _leave() -> None:
+    """End the process group, after every DistributedDataParallel: one that outlives the group ends
+    it in its own destructor, which holds the interpreter's lock while it waits for a thread that
+    may need that lock.
+    """
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def meet(ranks: Ranks, wait: timedelta) -> tuple[dist.Store, int]:

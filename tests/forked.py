@@ -1,9 +1,11 @@
 """train.py in one process or several, forked from one that has imported torch already."""
 
+import faulthandler
 import functools
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -68,6 +70,8 @@ class Run:
             process.join(max(0.0, end - time.monotonic()))
         late = [process for process in self.processes if process.exitcode is None]
         for process in late:
+            os.kill(process.pid, signal.SIGABRT)  # faulthandler says where it waits
+            process.join(5)
             process.kill()
             process.join()
         ended = [
@@ -121,6 +125,7 @@ def _main(argv: list[str], env: dict, files: str, call) -> None:
         open(1, "w", buffering=1, closefd=False),
         open(2, "w", buffering=1, closefd=False),
     )
+    faulthandler.enable(open(2, "w", closefd=False))
     sys.argv = ["train.py", *argv]
     import train
     from runtime import cli, device

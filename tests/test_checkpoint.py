@@ -3,6 +3,7 @@
 The loop of random SIGKILLs is short here; FSRL_KILLS=25 in the environment makes it long.
 """
 
+import gc
 import json
 import os
 import random
@@ -15,10 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import GOLDEN, metrics
 from forked import GOLDEN_FLAGS, Run, golden, good
 from safetensors.torch import load_file
 from test_distributed import wait_for
+from torch.nn.parallel import DistributedDataParallel
 
 import train
 from fsrl import Adapter
@@ -85,8 +88,8 @@ def earlier_checkpoints(whole):
 
 
 def stop_after_eight():
-    """SIGTERM in the middle of step 8."""
-    real, steps = train.backward, []
+    """SIGTERM in the middle of step 8; the process group must then outlive the model's wrapper."""
+    real, leave, steps = train.backward, dist.destroy_process_group, []
 
     def backward(*arguments):
         steps.append(1)
@@ -94,7 +97,11 @@ def stop_after_eight():
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    train.backward = backward
+    def destroy():
+        assert not any(isinstance(o, DistributedDataParallel) for o in gc.get_objects())
+        leave()
+
+    train.backward, dist.destroy_process_group = backward, destroy
 
 
 # --- stopping and going on ------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""The same code on a GPU: attention and steps against the CPU's, without waiting for the device or compiling again."""
+"""The same code on a GPU: attention and steps against the CPU's, without waiting for the device or
+compiling again.
+"""
 
 import forked
 import pytest
@@ -46,7 +48,9 @@ PENALTY = train.Penalty(l1=0.02)
 @pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("window", [None, 100])
 def test_flex_attention_equals_plain_attention_with_gradients(window, head_dim, dtype, close):
-    """Compiled, at Gemma-2's head size too, where a consumer GPU needs smaller tiles than FlexAttention's own."""
+    """Compiled, at Gemma-2's head size too, where a consumer GPU needs smaller tiles than
+    FlexAttention's own.
+    """
     config = gemma.Gemma2Config(
         512, 64, 64, 1, 4, 2, head_dim, head_dim, sliding_window=window or 1 << 20
     )
@@ -90,8 +94,8 @@ def test_a_step_is_that_of_the_cpu():
 
 
 def test_a_step_neither_waits_nor_compiles_again():
-    """Once a few lengths have been seen, of one block of 128 positions and of more, no other is compiled for; and the
-    host waits for nothing inside a step.
+    """Once a few lengths have been seen, of one block of 128 positions and of more, no other is
+    compiled for; and the host waits for nothing inside a step.
     """
     one_pass, steered = how(DEVICE, "bfloat16"), on(DEVICE, torch.bfloat16)
 

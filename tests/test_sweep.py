@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, SAE_ID
+from conftest import GOLDEN, ROOT, SAE_ID
 
 import sae
 import train
@@ -343,6 +343,65 @@ def test_curves_are_means_over_seeds(tmp_path, finished, capsys):
     assert found["elbows"] == {"layer 1, relu": None}  # a straight line
     assert "straight line" in found["no_elbow"]["layer 1, relu"]
     assert "no elbow, because" in capsys.readouterr().out
+
+
+def like_the_published(finished, run: sweep.Run, total: float) -> None:
+    """A finished run, as far as its files say, of Gemma-2-2B and an SAE of the paper's width."""
+    pretend(finished, run)
+    path = run.out / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(d_model=2304, d_sae=65536)))
+    row = json.loads((run.out / "metrics.jsonl").read_text())
+    (run.out / "metrics.jsonl").write_text(json.dumps(row | dict(total=total)) + "\n")
+
+
+def test_the_authors_sweeps_stand_beside_runs_of_the_published_ones_shape(
+    tmp_path, finished, monkeypatch, capsys
+):
+    """Their totals, which hold the penalty, beside ours; α at layer 12, layers at α = 0.01."""
+    s = settings(tmp_path, layers=(6, 12), l1=(0.01, 0.02, 0.03), seeds=(0, 1))
+    runs = sweep.plan(s, FLAGS)
+    for run in runs:
+        like_the_published(finished, run, total=2.0 + run.settings.seed)
+    drawn = []
+    monkeypatch.setattr(
+        sweep, "draw_theirs", lambda _, axis, name, ours: drawn.append((axis, name))
+    )
+    sweep.report(runs, tmp_path)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if " relu l1 " in line]
+    found = {(int(line[0]), float(line[4])): (line[9], line[10]) for line in lines}
+    assert found == {
+        (6, 0.01): ("2.500", "4.331"),
+        (6, 0.02): ("2.500", "-"),
+        (6, 0.03): ("2.500", "-"),
+        (12, 0.01): ("2.500", "2.936"),
+        (12, 0.02): ("2.500", "3.334"),
+        (12, 0.03): ("2.500", "-"),
+    }
+    assert drawn == [(axis, name) for axis in ("weight", "layer") for name in ("loss", "l0")]
+    monkeypatch.undo()
+    sweep.report(runs, tmp_path)
+    with open(tmp_path / "sweep.csv") as file:
+        assert {row["total"] for row in csv.DictReader(file)} == {"2.0", "3.0"}
+
+    path = runs[0].out / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(d_sae=1024)))
+    assert not sweep.are_alike(runs) and sweep.are_alike(runs[1:])
+
+
+def test_the_authors_points_are_those_of_the_published_file():
+    import matplotlib.pyplot as plt
+
+    published = json.loads((ROOT / "docs" / "published.json").read_text())
+    figure, panels = plt.subplots(1, 2)
+    sweep.draw_theirs(panels[0], "weight", "loss", [])
+    sweep.draw_theirs(panels[1], "weight", "l0", [])
+    rows = published["alpha_sweep"]["rows"]
+    losses, l0s = (panel.lines[0].get_xydata().tolist() for panel in panels)
+    assert losses == [[row["alpha"], row["total"]] for row in rows]
+    assert l0s == [[row["alpha"], row["l0"]] for row in rows if row["l0"]]
+    assert sweep.their_total(12, "", "relu", "l1", 0.01) == 2.936
+    assert sweep.their_total(12, "", "jumprelu", "l0", 0.01) is None
+    plt.close(figure)
 
 
 def test_lines_run_along_each_axis(gemmascope, tmp_path):

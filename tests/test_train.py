@@ -107,14 +107,19 @@ def test_a_run_writes_what_the_contract_says(mid_run):
         "margin",
         "l1",
         "l0",
+        "penalty",
+        "total",
         "pairs",
         "tokens",
     }
     assert evals[0]["pairs"] == 8
+    for row in evals:  # the authors' evaluation loss is this total
+        assert row["total"] == pytest.approx(row["loss"] + 0.02 * row["l1"]) != row["loss"]
 
     config = json.loads((out / "config.json").read_text())
     assert config["settings"]["layer"] == 1 and config["settings"]["dtype"] != "auto"
-    assert config["versions"]["torch"] and len(config["sha256"]) == 8 + 2
+    inputs = dict(shards=8, data_files=2, sae=1, init_adapter=1)
+    assert config["versions"]["torch"] and len(config["sha256"]) == sum(inputs.values())
     adapter = json.loads((out / "adapter/adapter_config.json").read_text())
     assert (
         adapter["sae_sha256"] == load().sae.sha256

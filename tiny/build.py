@@ -33,6 +33,7 @@ from model import Gemma2, Gemma2Config
 from policy import load_base
 from runtime import cli
 from runtime.cli import flag
+from runtime.output import publish, writable
 from runtime.sources import UserError, sha256
 from sae import JumpReLUSAE, save_gemmascope
 from tiny import (
@@ -113,7 +114,6 @@ def train_tokenizer() -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """tokenizer.json, and the two small files that transformers wants beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {f"{token}_token": f"<{token}>" for token in ("pad", "eos", "bos", "unk")}
     plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
@@ -291,7 +291,6 @@ def build_sae(
 
 def write_pairs(folder: Path) -> None:
     """The committed preference data, as parquet with the columns of the paper's dataset."""
-    folder.mkdir(parents=True, exist_ok=True)
     for split, n in (("train", TRAIN_PAIRS), ("test", TEST_PAIRS)):
         pairs = world.pairs(PLANTED, n, SEEDS[f"{split} pairs"])
         rows = [pair.row(f"{split}-{i:05d}") for i, pair in enumerate(pairs)]
@@ -306,7 +305,6 @@ def write_labels(
     model: Gemma2, tokenizer: Tokenizer, sae: JumpReLUSAE, folder: Path, texts: int = LABEL_TEXTS
 ) -> None:
     """The two true categories of every feature, and the SAE that they belong to."""
-    folder.mkdir(parents=True, exist_ok=True)
     sample = world.corpus(texts, SEEDS["labels"])
     fires = measure.firing(model, sae, tokenizer, sample, LAYER)
     promotes = measure.promotion(model, sae, tokenizer, sample, fires, LAYER)
@@ -388,6 +386,7 @@ class Settings:
         for layer in self.sae_layers:
             if not 0 <= layer <= last:
                 raise UserError(f"--sae-layers {layer}: a layer from 0 to {last} was expected.")
+        writable(Path(self.sae_out), "sae-out")
 
 
 def load() -> tuple[Gemma2, Tokenizer]:
@@ -413,14 +412,17 @@ def build() -> None:
         print(f"[{(time.time() - start) / 60:5.1f} min] {what}", flush=True)
 
     tokenizer = train_tokenizer()
-    save_tokenizer(tokenizer, MODEL_DIR)
-    train_model(tokenizer, MODEL_STEPS).to(torch.bfloat16).save_pretrained(MODEL_DIR)
+    model = train_model(tokenizer, MODEL_STEPS).to(torch.bfloat16)
+    with publish(MODEL_DIR) as part:
+        save_tokenizer(tokenizer, part)
+        model.save_pretrained(part)
     model, tokenizer = load()
     say(f"model written to {MODEL_DIR.relative_to(ROOT.parent)}")
     sae = build_sae(model, tokenizer, LAYER, SAE_DIR, SAE_STEPS, SAE_TOKENS)
     say(f"SAE written to {sae_path(LAYER, SAE_DIR).relative_to(ROOT.parent)}")
     write_labels(model, tokenizer, sae, LABELS_DIR)
-    write_pairs(DATA_DIR)
+    with publish(DATA_DIR) as part:
+        write_pairs(part)
     say("labels and preference pairs written")
     check()
 
