@@ -44,6 +44,7 @@ from audit.choices import choices, classes
 from audit.counting import CONTEXTS, FIRST, Counts, count
 from audit.label_noise import read_human
 from audit.published import beside
+from audit.rules import by_rules, read_rules
 from eval_ablation import Evaluation, open_evaluation, seconds_per_condition
 from labels import Labels
 from runtime import cli
@@ -63,6 +64,9 @@ class Settings(eval_ablation.Settings):
     )
     count_first: bool = flag(
         False, "composition_paper is shown with the first position, <bos>, as the authors count it"
+    )
+    token_rules: str | None = flag(
+        None, "regular expressions for choices to tell tokens apart by, as audit/token_rules.json"
     )
     coefficients: tuple[float, ...] = flag((1, 2, 4), "c of static steering")
     top_features: tuple[int, ...] = flag(
@@ -108,6 +112,7 @@ class Audit:
     def __init__(self, e: Evaluation, s: Settings):
         self.e, self.s = e, s
         self.human = read_human(s.human, e.labels) if s.human else {}
+        self.rules = read_rules(s.token_rules) if s.token_rules else None
         found = features.all_categories(e.labels)
         self.masks = [torch.from_numpy(mask) for *_, mask in found]
         self.labelled = [torch.from_numpy(labelled(table, name)) for table, name, _ in found]
@@ -124,7 +129,7 @@ class Audit:
         """Those that the settings and the labels allow."""
         found = [self.usage_part(), self.ablation_part()]
         found += [self.static_part()] if self.s.static_pairs else []
-        found += [self.choices_part()] if self.interesting() else []
+        found += [self.choices_part()] if self.rules or self.interesting() else []
         found += [self.attribution_part()] if self.s.nodes else []
         return found
 
@@ -195,16 +200,19 @@ class Audit:
 
     def choices_part(self) -> Part:
         e, s = self.e, self.s
-        about = e.about | dict(rest=s.rest)
+        rules = self.rules
+        said = rules.described() if rules else None
+        about = e.about | dict(rest=s.rest, token_rules=said)
 
         def make(folder: Path) -> None:
-            tables, masks = zip(*self.interesting(), strict=True)
             divided = [
-                classes(e.policy, e.pairs, categories, table.kind)
-                for table, categories in zip(tables, masks, strict=True)
+                (table, classes(e.policy, e.pairs, categories, table.kind))
+                for table, categories in self.interesting()
             ]
-            results = choices(e.policy, e.pairs, divided, "choices")
+            divided += [(rules, by_rules(rules, e.policy, e.pairs))] if rules else []
+            tables, partitions = zip(*divided, strict=True)
             rows = []
+            results = choices(e.policy, e.pairs, partitions, "choices")
             for table, found in zip(tables, results, strict=True):
                 rows += effect_tables.choice_rows(found, table, s.bootstrap, s.seed)
             save(folder, "choices", about, rows)

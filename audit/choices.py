@@ -44,10 +44,18 @@ AVERAGE = 2.0  # each token's evidence counts so many average tokens more, again
 
 
 class Classes(NamedTuple):
-    """A partition of the vocabulary."""
+    """A partition of the vocabulary, in which a response's own tokens may be placed apart."""
 
     names: tuple[str, ...]  # categories, END, REST
     of_token: Tensor  # int64 [V]
+    own: list[Tensor] | None = None  # int64 [targets] of each pair; None: those of their tokens
+
+    def of_targets(self, pair: Tensor, place: Tensor, target: Tensor) -> Tensor:
+        """The class of targets [n], each at its place among those of its pair: int64 [n]."""
+        if self.own is None:
+            return self.of_token[target]
+        ends = torch.tensor([0, *(len(of) for of in self.own)]).cumsum(0)
+        return torch.cat(self.own)[ends[pair] + place]
 
 
 class Choices(NamedTuple):
@@ -137,8 +145,9 @@ class Compared(NamedTuple):
     condition: int
     pair: Tensor  # int64 [n], on the CPU; in the order of the pairs given
     text: Tensor  # int64 [n], on the CPU: 2 pair for chosen responses, 2 pair + 1 for rejected ones
+    place: Tensor  # int64 [n], on the CPU: which of its pair's targets
     weight: Tensor  # float64 [n], on the CPU: token_weight
-    target: Tensor  # int64 [n]
+    target: Tensor  # int64 [n], on the CPU
     logp: tuple[Tensor, Tensor]  # [n, V], base model and condition
     p: tuple[Tensor, Tensor]  # [n, V], their exponentials
 
@@ -158,9 +167,9 @@ def compared(
     head, above = policy.base.head, policy.steered.above
     for stream in policy.streams(pairs, what):
         packed = stream.packed
-        pair = torch.tensor(stream.pairs)[packed.sequence.cpu() // 2]  # [N]
-        text = 2 * pair + packed.sequence.cpu() % 2
-        weight = token_weight(packed).cpu()
+        sequence, target = packed.sequence.cpu(), packed.target.cpu()
+        pair, weight = torch.tensor(stream.pairs)[sequence // 2], token_weight(packed).cpu()
+        of_target = (pair, 2 * pair + sequence % 2, places(sequence // 2), weight, target)
         with policy.autocast():  # not below: it would round sums of probabilities to bfloat16
             base = above(stream.x, stream.plan)[packed.source]  # [N, d]
         changed, first = iter(conditions(stream)), 0
@@ -170,7 +179,7 @@ def compared(
             for rows in torch.arange(len(pair)).split(rows_at_once(policy)):
                 here = rows.to(policy.device.name)
                 logp0 = head(base[here]).log_softmax(-1)  # [n, d] -> [n, V]
-                p0, of = logp0.exp(), (pair[rows], text[rows], weight[rows], packed.target[here])
+                p0, of = logp0.exp(), [column[rows] for column in of_target]
                 for i, hidden in enumerate(states, start=first):
                     logp1 = head(hidden[here]).log_softmax(-1)
                     yield Compared(i, *of, (logp0, logp1), (p0, logp1.exp()))
@@ -191,12 +200,19 @@ class ChoiceSums:
         self.change = torch.zeros(pairs, dtype=torch.float64)
 
     def add(self, c: Compared) -> None:
-        own = [logp.gather(1, c.target[:, None])[:, 0].double().cpu() for logp in c.logp]
-        change, target = own[1] - own[0], c.target.cpu()
+        target = c.target[:, None].to(c.logp[0].device)
+        own = [logp.gather(1, target)[:, 0].double().cpu() for logp in c.logp]
+        change = own[1] - own[0]
         self.change.index_add_(0, c.pair, c.weight * change)
         for share, classes, member in zip(self.shares, self.partitions, self.member, strict=True):
-            p0, p1 = ((p @ member.to(p.dtype)).double().cpu() for p in c.p)  # [n, V] -> [n, C]
-            terms = token_shares(change, p0, p1, classes.of_token[target])
+            mass = [(p @ member.to(p.dtype)).double().cpu() for p in c.p]  # [n, V] -> [n, C]
+            usual = classes.of_token[c.target]
+            of_target = classes.of_targets(c.pair, c.place, c.target)
+            for m, logp in zip(mass, own, strict=True):
+                moved = torch.where(usual == of_target, 0.0, logp.exp())[:, None]
+                m.scatter_add_(1, usual[:, None], -moved)
+                m.scatter_add_(1, of_target[:, None], moved)
+            terms = token_shares(change, *mass, of_target)
             share.index_add_(0, c.pair, c.weight[:, None] * terms)
 
     def result(self) -> list[Choices]:
@@ -212,6 +228,8 @@ def choices(
 ) -> list[Choices]:
     """The change of each pair's gap, divided under each partition, from one pass of base model and
     policy.
+
+    Where a target's own class is another than its token's, its probability moves there with it.
     """
     sums = ChoiceSums(policy, len(pairs), partitions)
     for some in compared(policy, pairs, as_trained(policy), what):
@@ -224,9 +242,16 @@ def gap_in_data(pairs: Sequence[Pair], classes: Classes) -> Tensor:
     response's tokens less that of the rejected one's, float64 [P, C].
     """
     packed = pack_pairs(pairs)
+    pair = packed.sequence // 2
+    of_target = classes.of_targets(pair, places(pair), packed.target)
     gap = torch.zeros(len(pairs), len(classes.names), dtype=torch.float64)
-    place = packed.sequence // 2, classes.of_token[packed.target]
-    return gap.index_put_(place, token_weight(packed), accumulate=True)
+    return gap.index_put_((pair, of_target), token_weight(packed), accumulate=True)
+
+
+def places(pair: Tensor) -> Tensor:
+    """Of each target, how many of the same pair come before it: int64 [N], the pairs in order."""
+    counts = torch.bincount(pair)
+    return torch.arange(len(pair)) - (counts.cumsum(0) - counts)[pair]
 
 
 def token_weight(packed: Packed) -> Tensor:

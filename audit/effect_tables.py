@@ -8,6 +8,7 @@ import torch
 from audit.attribution import KINDS, Attribution
 from audit.choices import Choices
 from audit.features import label_columns
+from audit.rules import Rules
 from labels import Labels, categories, explain
 from runtime.tables import interval
 
@@ -17,9 +18,9 @@ TOP = 30  # features in attribution_features
 class Choice(NamedTuple):
     """A row: one kind of tokens, and its share of the change of the gap."""
 
-    labels: str
+    labels: str  # the label file, or the file of rules
     kind: str
-    matched: bool  # whether the label file states the run's SAE
+    matched: bool  # whether the label file states the run's SAE; rules need not
     tokens: str
     share: float  # nats per token, mean over pairs
     low: float  # 95 % over pairs
@@ -29,7 +30,7 @@ class Choice(NamedTuple):
     named: bool  # the category that the measure names
 
 
-def choice_rows(found: Choices, table: Labels, resamples: int, seed: int) -> list[Choice]:
+def choice_rows(found: Choices, table: Labels | Rules, resamples: int, seed: int) -> list[Choice]:
     columns = (found.shares.mean(0), *interval(found.shares.T, resamples, seed), found.p_values())
     change, named = found.change.mean().item(), found.named()
     rows = []

@@ -318,16 +318,15 @@ def does(
                 counts[side, i, columns[thing]] = 1
     attributes = list(world.CATEGORY_OF)
     member = torch.zeros(len(things), len(attributes), dtype=torch.float64)
-    for (attribute, value), i in columns.items():
+    for (name, value), i in columns.items():
         # Half, because a text that loses one value gains another.
-        member[i, attributes.index(attribute)] = 0.5 * (value is not None)
+        member[i, attributes.index(name)] = 0.5 * (value is not None)
     found = behaviour.excess(counts[1] - counts[0], member)
     rates = counts.mean(1).tolist()
     result = {}
-    for k, attribute in enumerate(attributes):
-        of = {str(v): [rates[0][i], rates[1][i]] for (a, v), i in columns.items() if a == attribute}
-        excess, p = found.excess[k].item(), found.p_values[k].item()
-        result[attribute] = Does(excess, p, of)
+    for k, name in enumerate(attributes):
+        of = {str(v): [rates[0][i], rates[1][i]] for (a, v), i in columns.items() if a == name}
+        result[name] = Does(found.excess[k].item(), found.p_values[k].item(), of)
     return result
 
 

@@ -51,7 +51,7 @@ class Settings:
     round_tokens: int = flag(200_000, "positions of a round")
     batch: int = flag(2048, "positions of a step")
     lr: float = flag(1e-3, "peak learning rate")
-    max_length: int = flag(1024, "tokens of a text, at most")
+    max_length: int = flag(1024, "tokens of a text, at most; a longer prompt keeps its last half")
     test_pairs: int = flag(64, "pairs of the test split that the quality is measured on")
     seed: int = flag(0, "seed of initial weights and of the order of positions")
     dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", DTYPES)
@@ -171,12 +171,9 @@ class Trainer:
 # --- the stream -----------------------------------------------------------------------------------
 
 
-def texts(pairs: list[data.Pair], longest: int) -> list[list[int]]:
+def texts(pairs: list[data.Pair]) -> list[list[int]]:
     """Prompt + chosen, prompt + rejected, of each pair."""
-    found = []
-    for prompt, *responses in pairs:
-        found += [(prompt + response)[:longest] for response in responses]
-    return found
+    return [prompt + response for prompt, *responses in pairs for response in responses]
 
 
 def rounds(texts: list[list[int]], tokens: int) -> list[list[list[int]]]:
@@ -272,10 +269,9 @@ def train(s: Settings) -> Path:
     """Train, save and measure; returns the SAE's folder."""
     out, device = writable(Path(s.out)), resolve_device(s.device, s.dtype)
     model, tokenizer = load_base(s.model, device.dtype, device.name)
-    recorded = DEFAULTS._replace(data=s.data)
-    plan = rounds(
-        texts(read_pairs(s.data, tokenizer, recorded, "train"), s.max_length), s.round_tokens
-    )
+    limits = dict(max_length=s.max_length, max_prompt_length=s.max_length // 2)
+    recorded = DEFAULTS._replace(data=s.data, **limits)
+    plan = rounds(texts(read_pairs(s.data, tokenizer, recorded, "train")), s.round_tokens)
     if s.tokens:
         plan = plan[: max(1, round(s.tokens / s.round_tokens))]
     generator = torch.Generator().manual_seed(s.seed)

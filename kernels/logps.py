@@ -21,6 +21,7 @@ from kernels.pointwise import at_least_float32, linear
 # Logits alive at once. On a GPU 256 MB in float32, 262 tokens at a vocabulary of 256,000; on a CPU
 # what stays in cache.
 CHUNK_ELEMENTS = {"cuda": 1 << 26, "cpu": 1 << 22}
+CHUNK_ROWS = 64  # but at least so many tokens: each chunk reads the whole head
 EXACT = 256  # likeliest tokens whose logits no rounding to bfloat16 may put out of order
 
 
@@ -74,7 +75,7 @@ def all_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     """Rows of hidden [N, d] whose logits [n, V] are alive together."""
-    step = max(1, CHUNK_ELEMENTS[hidden.device.type] // len(weight))
+    step = max(CHUNK_ROWS, CHUNK_ELEMENTS[hidden.device.type] // len(weight))
     return [slice(i, min(i + step, len(hidden))) for i in range(0, len(hidden), step)]
 
 

@@ -102,7 +102,7 @@ def test_the_null_has_the_policys_divergence_at_other_places(golden):  # noqa: F
 def test_a_phrase_that_replaces_another_within_a_class_is_a_change_of_it():
     """Ten prompts: token 5 in place of 4, both of class a; token 7 of class b now and then."""
     classes = ch.Classes(NAMES, torch.tensor([3, 2, 3, 3, 0, 0, 1, 1]))
-    pairs = [Pair([2], [4, 4, 3], [5, 5, 3] + [6 + i % 2]) for i in range(12)]
+    pairs = [Pair([2], [4, 4, 3], [5, 5, 3, 6 + i % 2]) for i in range(12)]
     pairs = [p if i % 3 else Pair([2], [*p.chosen, 6 + i % 2], p.rejected[:3])
              for i, p in enumerate(pairs)]  # fmt: skip
     (found,) = behaviour.compare(pairs, [classes])
@@ -184,3 +184,21 @@ def test_rankings_put_the_best_first():
     first = {name: order[0].item() for name, order in found.items()}
     assert first["usage"] == 1 and first["mean v"] == 3 and first["v · gradient"] == 0
     assert found["random"][-1] == 2  # it never steers
+
+
+def test_a_response_may_place_its_own_tokens(golden):  # noqa: F811
+    """Where they are placed as their tokens are, choices and gap are the same; and a target placed
+    elsewhere takes its gap along.
+    """
+    policy, pairs = golden
+    pairs, classes = pairs[:3], some_classes(policy.base.config.vocab_size)
+    own = [classes.of_token[torch.tensor([*p.chosen, *p.rejected])] for p in pairs]
+    same = classes._replace(own=own)
+    found = ch.choices(policy, pairs, [classes, same])
+    torch.testing.assert_close(found[0].shares, found[1].shares)
+    torch.testing.assert_close(ch.gap_in_data(pairs, classes), ch.gap_in_data(pairs, same))
+    other = classes._replace(own=[torch.zeros_like(of) for of in own])
+    (moved,) = ch.choices(policy, pairs, [other])
+    torch.testing.assert_close(moved.shares.sum(1), found[0].shares.sum(1))
+    gap = ch.gap_in_data(pairs, other)
+    assert not gap[:, 1:].any() and gap.abs().max() < 1e-12  # 1 of each response's tokens
