@@ -9,6 +9,7 @@ alone it is positive; the null says how large: if the two models were one, the t
 prompt could be swapped, which flips the sign of that prompt's differences.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from generation.decode import Sampling, end_of_turn, generate
 from policy import Policy
 
 BATCH = 64  # prompts answered together
+SIDES = (1, 2)  # of a Pair: the base model's answer, the policy's
 LEVEL = 0.01
 
 
@@ -36,6 +38,7 @@ class Behaviour(NamedTuple):
     lost: Tensor  # [C], of the negative ones, as a positive number
     excess: Tensor  # [C], gained + lost, less its mean under the null
     p_values: Tensor  # [C], of gained + lost, times the number of classes (Bonferroni)
+    tokens: dict[tuple[int, int], float]  # (class, token id) -> difference of mean counts
 
     def named(self, level: float = LEVEL) -> str | None:
         """The category whose tokens changed most; None where chance reaches that change too often.
@@ -86,14 +89,49 @@ def compare(
     pairs: Sequence[Pair], partitions: Sequence[Classes], draws: int = 9999, seed: int = 0
 ) -> list[Behaviour]:
     """pairs: as `answered` gives them."""
-    difference, tokens = differences(pairs)
     found = []
     for c in partitions:
-        before, after = (counts_of(pairs, side, c) for side in (1, 2))
-        member = torch.eye(len(c.names), dtype=torch.float64)[c.of_token[tokens]]  # [Y, C]
+        counts = [count(pairs, side, c) for side in SIDES]
+        things = sorted({thing for side in counts for of in side for thing in of})
+        difference = torch.zeros(len(pairs), len(things), dtype=torch.float64)
+        column = {thing: i for i, thing in enumerate(things)}
+        for sign, side in zip((-1, 1), counts, strict=True):
+            for row, of in zip(difference, side, strict=True):
+                for thing, n in of.items():
+                    row[column[thing]] += sign * n
+        kinds = torch.tensor([kind for kind, _ in things])
+        member = torch.eye(len(c.names), dtype=torch.float64)[kinds]  # [Y, C]
         moved = excess(difference, member, draws, seed)
-        found.append(Behaviour(c.names, before, after, *moved))
+        before, after = (by_class(side, len(c.names)) for side in counts)
+        mean = difference.mean(0).tolist()
+        tokens = dict(zip(things, mean, strict=True))
+        found.append(Behaviour(c.names, before, after, *moved, tokens))
     return found
+
+
+Thing = tuple[int, int]  # class, token id
+
+
+def count(pairs: Sequence[Pair], side: int, classes: Classes) -> list[Counter[Thing]]:
+    """Of each pair, how often each token of a class stands in one side: 1 chosen, 2 rejected."""
+    found = []
+    for i, pair in enumerate(pairs):
+        places = torch.arange(len(pair.chosen) + len(pair.rejected))
+        targets = torch.tensor([*pair.chosen, *pair.rejected])
+        kinds = classes.of_targets(torch.full_like(places, i), places, targets).tolist()
+        first = len(pair.chosen)
+        kinds = kinds[:first] if side == 1 else kinds[first:]
+        found.append(Counter(zip(kinds, pair[side], strict=True)))
+    return found
+
+
+def by_class(counts: list[Counter[Thing]], classes: int) -> Tensor:
+    """Tokens of each class: float64 [P, C]."""
+    total = torch.zeros(len(counts), classes, dtype=torch.float64)
+    for row, of in zip(total, counts, strict=True):
+        for (kind, _), n in of.items():
+            row[kind] += n
+    return total
 
 
 class Excess(NamedTuple):
@@ -118,23 +156,3 @@ def excess(difference: Tensor, member: Tensor, draws: int = 9999, seed: int = 0)
     # Equal draws may differ by the order of their sum.
     p = (1 + (drawn >= total - 1e-9 * total).sum(0)) / (1 + draws)
     return Excess(gained, lost, total - drawn.mean(0), (p * member.shape[1]).clamp(max=1))
-
-
-def differences(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """Counts in the policy's answer less those in the base model's: float64 [P, Y], and the tokens
-    int64 [Y] that occur.
-    """
-    tokens = torch.tensor(sorted({t for pair in pairs for t in (*pair.chosen, *pair.rejected)}))
-    column = {token: i for i, token in enumerate(tokens.tolist())}
-    difference = torch.zeros(len(pairs), len(tokens), dtype=torch.float64)
-    for row, pair in zip(difference, pairs, strict=True):
-        for sign, answer in ((-1.0, pair.chosen), (1.0, pair.rejected)):
-            places = torch.tensor([column[t] for t in answer], dtype=torch.int64)
-            row.index_add_(0, places, torch.full((len(places),), sign, dtype=torch.float64))
-    return difference, tokens
-
-
-def counts_of(pairs: Sequence[Pair], side: int, classes: Classes) -> Tensor:
-    """Tokens of each class in one side of each pair (1: chosen, 2: rejected): float64 [P, C]."""
-    of = (classes.of_token[torch.tensor(pair[side], dtype=torch.int64)] for pair in pairs)
-    return torch.stack([torch.bincount(c, minlength=len(classes.names)) for c in of]).double()

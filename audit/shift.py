@@ -32,6 +32,7 @@ from audit.choices import Classes, Compared, Conditions, as_trained, compared
 from data import Pair
 from policy import Policy, Stream
 
+LEAST = 0.01  # nats per position, for saying that a class changed (experiments/PLANTED.md)
 SEARCH_PAIRS = 8  # that the null's scale is found on
 SEARCH = (4.0, 1.4)  # widths of the two rounds of that search, as ratios of neighbouring scales
 
@@ -51,6 +52,16 @@ class Shift(NamedTuple):
     def kl(self) -> Tensor:
         """KL(π' ‖ π) per position: float64 [S]."""
         return self.share.sum(1)
+
+    def named(self) -> str | None:
+        """The category of the largest divergence; None where the lower end of its 95 % interval
+        over texts is less than LEAST. It is never one of the last two classes, the end of the
+        answer and the rest.
+        """
+        values = self.divergence[:, :-2]
+        top = int(values.mean(0).argmax())
+        error = values[:, top].std() / math.sqrt(len(values))
+        return self.names[top] if values[:, top].mean() - 1.96 * error >= LEAST else None
 
     def of(self, texts: slice) -> "Shift":
         """slice(0, None, 2): the chosen responses; slice(1, None, 2): the rejected ones."""
