@@ -51,8 +51,9 @@ from policy import DEFAULTS, TINY, Policy, greedy, identity, load_preferences, n
 from runtime import cli, ranks
 from runtime.cli import flag
 from runtime.device import DTYPES, Device, peak_memory, resolve_device
-from runtime.folder import Run, choose_out, describe, draw_loss, finished, print_table
+from runtime.folder import Run, choose_out, describe, finished
 from runtime.messages import shown
+from runtime.outcome import Sample, draw_loss, outcome, print_table, write_samples
 from runtime.ranks import ALONE, Ranks
 from runtime.sources import UserError, sha256
 from sae import default_source
@@ -241,7 +242,7 @@ def evaluate(
             pause()
     found = simpo.means(how.total(sums), len(pairs), data.positions(pairs), how.beta)
     tokens = sum(pair.tokens for pair in pairs)
-    kept = ("loss", "accuracy", "margin", "l1", "l0")
+    kept = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected", "l1", "l0")
     return {name: getattr(found, name) for name in kept} | dict(pairs=len(pairs), tokens=tokens)
 
 
@@ -352,7 +353,8 @@ def prepare(s: Settings, device: Device, who: Ranks) -> Job:
 
     if not eval_pairs:
         source = s.eval_data or s.data
-        print(f"{source} has no test split: no evaluation (give --eval-data).", file=sys.stderr)
+        follows = "no evaluation, and no warning of over-training; --eval-data names pairs for both"
+        print(f"{source} has no test split: {follows}.", file=sys.stderr)
     read = [*sorted(policy.base.folder.glob("*.safetensors")), *(file.path for file in files)]
     read += [Path(s.mask_features)] if s.mask_features else []
     digests = {str(path): sha256(path) for path in read}
@@ -437,10 +439,14 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
     run.close()
     if who.first:
         draw_loss(run.rows, out / "loss.png", "accuracy" if s.full else "l0")
-    ranks.together(who, lambda: save(out, policy, who))  # last: it says that the run is finished
     after = samples(policy, prompts, who)
+    answered = [policy.tokenizer.decode(prompt) for prompt in prompts]
+    found = [Sample(*texts) for texts in zip(answered, before, after, strict=True)]
     if who.first:
-        show(run, policy, prompts, before, after, time.perf_counter() - started)
+        write_samples(out, found)
+    ranks.together(who, lambda: save(out, policy, who))  # last: it says that the run is finished
+    if who.first:
+        show(run, policy, found, time.perf_counter() - started)
     return out
 
 
@@ -452,24 +458,15 @@ def samples(policy: Policy, prompts: list[list[int]], who: Ranks) -> list[str]:
         return [greedy(policy, prompt, SAMPLE_TOKENS, bar.update) for prompt in prompts]
 
 
-def show(
-    run: Run,
-    policy: Policy,
-    prompts: list[list[int]],
-    before: list[str],
-    after: list[str],
-    seconds: float,
-) -> None:
-    """The samples and the metrics before and after."""
-    names, what = {"loss": "SimPO loss", "accuracy": "accuracy"}, "model"
-    if not isinstance(policy.model, Unsteered):
-        names |= {"l0": "L0 per position", "l1": "L1 per position"}
-        what = "adapter"
-    for prompt, *answers in zip(prompts, before, after, strict=False):
-        texts = [policy.tokenizer.decode(prompt), *answers]
-        print("\n--- prompt\n{}\n--- before\n{}\n--- after\n{}".format(*map(shown, texts)))
-    print_table(run.rows, names, seconds, peak_memory(policy.device.name))
-    print(f"Written to {run.out}: {what}/, metrics.jsonl, config.json, loss.png")
+def show(run: Run, policy: Policy, found: list[Sample], seconds: float) -> None:
+    """The samples, the metrics before and after, and what they say of the training."""
+    what = "model" if isinstance(policy.model, Unsteered) else "adapter"
+    for sample in found:
+        print("\n--- prompt\n{}\n--- before\n{}\n--- after\n{}".format(*map(shown, sample)))
+    print_table(run.rows, what == "adapter", seconds, peak_memory(policy.device.name))
+    print("", *outcome(run.rows, found), "", sep="\n")
+    written = "metrics.jsonl, config.json, samples.json, loss.png"
+    print(f"Written to {run.out}: {what}/, {written}")
 
 
 def main() -> None:

@@ -46,21 +46,23 @@ import eval_ablation
 from audit import card, change_tables, effect_tables, features, figures, ranking, report, static
 from audit.attribution import attribute
 from audit.behaviour import answered, answers_of, compare
-from audit.choices import Classes, choices, classes, gap_in_data
+from audit.choices import Classes, choices, classes, data_alone
 from audit.counting import CONTEXTS, FIRST, Counts, count
 from audit.label_noise import read_human
 from audit.published import beside
 from audit.ranking import gradient_scores, rankings
 from audit.rules import Rules, by_rules, read_rules
 from audit.shift import null, shift
+from audit.verdict import verdict
 from data import Pair
 from eval_ablation import Evaluation, open_evaluation, seconds_per_condition
 from labels import Labels
 from runtime import cli
 from runtime.cli import flag
+from runtime.messages import shown
 from runtime.output import publish
 from runtime.sources import UserError, read_json, sha256
-from runtime.tables import write_table
+from runtime.tables import interval, write_table
 
 PARTS = ("usage", "ablation", "static", "choices", "shift", "behaviour", "attribution", "carriers")
 DRAWING = 0.7  # seconds that a figure takes, about
@@ -174,6 +176,7 @@ class Audit:
                 save(folder, name, found, rows)
             pq.write_table(features.feature_table(counts, e.labels), folder / "features.parquet")
             shown = dict(about=found) | features.examples(e.policy, e.pairs, e.labels)
+            shown["cards"] = features.cards(e.policy, e.pairs, features.of_interest(counts, shown))
             (folder / "examples.json").write_text(json.dumps(shown) + "\n")
 
         return Part("usage", names, ("features.parquet", "examples.json"), about, 2, make)
@@ -248,10 +251,13 @@ class Audit:
             tables, partitions = zip(*self.partitions, strict=True)
             rows = []
             results = choices(e.policy, e.pairs, partitions, "choices")
-            for table, divided, found in zip(tables, partitions, results, strict=True):
-                gap = gap_in_data(e.pairs, divided)
-                rows += effect_tables.choice_rows(found, gap, table, s.bootstrap, s.seed)
-            save(folder, "choices", about, rows)
+            for table, partition, found in zip(tables, partitions, results, strict=True):
+                alone = data_alone(e.pairs, partition)
+                rows += effect_tables.choice_rows(found, alone, table, s.bootstrap, s.seed)
+            change = results[0].change[None]
+            low, high = (end.item() for end in interval(change, s.bootstrap, s.seed))
+            gap = dict(change=change.mean().item(), change_low=low, change_high=high)
+            save(folder, "choices", about | gap, rows)
 
         return Part("choices", ("choices",), (), about, 4 + len(e.labels), make)
 
@@ -301,7 +307,7 @@ class Audit:
     def attribution_part(self) -> Part:
         e, s = self.e, self.s
         about = e.about | dict(nodes=s.nodes)
-        parquet = "attribution_features.parquet"
+        files = ("attribution_features.parquet", "attribution_cards.json")
 
         def make(folder: Path) -> None:
             masks = [torch.from_numpy(x.mask) for x in effect_tables.category_masks(e.labels)]
@@ -314,10 +320,12 @@ class Audit:
             columns = effect_tables.feature_columns(found, e.labels, usage, mean_v)
             rows = effect_tables.earned_by_rows(columns, e.labels)
             save(folder, "attribution_features", said, rows)
-            pq.write_table(pa.table(columns), folder / parquet)
+            pq.write_table(pa.table(columns), folder / files[0])
+            cards = features.cards(e.policy, e.pairs, [row.feature for row in rows])
+            (folder / files[1]).write_text(json.dumps(dict(about=said, cards=cards)) + "\n")
 
         names = ("attribution", "attribution_features")
-        return Part("attribution", names, (parquet,), about, 3 + 3 * s.nodes, make)
+        return Part("attribution", names, files, about, 3 + 3 * s.nodes, make)
 
     def carriers_part(self) -> Part:
         e, s = self.e, self.s
@@ -352,6 +360,7 @@ class Audit:
         the best ranking, usage and random features, ANSWERED of them.
         """
         e, s, c = self.e, self.s, divided.names.index(category)
+        divided = divided._replace(own=None)  # those of the pairs' responses, not of answers
         prompts = [pair.prompt for pair in self.answers]
         (whole,) = compare(self.answers, [divided], seed=s.seed)
         best = max(curves, key=lambda curve: curve.area).ranking
@@ -453,55 +462,16 @@ def main() -> None:
     if (e.out / "adapter").is_dir() or (e.out / "adapter_config.json").is_file():
         card.write_card(e.out)
     print(summary(report.read_run(e.out).tables))
-    print(f"Written to {folder}, and {page}")
-
-
-def composition_lines(name: str, table: dict) -> list[str]:
-    titles = f"{'category':<24}{'context':<17}{'SAE':>8}{'adapter':>9}{'change':>10}"
-    lines = ["", name.replace("_", ", as the ") + ":", f"{titles}  95 % over pairs"]
-    for row in report.shown_rows(table):
-        category = f"{row['labels']}: {row['category']}"
-        shares = f"{report.percent(row['sae']):>9}{report.percent(row['adapter']):>9}"
-        line = (
-            f"{category:<24}{row['context']:<16}{shares}{report.percent(row['change'], True):>10}"
-        )
-        line += f"  {report.between(row, 'low', 'high')}"
-        if row.get("noisy_low") is not None:
-            line += f"; with label noise {report.between(row, 'noisy_low', 'noisy_high')}"
-        lines.append(line)
-    return lines
+    print(f"The rest: {page}, and the tables in {folder}.")
 
 
 def summary(tables: dict[str, dict]) -> str:
-    """The tables' main numbers, for the terminal."""
-    lines = []
-    for name in ("composition_paper", "composition"):
-        table = tables.get(name)
-        lines += composition_lines(name, table) if table else []
-
-    rows = tables.get("choices", {}).get("rows", ())
-    for labels in dict.fromkeys(row["labels"] for row in rows):
-        here = [row for row in rows if row["labels"] == labels]
-        named = next((row["tokens"] for row in here if row["named"]), "no category")
-        shares = ", ".join(f"{row['tokens']} {row['part_of_change'] or 0:.0%}" for row in here)
-        said = f"by {labels}, name: {named} (shares of the widened gap: {shares})"
-        lines += ["", f"The policy's choices, {said}"]
-
-    best = min(tables.get("static", {}).get("rows", ())[2:], key=lambda r: r["loss"], default=None)
-    if best:
-        lines += ["", f"Best static steering: {best['steering']}, loss {best['loss']:.3f}"]
-    if "attribution" in tables:
-        about, rows = tables["attribution"]["about"], tables["attribution"]["rows"]
-        said = (
-            f"shares sum to the change of {about['change']:.4f}, residual {about['residual']:.2g}"
-        )
-        lines += ["", f"Attribution: {said}"]
-        lines += [
-            f"{row['labels']}: {row['category']:<24}{row['share']:9.3f}"
-            for row in rows
-            if row["where"] == "(all)" and row["labels"]
-        ]
-    return "\n".join([*lines, ""])
+    """What was learned, in three lines for the terminal; "" where choices was not measured."""
+    found = verdict(tables)
+    if found is None:
+        return ""
+    learned, sure, features, _ = (shown(answer.text) for answer in found.answers)
+    return "\n".join(["", f"{shown(found.headline)} {learned}", sure, features, ""])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audit.choices import Classes
+from audit.choices import LEVEL, Classes
 from data import Pair, header_ids
 from fsrl import Change, SteeredModel, Unsteered
 from generation.decode import Sampling, end_of_turn, generate
@@ -25,7 +25,6 @@ from policy import Policy
 
 BATCH = 64  # prompts answered together
 SIDES = (1, 2)  # of a Pair: the base model's answer, the policy's
-LEVEL = 0.01
 
 
 class Behaviour(NamedTuple):

@@ -39,6 +39,7 @@ from policy import Policy, Stream
 
 END = "end"  # the class of <end_of_turn>: how long a response is
 REST = "rest"  # the class of the tokens of no category
+LEVEL = 0.01  # of the test, over all classes together
 AT_ONCE = 8  # conditions whose final states [N, d] are in memory together
 AVERAGE = 2.0  # each token's evidence counts so many average tokens more, against single sightings
 
@@ -69,7 +70,13 @@ class Choices(NamedTuple):
         """sign_flip of each class, times the number of classes (Bonferroni): [C]."""
         return (sign_flip(self.shares, draws, seed) * len(self.names)).clamp(max=1)
 
-    def named(self, level: float = 0.01) -> str | None:
+    def chance(self, draws: int = 9999, seed: int = 0) -> Tensor:
+        """What the mean share of each class must exceed to be named, [C]: the one-sided bound that
+        belongs to p_values at LEVEL.
+        """
+        return flipped_means(self.shares, draws, seed).quantile(1 - LEVEL / len(self.names), dim=0)
+
+    def named(self, level: float = LEVEL) -> str | None:
         """The category that earned most of the gap; None where its p-value is above `level`.
 
         It is never END or REST. Where REST has the largest share of all, most of what the policy
@@ -237,17 +244,6 @@ def choices(
     return sums.result()
 
 
-def gap_in_data(pairs: Sequence[Pair], classes: Classes) -> Tensor:
-    """What the pairs alone show, without a policy: of each class, its share of the chosen
-    response's tokens less that of the rejected one's, float64 [P, C].
-    """
-    packed = pack_pairs(pairs)
-    pair = packed.sequence // 2
-    of_target = classes.of_targets(pair, places(pair), packed.target)
-    gap = torch.zeros(len(pairs), len(classes.names), dtype=torch.float64)
-    return gap.index_put_((pair, of_target), token_weight(packed), accumulate=True)
-
-
 def places(pair: Tensor) -> Tensor:
     """Of each target, how many of the same pair come before it: int64 [N], the pairs in order."""
     counts = torch.bincount(pair)
@@ -288,13 +284,34 @@ def token_shares(change: Tensor, p0: Tensor, p1: Tensor, own: Tensor) -> Tensor:
     return terms
 
 
-def sign_flip(shares: Tensor, draws: int = 9999, seed: int = 0) -> Tensor:
-    """p-value of each class: how often its mean is as large when every pair's sign is drawn, [P, C]
-    -> [C].
-    """
+def flipped_means(shares: Tensor, draws: int, seed: int) -> Tensor:
+    """Means over pairs when every pair's sign is drawn: [P, C] -> [draws, C]."""
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], (draws, len(shares)))
-    drawn = torch.from_numpy(signs) @ shares / len(shares)  # [draws, C]
-    mean = shares.mean(0)
+    return torch.from_numpy(signs) @ shares / len(shares)
+
+
+def sign_flip(shares: Tensor, draws: int = 9999, seed: int = 0) -> Tensor:
+    """One-sided p-value of each class: how often its mean is as large when every pair's sign is
+    drawn, [P, C] -> [C].
+    """
+    drawn, mean = flipped_means(shares, draws, seed), shares.mean(0)
     # Equal draws may differ by the order of their sum.
     tie = 1e-12 * shares.abs().mean(0)
     return (1 + (drawn >= mean - tie).sum(0)) / (1 + draws)
+
+
+def data_alone(pairs: Sequence[Pair], partition: Classes) -> Tensor:
+    """No policy: of each pair the share of the chosen response's tokens that are of a class, less
+    that of the rejected one's. Float64 [P, C].
+    """
+    packed = pack_pairs(pairs)
+    pair = packed.sequence // 2
+    of_target = partition.of_targets(pair, places(pair), packed.target)
+    difference = torch.zeros(len(pairs), len(partition.names), dtype=torch.float64)
+    return difference.index_put_((pair, of_target), token_weight(packed), accumulate=True)
+
+
+def data_p_values(difference: Tensor) -> Tensor:
+    """Two-sided sign-flip test of data_alone, corrected as p_values are: [P, C] -> [C]."""
+    sided = difference * difference.mean(0).sign()
+    return (2 * sign_flip(sided) * difference.shape[1]).clamp(max=1)

@@ -252,7 +252,7 @@ def in_data(pairs: list[Pair], partitions: dict[str, ch.Classes]) -> dict[str, A
     """
     answers = {}
     for kind, classes in partitions.items():
-        gap = ch.gap_in_data(pairs, classes)
+        gap = ch.data_alone(pairs, classes)
         values = zip(classes.names, over_pairs(gap), strict=True)
         answers[f"data alone|{kind}"] = {name: (abs(mean), z) for name, (mean, z) in values}
     return answers

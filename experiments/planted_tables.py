@@ -389,8 +389,8 @@ def what_was_run(rows: list[Audited], command: str) -> str:
     return (
         f"`{command}`: {len(rows)} policies (seeds {', '.join(map(str, seeds))}), "
         f"{size['pairs']} training pairs each, audited on {size['eval_pairs']} fresh pairs of "
-        f"their own cause, {size['other_pairs']} of each other, and the answers to {size['prompts']} "
-        f"plain prompts; {size['loss_pairs']} pairs for ablation, attribution, the null and the "
+        f"their own cause, {size['other_pairs']} of each other, and the answers to "
+        f"{size['prompts']} plain prompts; {size['loss_pairs']} pairs for ablation, attribution, the null and the "
         f"rankings. Training took {trained:.1f} minutes in all, the audits {audited:.1f}, with "
         f"{threads} thread{'s' * (threads > 1)}.\n"
     )

@@ -196,9 +196,9 @@ def test_a_response_may_place_its_own_tokens(golden):  # noqa: F811
     same = classes._replace(own=own)
     found = ch.choices(policy, pairs, [classes, same])
     torch.testing.assert_close(found[0].shares, found[1].shares)
-    torch.testing.assert_close(ch.gap_in_data(pairs, classes), ch.gap_in_data(pairs, same))
+    torch.testing.assert_close(ch.data_alone(pairs, classes), ch.data_alone(pairs, same))
     other = classes._replace(own=[torch.zeros_like(of) for of in own])
     (moved,) = ch.choices(policy, pairs, [other])
     torch.testing.assert_close(moved.shares.sum(1), found[0].shares.sum(1))
-    gap = ch.gap_in_data(pairs, other)
+    gap = ch.data_alone(pairs, other)
     assert not gap[:, 1:].any() and gap.abs().max() < 1e-12  # 1 of each response's tokens
