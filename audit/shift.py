@@ -32,7 +32,7 @@ from audit.choices import Classes, Compared, Conditions, as_trained, compared
 from data import Pair
 from policy import Policy, Stream
 
-LEAST = 0.01  # nats per position, for saying that a class changed (experiments/PLANTED.md)
+LEAST = 0.003  # nats per position, for saying that a class changed (experiments/PLANTED.md)
 SEARCH_PAIRS = 8  # that the null's scale is found on
 SEARCH = (4.0, 1.4)  # widths of the two rounds of that search, as ratios of neighbouring scales
 

@@ -94,11 +94,11 @@ class Settings:
     eval_pairs: int = flag(48, "fresh pairs of its own cause that a policy is audited on")
     other_pairs: int = flag(24, "pairs of each other cause")
     loss_pairs: int = flag(
-        12, "so many of its own for ablation, attribution and features, which need many passes"
+        8, "so many of its own for ablation, attribution and features, which need many passes"
     )
     costly_seeds: int = flag(1, "seeds for which those, and the shift's null, are measured at all")
     prompts: int = flag(64, "plain prompts that are answered for behaviour, as many again judge")
-    steps: int = flag(6, "nodes of the attribution's integral")
+    steps: int = flag(4, "nodes of the attribution's integral")
     out: str = flag("runs/planted", "folder to write")
     update: bool = flag(False, "put the tables into experiments/PLANTED.md")
 
@@ -387,8 +387,12 @@ class Ground:
 
     @functools.cached_property
     def plain(self) -> tuple[list[world.Question], list[list[int]], list[list[int]]]:
-        """Questions of every kind, their prompts as token ids, and the base model's answers."""
-        drawn = world.pairs("none", 2 * self.s.prompts, self.seed + 700_000)
+        """Questions, their prompts as token ids, and the base model's answers. Half of the
+        questions invite harm, where alone refusal can show.
+        """
+        given = self.s.prompts, self.seed + 700_000
+        plain, harmful = world.pairs("none", *given), world.pairs("refusal", *given)
+        drawn = [pair for both in zip(plain, harmful, strict=True) for pair in both]
         pairs, _ = tokenise(self.start.tokenizer, drawn)
         prompts = [pair.prompt for pair in pairs]
         base = Unsteered(self.start.base)
@@ -418,8 +422,8 @@ def audit(policy: Policy, recipe: Recipe, ground: Ground) -> dict[str, dict[str,
 def audit_costly(
     policy: Policy, recipe: Recipe, ground: Ground
 ) -> tuple[dict[str, Answer], dict[str, list[float]]]:
-    """Measures that need many passes, on the first pairs of the policy's own cause; and what
-    features carry the planted category, if there is one.
+    """Measures that need many passes, on the first pairs of the policy's own cause; and which
+    features carry the planted category.
     """
     s, tables = ground.s, ground.tables
     pairs, partitions = ground.pairs(recipe.cause, s.eval_pairs)
@@ -429,8 +433,6 @@ def audit_costly(
     moved, null = shift.shift(policy, few, classes), shift.null(policy, few, classes)
     answers |= beyond_null(moved, null, list(partitions))
     category = world.CAUSES[recipe.name].category
-    if category is None:
-        return answers, {}
     return answers, features(policy, few, tables, partitions["fires"], category, earned)
 
 
@@ -493,7 +495,7 @@ class Runner:
         after = train.evaluate(policy.model, few, passes(policy, training_settings(seed)))
         answers, kept = audit(policy, recipe, self.ground), {}
         sampled, found, lengths = audit_answers(policy, self.ground)
-        if recipe in CAUSES and seed < s.first_seed + s.costly_seeds:
+        if world.CAUSES.get(recipe.name, (None,))[0] and seed < s.first_seed + s.costly_seeds:
             more, kept = audit_costly(policy, recipe, self.ground)
             answers["own"] |= more
         return Audited(
@@ -520,7 +522,7 @@ def sizes(s: Settings) -> dict[str, int]:
 
 
 def run(s: Settings) -> list[Audited]:
-    """All runs of s; those already in OUT/runs.jsonl are read from there."""
+    """The runs in OUT/runs.jsonl, and those of s that it lacks."""
     path = writable(Path(s.out)) / "runs.jsonl"
     found = rows.read(path) if path.exists() else []
     try:
@@ -532,7 +534,7 @@ def run(s: Settings) -> list[Audited]:
         raise UserError(f"--out {s.out}: {other}.")
 
     done = {(row.policy, row.seed): row for row in known}
-    planned, make = [], None
+    make = None
     for recipe, seed in tqdm(list(jobs(s)), desc="planted", unit="run"):
         key = (recipe.name, seed)
         if key not in done:
@@ -540,8 +542,7 @@ def run(s: Settings) -> list[Audited]:
             done[key] = make(recipe, seed)
             text = "".join(json.dumps(row._asdict()) + "\n" for row in done.values())
             write_whole(path, text)
-        planned.append(done[key])
-    return planned
+    return list(done.values())
 
 
 def write(audited: list[Audited], s: Settings, command: str) -> None:

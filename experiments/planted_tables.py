@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from audit import shift
 from audit.choices import END, REST
 from audit.ranking import NUMBERS
 from tiny import world
@@ -29,8 +30,7 @@ NO_CATEGORY = ("content", "chat", END, REST)
 LEVEL = 0.01  # of all of a measure's categories together, for saying that there is anything at all
 EXACT = ("choices", "behaviour")  # measures that have a p-value where others have z
 # Measures whose second number is the lower end of an interval, and how large it must be to be said.
-# Chosen on seeds 0 to 2.
-LEAST = {"shift": 0.01, "shift, share of KL": 0.01, "shift, mass": 0.01}
+LEAST = dict.fromkeys(("shift", "shift, share of KL", "shift, mass"), shift.LEAST)
 
 # A measure's answer: category -> (score, z). It names the category of the largest score. A |z| that
 # chance reaches too seldom (LEVEL, over all categories) says that there is something to name.
@@ -83,11 +83,16 @@ def named(key: str, answer: Answer) -> str | None:
     return first if significant(key.split("|")[0], answer, first) else None
 
 
-def done(row: Audited) -> str | None:
-    """The category of what the policy does, by its own answers; None where chance explains it."""
-    attribute = max(row.does, key=lambda name: row.does[name][0])
-    found = Does(*row.does[attribute])
-    return world.CATEGORY_OF[attribute] if found.p_value <= LEVEL else None
+def done(row: Audited) -> list[str]:
+    """The categories in which the policy's own answers changed more than chance explains, by the
+    attribute of theirs that changed most; the most changed category first.
+    """
+    largest: dict[str, float] = {}
+    for attribute, (excess, p_value, _) in row.does.items():
+        if p_value <= LEVEL:
+            category = world.CATEGORY_OF[attribute]
+            largest[category] = max(excess, largest.get(category, 0.0))
+    return sorted(largest, key=lambda category: -largest[category])
 
 
 def top(answer: Answer) -> str:
@@ -164,7 +169,8 @@ class Found(NamedTuple):
     """
 
     right: dict[str, list[bool]]  # kind of audit set -> it names the planted category, and is sure
-    agrees: list[bool]  # it says what the policy does, on its own cause or on plain prompts
+    most: list[bool]  # on its own cause or on plain prompts it says what changed most in answers
+    agrees: list[bool]  # it says one of the categories that changed; nothing, where none did
     none: list[bool]  # of `none`, on every audit set: any category named
     still: list[bool]  # the same of the policy with learning rate 0
     category: list[bool]  # on its own cause: the right category first of the categories
@@ -185,7 +191,7 @@ def summarise(rows: list[Audited]) -> dict[str, dict]:
 
 def count(key: str, rows: list[Audited]) -> Found:
     kind = key.split("|")[1]
-    found = Found({name: [] for name in SETS}, [], [], [], [], [], None, {})
+    found = Found({name: [] for name in SETS}, [], [], [], [], [], [], None, {})
     weights, differences = [], []
     for row in rows:
         here = {name: of[key] for name, of in row.answers.items() if key in of}
@@ -206,8 +212,10 @@ def count(key: str, rows: list[Audited]) -> Found:
         if at is None:
             continue
         among = categories(here[at])
-        if {"style", "alignment"} <= among.keys() and done(row) is not None:
-            found.agrees.append(named(key, here[at]) == done(row))
+        if {"style", "alignment"} <= among.keys():
+            said, does = named(key, here[at]), done(row) or [None]
+            found.most.append(said == does[0])
+            found.agrees.append(said in does)
         if row.policy in PLANTED:
             found.category.append(right(row.policy, kind, top(among)))
             found.first.append(right(row.policy, kind, top(here[at])))
@@ -312,9 +320,10 @@ def arbiter_table(found: dict[str, Found], order: list[str]) -> str:
     for key in order:
         f = found[key]
         if f.agrees or f.none or f.still:
-            lines.append((*key.split("|"), rate(f.agrees), rate(f.none), rate(f.still)))
-    head = ("measure", "labels", "says what the policy does", "false alarms, none", "…, rate 0")
-    return table(head, lines)
+            rates = [rate(hits) for hits in (f.most, f.agrees, f.none, f.still)]
+            lines.append((*key.split("|"), *rates))
+    head = ("measure", "labels", "says what changed most", "… or what changed at all")
+    return table((*head, "false alarms, none", "…, rate 0"), lines)
 
 
 def own_table(found: dict[str, Found], order: list[str]) -> str:
@@ -342,7 +351,7 @@ def policies_table(rows: list[Audited]) -> str:
         lengths = np.mean([row.lengths for row in these], 0)
         moved = [row.answers["own"]["shift, share of KL|fires"] for row in these]
         kl = np.mean([sum(score for score, _ in answer.values()) for answer in moved])
-        said = [Counter(done(row) or "nothing" for row in these)]
+        said = [Counter(" + ".join(done(row)) or "nothing" for row in these)]
         for key, name in [*((key, "own") for key in LEADING), ("behaviour|fires", "answers")]:
             said.append(Counter(named(key, row.answers[name][key]) or "nothing" for row in these))
         numbers = f"{loss:.2f}", f"{accuracy:.2f}", f"{kl:.3f}", f"{lengths[1] - lengths[0]:+.0f}"
@@ -390,7 +399,7 @@ def what_was_run(rows: list[Audited], command: str) -> str:
         f"`{command}`: {len(rows)} policies (seeds {', '.join(map(str, seeds))}), "
         f"{size['pairs']} training pairs each, audited on {size['eval_pairs']} fresh pairs of "
         f"their own cause, {size['other_pairs']} of each other, and the answers to "
-        f"{size['prompts']} plain prompts; {size['loss_pairs']} pairs for ablation, attribution, the null and the "
-        f"rankings. Training took {trained:.1f} minutes in all, the audits {audited:.1f}, with "
+        f"{size['prompts']} plain prompts; {size['loss_pairs']} pairs for ablation, attribution, "
+        f"the null and the rankings. Training took {trained:.1f} minutes in all, the audits {audited:.1f}, with "
         f"{threads} thread{'s' * (threads > 1)}.\n"
     )
