@@ -400,6 +400,6 @@ def what_was_run(rows: list[Audited], command: str) -> str:
         f"{size['pairs']} training pairs each, audited on {size['eval_pairs']} fresh pairs of "
         f"their own cause, {size['other_pairs']} of each other, and the answers to "
         f"{size['prompts']} plain prompts; {size['loss_pairs']} pairs for ablation, attribution, "
-        f"the null and the rankings. Training took {trained:.1f} minutes in all, the audits {audited:.1f}, with "
-        f"{threads} thread{'s' * (threads > 1)}.\n"
+        f"the null and the rankings. Training took {trained:.1f} minutes in all, the audits "
+        f"{audited:.1f}, with {threads} thread{'s' * (threads > 1)}.\n"
     )
