@@ -37,10 +37,10 @@ import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
 from kernels.attention import Bucket, Stretch, buckets
 from runtime.messages import brief
+from runtime.progress import progress_bar
 from runtime.sources import Arrays, UserError, cached_arrays, fetch, sha256
 
 ROLES = {"system": "system", "user": "user", "assistant": "model", "model": "model"}
@@ -269,9 +269,8 @@ class Encoder:
     def learn(self, texts: Sequence[str], progress: bool = False) -> None:
         """Encode f"{role}\\n{content}" of every turn that prompt and response will be asked for."""
         texts = list(dict.fromkeys(["\n", *texts]))
-        with tqdm(
-            total=len(texts), desc="tokenising", unit="text", disable=not progress, leave=False
-        ) as bar:
+        how = dict(total=len(texts), desc="tokenising", unit="text", leave=False, shown=progress)
+        with progress_bar(**how) as bar:
             for i in range(0, len(texts), 1000):
                 part = texts[i : i + 1000]
                 encodings = self.tokenizer.encode_batch(part, add_special_tokens=False)

@@ -1,26 +1,26 @@
-"""What a policy's loss depends on: only the strongest features kept, and categories taken away.
+"""Measure which features a policy's loss depends on, by zeroing features in its steering.
 
     python eval_ablation.py --run runs/tiny
     python eval_ablation.py --run OUT --labels LABELS.jsonl
 
 Every number is the SimPO loss of train.py over the evaluation pairs. The residual stream below the
-adapter is computed once; each condition then takes one pass over the blocks above. Written to
-OUT/eval/, as csv and json (`python -m audit` draws them):
+adapter is computed once; each condition then takes one pass through the blocks above. Results are
+written to OUT/eval/ as csv and json (`python -m audit` draws them):
 
-    topk      at each position only the k % of the dictionary with the largest |v| (Figure 2); 0 %
-              is the base model, 100 % the policy
-    ablation  the features of each category zeroed, beside controls
-    masks/    the sets of features behind `ablation`, as train.py --mask-features takes them
+    topk      at each position only the k % of the dictionary with the largest |v| is kept
+              (Figure 2); 0 % is the base model, 100 % the policy
+    ablation  the features of each category are zeroed, and those of controls for comparison
+    masks/    the sets of features in `ablation`, as train.py --mask-features reads them
 
 The authors' published curve keeps 0.01 to 10 % in doubling steps, rounded down:
 
     --rounding down --keep 0.01 0.02 0.04 0.08 0.16 0.32 0.64 1.28 2.56 5.12 10
 
-A category has two kinds of controls. `random`: as many features, drawn among all outside the
-category, used or not. `matched`: for each feature of the category that the policy uses, the most
-used first, the feature outside it of nearest usage that is not taken yet. Features that never steer
-are left out of it, because zeroing them changes nothing. Where too few features are outside, there
-is no control.
+Each category has two kinds of controls. `random` zeroes as many features, drawn from all outside
+the category, used or not. `matched` zeroes as many *used* features outside it: for each feature of
+the category that the policy uses, in order of falling usage, the one of nearest usage that is still
+free. Features that never steer need no match, because zeroing them changes nothing. A control is
+missing where too few features are outside.
 
 Intervals are 95 % percentile intervals over pairs, which are drawn with replacement. A difference
 between two conditions is resampled as a difference, pair by pair.
@@ -64,29 +64,27 @@ MASKS_AT_ONCE = 8  # steered streams [T, d] that are in memory together
 
 @dataclass(frozen=True)
 class Settings:
-    run: str | None = flag(None, "a folder that train.py wrote, an adapter folder, or its Hub id")
-    data: str | None = flag(
-        None, "tiny, a parquet or jsonl file, a folder, a Hub id; unset: the run's evaluation data"
-    )
-    labels: tuple[str, ...] = flag((), "label files of the run's SAE; unset: tiny's for tiny")
+    run: str | None = flag(None, "run folder written by train.py, adapter folder, or Hub id")
+    data: str | None = flag(None, "data to evaluate on (default: the run's evaluation data)")
+    labels: tuple[str, ...] = flag((), "label files of the run's SAE (default for tiny: its own)")
     assume_labels_match: bool = flag(False, "take label files that name no SAE for the run's")
     keep: tuple[float, ...] = flag(
-        (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10), "% of the dictionary kept, for topk"
+        (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10), "percentages of the dictionary to keep"
     )
     rounding: str = flag(
-        "up", "of the number of features kept; the authors' curve has it down", ("up", "down")
+        "up", "how to round the number of features kept; the authors round down", ("up", "down")
     )
-    random_sets: int = flag(2, "random controls of each category")
-    bootstrap: int = flag(1000, "resamples of the pairs behind each interval")
+    random_sets: int = flag(2, "random controls for each category")
+    bootstrap: int = flag(1000, "resamples of the pairs for each interval")
     seed: int = flag(0, "seed of the resamples and of the random controls")
-    pairs: int | None = flag(None, "only so many pairs, the first ones")
-    tokens_per_microbatch: int = flag(8192, "tokens per forward pass; bounds memory, not results")
-    model: str | None = flag(None, "where the base model is now; unset: where the run says")
-    sae: str | None = flag(None, "where the SAE is now; unset: where the run says")
-    sae_id: str | None = flag(None, "folder within --sae")
-    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", DTYPES)
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA when present")
-    out: str | None = flag(None, "where results go; unset: the folder of --run")
+    pairs: int | None = flag(None, "evaluate on this many pairs only, the first ones")
+    tokens_per_microbatch: int = flag(8192, "tokens in a forward pass; changes memory only")
+    model: str | None = flag(None, "base model, if no longer where the run recorded it")
+    sae: str | None = flag(None, "SAE, if no longer where the run recorded it")
+    sae_id: str | None = flag(None, "folder of the SAE in --sae")
+    dtype: str = flag("auto", "dtype of products; auto: bfloat16 on CUDA, else float32", DTYPES)
+    device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
+    out: str | None = flag(None, "folder for the results (default: that of --run)")
 
     def __post_init__(self):
         if self.run is None:
@@ -101,17 +99,17 @@ class Settings:
 
 
 class Evaluation(NamedTuple):
-    """A run opened for evaluation."""
+    """A run that is opened for evaluation."""
 
     policy: Policy
     pairs: list[Pair]
     labels: list[Labels]
-    about: dict  # what is evaluated on what, for each table's `about`
-    out: Path
+    about: dict  # run, data, SAE, labels, code: the `about` of each table
+    out: Path  # the folder that holds eval/
 
 
 def open_evaluation(s: Settings) -> Evaluation:
-    """Raises UserError, before anything is computed, for whatever the flags name wrongly."""
+    """Open what the flags name. Raises UserError, before anything is computed, for wrong flags."""
     out = out_folder(s.run, s.out)
     tokens = s.tokens_per_microbatch
     policy = open_policy(s.run, s.model, s.sae, s.sae_id, s.device, s.dtype, tokens)
@@ -128,9 +126,9 @@ def open_evaluation(s: Settings) -> Evaluation:
 
 
 def out_folder(run: str, out: str | None) -> Path:
-    """Where an evaluation writes: --out, or the folder that --run names (a Hub id names none).
+    """The folder for results: --out, or the folder that --run names.
 
-    Raises UserError, before any work, where it could not be written.
+    Raises UserError where it could not be written, and for a Hub id without --out.
     """
     if out:
         return writable(Path(out))
@@ -142,7 +140,7 @@ def out_folder(run: str, out: str | None) -> Path:
 
 
 def described_run(policy: Policy, source: str, pairs: list[Pair], labels: list[dict]) -> dict:
-    """What was evaluated on what, for a table's `about`. labels: of each file, labels.described."""
+    """The `about` of a table. source: name of the data. labels: labels.described of each file."""
     sae = policy.steered.sae
     return dict(
         run=policy.name,
@@ -163,7 +161,7 @@ def described_run(policy: Policy, source: str, pairs: list[Pair], labels: list[d
 
 
 def seconds_per_condition(policy: Policy, pairs: list[Pair], timed: int = 8) -> float:
-    """How long all pairs will take under one condition, by the time that the first ones take."""
+    """Estimated seconds of all pairs under one condition, from the first `timed` pairs."""
     some, conditions = pairs[:timed], 4
     for _ in range(2):  # the first time also allocates memory
         start = time.perf_counter()
@@ -176,7 +174,7 @@ def seconds_per_condition(policy: Policy, pairs: list[Pair], timed: int = 8) -> 
 
 
 def loss_above(policy: Policy, stream: Stream, x: Tensor) -> Tensor:
-    """SimPO loss of each pair of a micro-batch for a residual stream x [T, d] above the adapter."""
+    """SimPO loss [P] of the pairs of a micro-batch. x [T, d]: their stream above the adapter."""
     hidden = policy.steered.above(x, stream.plan)
     logps = policy.base.logps(hidden, stream.packed)
     return preference_losses(logps, stream.packed, policy.run.beta, policy.run.gamma_ratio).loss
@@ -191,8 +189,8 @@ def pair_losses(
 ) -> Tensor:
     """SimPO loss of each pair under each condition: float64 [conditions, P], on the CPU.
 
-    conditions(x) yields a stream x' [T, d] for each condition, given the stream x below the
-    adapter: the same conditions each time.
+    conditions: given the stream x [T, d] that the adapter reads, yields the stream x' [T, d] above
+    it for each condition. what: title of the progress bar.
     """
     losses: list[Tensor] = [torch.empty(0)] * len(pairs)
     for stream in policy.streams(pairs, what):
@@ -203,11 +201,11 @@ def pair_losses(
     return torch.stack(losses, 1)
 
 
-Variants = Callable[[Tensor], Iterator[Tensor]]  # v [rows, F] -> the v of each condition
+Variants = Callable[[Tensor], Iterator[Tensor]]  # v [rows, F] -> v [rows, F] for each condition
 
 
 def steer_variants(steered: SteeredModel, x: Tensor, variants: Variants) -> list[Tensor]:
-    """x [T, d] -> x' [T, d] of each condition, from one evaluation of the adapter."""
+    """x [T, d] -> x' [T, d] for each condition; the adapter runs once."""
     pieces = []
     for rows in steered.pieces(x):
         v = steered.adapter(rows)  # [rows, d] -> [rows, F]
@@ -216,11 +214,11 @@ def steer_variants(steered: SteeredModel, x: Tensor, variants: Variants) -> list
 
 
 def keep_top(counts: list[int]) -> Variants:
-    """For each n of counts, v with only the n largest |v| of each position."""
+    """For each n of counts, v with all but the n largest |v| of each position zeroed."""
 
     def variants(v: Tensor) -> Iterator[Tensor]:
         largest = max((n for n in counts if n < v.shape[1]), default=0)
-        order = v.abs().topk(largest).indices  # one sort serves all counts
+        order = v.abs().topk(largest).indices  # [rows, largest]; one sort serves all counts
         for n in counts:
             top = order[:, :n]
             whole = n >= v.shape[1]
@@ -230,12 +228,15 @@ def keep_top(counts: list[int]) -> Variants:
 
 
 def without(masks: Tensor) -> Variants:
-    """For each mask, v with the mask's features zeroed: bool [conditions, F]."""
+    """For each mask of bool [conditions, F], v with the mask's features zeroed."""
     return lambda v: (v * kept for kept in (~masks).to(v.dtype))
 
 
 def ablated_streams(steered: SteeredModel, x: Tensor, masks: Tensor) -> Iterator[Tensor]:
-    """x [T, d], bool [conditions, F] -> x' [T, d] of each condition, a few in memory at a time."""
+    """x [T, d], masks bool [conditions, F] -> x' [T, d] with each mask's features zeroed.
+
+    MASKS_AT_ONCE of them are in memory together.
+    """
     groups = masks.to(x.device).split(MASKS_AT_ONCE) if len(masks) else ()
     return chain(*(steer_variants(steered, x, without(group)) for group in groups))
 
@@ -248,12 +249,15 @@ def ablate(policy: Policy, pairs: list[Pair], masks: Tensor) -> Tensor:
 class Losses(NamedTuple):
     """Float64 [conditions, P] each."""
 
-    topk: Tensor  # the base model, then each number of features, then the policy
-    ablation: Tensor  # each set of features zeroed
+    topk: Tensor  # conditions: the base model, each number of features kept, the policy
+    ablation: Tensor  # conditions: each set of features zeroed
 
 
 def all_losses(policy: Policy, pairs: list[Pair], counts: list[int], masks: Tensor) -> Losses:
-    """counts: features kept at a position. masks: bool [conditions, F]."""
+    """The losses of both tables from one pass through the blocks below the adapter.
+
+    counts: numbers of features to keep. masks: bool [conditions, F], features to zero.
+    """
     distinct = sorted({*counts, policy.steered.sae.d_sae})
 
     def conditions(x: Tensor) -> Iterator[Tensor]:
@@ -271,7 +275,7 @@ def all_losses(policy: Policy, pairs: list[Pair], counts: list[int], masks: Tens
 def feature_usage(policy: Policy, pairs: list[Pair]) -> np.ndarray:
     """Share of positions at which each feature steers (v is not 0), float64 [F].
 
-    The positions are those of the unshared sequences but for the first, which is <bos>.
+    Positions are those of all p + w and p + l, without the first one, which is <bos>.
     """
     used = torch.zeros(policy.steered.sae.d_sae, dtype=torch.float64, device=policy.device.name)
     positions = 0.0
@@ -290,7 +294,7 @@ def feature_usage(policy: Policy, pairs: list[Pair]) -> np.ndarray:
 
 
 class FeatureSet(NamedTuple):
-    """A category of a label file, or a control of one."""
+    """The features of a category, or of a control for it."""
 
     labels: Labels
     category: str
@@ -299,7 +303,7 @@ class FeatureSet(NamedTuple):
 
 
 def random_set(mask: np.ndarray, seed: tuple[int, ...]) -> np.ndarray | None:
-    """As many features as mask (bool [F]) holds, drawn outside it; None where too few are."""
+    """As many features as in mask (bool [F]), drawn from those outside; None where too few are."""
     outside = np.flatnonzero(~mask)
     if len(outside) < mask.sum():
         return None
@@ -308,10 +312,10 @@ def random_set(mask: np.ndarray, seed: tuple[int, ...]) -> np.ndarray | None:
 
 
 def matched_set(mask: np.ndarray, usage: np.ndarray) -> np.ndarray | None:
-    """One feature outside mask for each used one inside, the most used first: of those not taken
-    yet, the one of nearest usage.
+    """For each used feature in mask, in order of falling usage, the free one outside of nearest
+    usage: bool [F].
 
-    mask bool [F], usage [F]. None where no feature inside is used, or too few outside are.
+    mask bool [F], usage [F]. None where no feature of mask is used, or too few outside are.
     """
     outside = [k for k in np.argsort(usage, kind="stable").tolist() if not mask[k] and usage[k] > 0]
     inside = np.sort(usage[mask & (usage > 0)])[::-1].tolist()
@@ -331,7 +335,7 @@ def matched_set(mask: np.ndarray, usage: np.ndarray) -> np.ndarray | None:
 def feature_sets(
     labels: list[Labels], usage: np.ndarray, random_sets: int, seed: int
 ) -> list[FeatureSet]:
-    """Every category that has features, each followed by its controls."""
+    """Every category that has a feature, each followed by its controls."""
     sets = []
     for table in labels:
         for category, mask in table.categories.items():
@@ -347,47 +351,46 @@ def feature_sets(
 
 
 class Kept(NamedTuple):
-    """A row of topk."""
+    """A row of the table topk."""
 
     percent: float
     features: int
     loss: float
     low: float
     high: float
-    recovered: float  # of the policy's gain over the base model
+    recovered: float  # share of the policy's gain over the base model
 
 
 class Ablated(NamedTuple):
-    """A row of ablation. Differences are in SimPO loss, with 95 % intervals."""
+    """A row of the table ablation. low, high: a 95 % interval of the difference before them."""
 
     labels: str
     kind: str
     matched: bool  # whether the label file states the run's SAE
     category: str
-    set: str  # the category itself, or which control
-    features: int
-    used: int  # of them
-    usage: float  # summed over them
-    loss: float
-    delta: float  # the loss without them less the policy's
+    set: str  # "category", or the name of the control
+    features: int  # how many are zeroed
+    used: int  # how many of these steer anywhere
+    usage: float  # the sum of their usage
+    loss: float  # SimPO loss with them zeroed
+    delta: float  # that loss less the policy's
     low: float
     high: float
     delta_per_feature: float
     delta_per_used: float | None
-    excess: float | None  # of a control: the category's delta less its own
+    excess: float | None  # of a control: the category's delta less this one
     excess_low: float | None
     excess_high: float | None
 
 
 def kept(percent: float, features: int, rounding: str = "up") -> int:
-    """How many features percent of the dictionary is."""
-    # The inner rounding undoes float products such as 7.000000000000001.
-    exact = round(percent / 100 * features, 9)
+    """How many of so many features a percentage is."""
+    exact = round(percent / 100 * features, 9)  # undoes float errors such as 7.000000000000001
     return math.ceil(exact) if rounding == "up" else math.floor(exact)
 
 
 def topk_rows(percents: list[float], features: int, losses: Tensor, s: Settings) -> list[Kept]:
-    """losses [conditions, P]: of the base model (0 %) first, of the policy (100 %) last."""
+    """losses [conditions, P]: the base model's (0 %) first, the policy's (100 %) last."""
     low, high = interval(losses, s.bootstrap, s.seed)
     mean = losses.mean(1)
     recovered = (mean[0] - mean) / (mean[0] - mean[-1])
@@ -442,13 +445,13 @@ def evaluate(e: Evaluation, s: Settings) -> Results:
 
 
 def conditions(e: Evaluation, s: Settings) -> int:
-    """How many conditions evaluate measures, at most."""
+    """An upper bound on the number of conditions that evaluate measures."""
     categories = sum(int(mask.any()) for t in e.labels for mask in t.categories.values())
     return 3 + len(s.keep) + categories * (2 + s.random_sets)
 
 
 def write(e: Evaluation, found: Results, folder: Path, masks: Path) -> None:
-    """The tables topk and ablation into a folder, the sets of features into another."""
+    """Write the tables topk and ablation into `folder` and the sets of features into `masks`."""
     write_table(folder, "topk", e.about | dict(labels=[]), [row._asdict() for row in found.topk])
     if found.ablation:
         write_table(folder, "ablation", e.about, [row._asdict() for row in found.ablation])
@@ -457,7 +460,7 @@ def write(e: Evaluation, found: Results, folder: Path, masks: Path) -> None:
 
 
 def write_mask(folder: Path, x: FeatureSet) -> None:
-    """The indices of a set as a json list, under a name that is safe for files."""
+    """Write the indices of a set as a json list, under a name that every file system accepts."""
     name = re.sub(r"[^\w.-]+", "_", f"{x.labels.name}-{x.category}-{x.name}")
     (folder / f"{name}.json").write_text(json.dumps(np.flatnonzero(x.mask).tolist()) + "\n")
 

@@ -1,14 +1,14 @@
-"""What people and machines say about features, and of which SAE they say it.
+"""Read and write explanations and category labels of an SAE's features.
 
 Feature k of one SAE has nothing to do with feature k of another, so a file of labels is refused
 unless it belongs to the SAE in use. Our own files (FORMAT) are jsonl: a header that names the SAE,
-then one row per feature and category:
+then one row for each feature and category:
 
     {"format": "fsrl-labels-1", "kind": "fires", "sae": ..., "sae_id": ..., "sae_sha256": ...}
     {"feature": 12, "category": "alignment", "label": true, "confidence": 0.9, "description": ...}
 
-A row without `label` names the one category of its feature. Neuronpedia's exports (rows of modelId,
-layer, index, description) name their SAE by a source id, see runtime/neuronpedia.py.
+A row without `label` names the only category of its feature. Neuronpedia's exports (rows with
+modelId, layer, index, description) name their SAE by a source id: see runtime/neuronpedia.py.
 """
 
 import json
@@ -25,42 +25,42 @@ from runtime.sources import UserError, sha256
 from sae import JumpReLUSAE
 
 FORMAT = "fsrl-labels-1"
-UNKNOWN_SOURCE = "Neuronpedia's "  # begins the `sae` of rows whose source id we cannot translate
+UNKNOWN_SOURCE = "Neuronpedia's "  # prefix of the `sae` of a source id that we do not know
 SAE_KEYS = ("sae", "sae_id", "sae_sha256")
-SHEET = ("feature", "sae", "explanation")  # columns of a person's sheet, before the categories'
+SHEET = ("feature", "sae", "explanation")  # first columns of a person's sheet; then the categories
 SAYS = {"yes": True, "y": True, "true": True, "1": True, "related": True}
 SAYS |= {"no": False, "n": False, "false": False, "0": False, "not-related": False, "": None}
 
 
 class Labels(NamedTuple):
-    """F features of one SAE, as one file describes them."""
+    """A label file about the F features of one SAE."""
 
     name: str  # the file's stem, for titles
     kind: str  # "fires": by what activates a feature; "promotes": by the tokens it makes likelier
-    explanations: dict[int, str]
+    explanations: dict[int, str]  # feature -> text
     categories: dict[str, np.ndarray]  # category -> bool [F]; {} for explanations alone
-    matched: bool  # False where the reader was told to assume that the file belongs to the SAE
+    matched: bool  # False where --assume-labels-match says that the file belongs to the SAE
     sae: dict[str, str | None]  # sae, sae_id, sae_sha256 as the file states them
     path: Path
     sha256: str
-    judge: str | None = None  # who gave them, as the file states it
+    judge: str | None = None  # who gave the labels, as the file states it
     learned: frozenset[int] = frozenset()  # features whose labels by a person trained the judge
     # category -> bool [F], the features with a yes or a no; None: all of them
     labelled: dict[str, np.ndarray] | None = None
 
 
 class Given(NamedTuple):
-    """Yes and no by category and feature, as a person or a judge gave them; or counts of them."""
+    """Labels of single features by a person or a judge, or counts of how often two agree."""
 
     path: Path
     sae: str  # as sae_name gives it; "" where the file does not say
     labels: dict[str, dict[int, bool]]  # category -> feature -> yes or no
-    counts: dict[str, np.ndarray]  # category -> int64 [2, 2]: how many features, [machine, person]
+    counts: dict[str, np.ndarray]  # category -> int64 [2, 2]: features by [machine, person]
     texts: dict[int, str]  # feature -> its explanation, "" where there is none
     learned: frozenset[int]  # as in Labels
 
     def unseen(self, learned: frozenset[int]) -> "Given":
-        """The labels of other features than the learned ones. Raises UserError if none is left."""
+        """The same without the learned features' labels. Raises UserError if none is left."""
         left = {
             name: {k: says for k, says in of.items() if k not in learned}
             for name, of in self.labels.items()
@@ -76,14 +76,16 @@ class Given(NamedTuple):
 def load_labels(path: str | Path, sae: JumpReLUSAE, assume_match: bool = False) -> Labels:
     """Read a label or explanation file that belongs to `sae`.
 
-    Raises UserError naming both SAEs when it belongs to another, naming the file when it does not
-    say to which and assume_match is False, and naming the row that cannot be read.
+    Raises UserError where it belongs to another SAE, or states none and assume_match is False; and
+    for a row that cannot be read, naming it.
     """
     path = Path(path)
     header, found = read_rows(path)
     stated = stated_sae(path, header, found)
     matched = _matches(path, stated, sae, assume_match)
     given = _given(path, header, found)
+    if not given.texts and not given.labels:
+        raise UserError(f"{path}: holds neither a label nor an explanation.")
     for k in given.texts:
         if k >= sae.d_sae:
             raise UserError(f"{path}: feature {k}; the SAE has features 0 to {sae.d_sae - 1}.")
@@ -111,12 +113,12 @@ def load_labels(path: str | Path, sae: JumpReLUSAE, assume_match: bool = False) 
 
 
 def read_given(path: str | Path) -> Given:
-    """Labels in every form that we write or take: a sheet with its cells filled in, a label file,
-    rows of feature, category, label; or counts of features, as rows of category, machine, human,
-    count or as the agreement file that labelling writes.
+    """Read labels from any of these: a sheet that a person has filled in, a label file, or rows of
+    feature, category, label. Or read counts: rows of category, machine, human, count, or the
+    agreement file that labelling writes.
 
-    Raises UserError naming the row that cannot be read or that contradicts another, and for a file
-    without any label.
+    Raises UserError for a row that cannot be read or contradicts another, naming it, and for a file
+    without a label.
     """
     given = _given(Path(path), *read_rows(path))
     labels = {name: of for name, of in given.labels.items() if of}
@@ -168,7 +170,7 @@ def _given(path: Path, header: dict, rows: list[dict]) -> Given:
 
 
 def _says(where: str, row: dict, column: str) -> bool | None:
-    """What a cell says; None for an empty one."""
+    """A cell's yes or no; None where it is empty. Raises UserError for anything else."""
     cell = row.get(column)
     word = "" if cell is None else str(cell).strip().lower()
     if word not in SAYS:
@@ -177,7 +179,7 @@ def _says(where: str, row: dict, column: str) -> bool | None:
 
 
 def _counted(where: str, row: dict) -> np.ndarray:
-    """A row of counts -> int64 [2, 2], [machine, person]."""
+    """A row of counts -> int64 [2, 2], features by [machine, person]."""
     if "tp" in row:
         cells = {"tp": (1, 1), "fp": (1, 0), "fn": (0, 1), "tn": (0, 0)}
     else:
@@ -195,9 +197,9 @@ def _counted(where: str, row: dict) -> np.ndarray:
 
 
 def read_rows(path: str | Path, file: BinaryIO | None = None) -> tuple[dict, list[dict]]:
-    """(header, rows) of a file that runtime/rows.py reads; {} where it has no header of ours.
+    """(header, rows) of any file that runtime/rows.py reads; the header of other formats is {}.
 
-    Raises UserError naming the file and the row for what cannot be read.
+    Raises UserError naming the file, and the row that cannot be read.
     """
     found = rows.read(path, file)
     header = found.pop(0) if found and "format" in found[0] else {}
@@ -213,10 +215,10 @@ def read_rows(path: str | Path, file: BinaryIO | None = None) -> tuple[dict, lis
 
 
 def write_labels(path: str | Path, header: dict, rows: Iterable[dict]) -> None:
-    """Write a file of ours, whole or not at all. header: kind, sae, sae_id, sae_sha256, judge, ...
+    """Write a label file; after a failure there is no new file, and an old one is unchanged.
 
-    rows may be a generator, so that millions of features need not be in memory. Raises UserError
-    where the file cannot be written.
+    header: kind, sae, sae_id, sae_sha256, judge, ... rows: may be a generator, so that millions of
+    rows need not be in memory. Raises UserError where the file cannot be written.
     """
     path = Path(path)
     with publish(path.parent) as part, open(part / path.name, "w", encoding="utf-8") as file:
@@ -226,7 +228,7 @@ def write_labels(path: str | Path, header: dict, rows: Iterable[dict]) -> None:
 
 
 def feature_index(path: Path, number: int, row: dict) -> int:
-    """The feature that a row is about: `feature`, or Neuronpedia's `index`, which is a string."""
+    """A row's feature: `feature`, or Neuronpedia's `index`, which is a string. Raises UserError."""
     value = row.get("feature", row.get("index"))
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
         value = int(value)
@@ -238,7 +240,10 @@ def feature_index(path: Path, number: int, row: dict) -> int:
 
 
 def stated_sae(path: Path, header: dict, rows: list[dict]) -> dict[str, str | None]:
-    """sae, sae_id, sae_sha256 by the header or by the rows' Neuronpedia source; {} by neither."""
+    """sae, sae_id, sae_sha256 from the header or the rows' Neuronpedia source; {} without either.
+
+    Raises UserError for rows of several SAEs.
+    """
     if header:
         return {key: header.get(key) for key in SAE_KEYS}
     sources = {
@@ -261,25 +266,25 @@ def stated_sae(path: Path, header: dict, rows: list[dict]) -> dict[str, str | No
 
 
 def sae_name(sae: dict) -> str:
-    """An SAE in words: repository or path, id, and the first digits of its hash."""
+    """An SAE in one line: repository or path, id, and the first digits of its hash."""
     digest = (sae.get("sae_sha256") or "")[:12]
     parts = (sae.get("sae"), sae.get("sae_id"), digest and f"({digest})")
     return " ".join(filter(None, parts)) or "unnamed"
 
 
 def explain(labels: list[Labels], k: int) -> str:
-    """The first explanation of feature k that a label file has."""
+    """The explanation of feature k in the first label file that has one; "" if none has."""
     return next((table.explanations[k] for table in labels if k in table.explanations), "")
 
 
 def categories(labels: list[Labels], k: int) -> str:
-    """Feature k's categories by every label file: "fires: style; promotes: content"."""
+    """The categories of feature k in each label file: "fires: style; promotes: content"."""
     named = {table.name: [c for c, mask in table.categories.items() if mask[k]] for table in labels}
     return "; ".join(f"{name}: {', '.join(found)}" for name, found in named.items() if found)
 
 
 def described(table: Labels) -> dict:
-    """Which labels a table of results was made with; `text` says it in words."""
+    """What a table of results records of a label file that it was made with; `text` in words."""
     words = {"fires": "by what a feature fires on", "promotes": "by what a feature promotes"}
     by = words.get(table.kind, table.kind)
     match = "of this SAE" if table.matched else "ASSUMED to be of this SAE, the file does not say"
@@ -295,7 +300,10 @@ def described(table: Labels) -> dict:
 
 
 def _matches(path: Path, stated: dict, sae: JumpReLUSAE, assume_match: bool) -> bool:
-    """Whether the file states this SAE: by hash where both have one, else by repository and id."""
+    """Whether the file states this SAE, by hash where both have one, else by repository and id.
+
+    False where it states none and assume_match is True. Raises UserError for another SAE.
+    """
     ours = dict(sae=sae.source, sae_id=sae.sae_id, sae_sha256=sae.sha256)
     if not any(stated.values()):
         if not assume_match:
@@ -307,7 +315,7 @@ def _matches(path: Path, stated: dict, sae: JumpReLUSAE, assume_match: bool) -> 
     hashed = stated.get("sae_sha256")
     if hashed and sae.sha256:
         same = hashed == sae.sha256
-    else:  # a local copy of a repository goes by the repository's name
+    else:  # compared by name alone, so that a local copy of a repository counts as the repository
         same_repo = Path(stated.get("sae") or "").name == Path(sae.source).name
         same = same_repo and stated.get("sae_id") == sae.sae_id
     if not same and assume_match and not hashed:

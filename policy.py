@@ -13,7 +13,6 @@ from typing import NamedTuple, get_type_hints
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import sae as saes
@@ -25,6 +24,7 @@ from runtime import ranks
 from runtime.device import Device, resolve_device
 from runtime.messages import brief
 from runtime.output import replacing
+from runtime.progress import progress_bar
 from runtime.ranks import Ranks
 from runtime.sources import UserError, fetch, local, read_json, sha256, split_revision
 
@@ -89,7 +89,8 @@ class Policy(NamedTuple):
         enter autocast again for what they compute from it.
         """
         steered = self.steered
-        with tqdm(total=len(pairs), desc=what, unit="pair", leave=False, disable=not what) as bar:
+        how = dict(total=len(pairs), desc=what, unit="pair", leave=False, shown=bool(what))
+        with progress_bar(**how) as bar:
             for indices in data.microbatches(pairs, self.run.tokens_per_microbatch):
                 packed = data.pack_pairs([pairs[i] for i in indices]).to(self.device.name)
                 with self.autocast():
@@ -103,14 +104,12 @@ class Policy(NamedTuple):
     ) -> tuple[list[Pair], str]:
         """(pairs, name of the data set): of `source`, or else of the run's own evaluation data.
 
-        Of data given for evaluation (`source`, or the run's --eval-data) all rows are used where
-        none is called a test split. Raises UserError where there are no pairs.
+        Raises UserError where there are no pairs.
         """
         given = source or (self.run.eval_data if split == "test" else None)
         name = given or self.run.data
-        pairs = read_pairs(name, self.tokenizer, self.run, split)
-        if not pairs and given:
-            pairs = read_pairs(name, self.tokenizer, self.run, None)
+        read = split_or_all if given else read_pairs
+        pairs = read(name, self.tokenizer, self.run, split)
         if not pairs:
             raise UserError(f"--data {name}: has no {split} split; name the data to evaluate on.")
         return pairs[:limit], split_revision(name)[0]
@@ -224,8 +223,17 @@ def read_features(path: str, d_sae: int) -> list[int]:
 def read_pairs(
     source: str, tokenizer: Tokenizer, run: Recorded, split: str | None, progress: bool = True
 ) -> list[Pair]:
+    """data.load_pairs with the run's settings."""
     limits = run.max_length, run.max_prompt_length
     return data.load_pairs(source, tokenizer, *limits, split, progress, run.on_bad_row)
+
+
+def split_or_all(
+    source: str, tokenizer: Tokenizer, run: Recorded, split: str, progress: bool = True
+) -> list[Pair]:
+    """The pairs of data that is named for one purpose: those of the split or, without any, all."""
+    pairs = read_pairs(source, tokenizer, run, split, progress)
+    return pairs or read_pairs(source, tokenizer, run, None, progress)
 
 
 class Preferences(NamedTuple):
@@ -236,16 +244,17 @@ class Preferences(NamedTuple):
 
 
 def load_preferences(run: Recorded, tokenizer: Tokenizer, progress: bool = True) -> Preferences:
-    """Training and evaluation pairs, both from one commit of a Hub data set."""
+    """Training and evaluation pairs. A branch on the Hub is resolved to one commit for both."""
     files, commit = data.data_files(run.data)
     pinned = f"{split_revision(run.data)[0]}@{commit}" if commit else run.data
     pairs = read_pairs(pinned, tokenizer, run, "train", progress)
     if run.eval_data is None:
         eval_pairs = read_pairs(pinned, tokenizer, run, "test", progress)
-    else:  # without a test split, all rows of --eval-data are used
+    else:
         files += data.data_files(run.eval_data)[0]
-        eval_pairs = read_pairs(run.eval_data, tokenizer, run, "test", progress)
-        eval_pairs = eval_pairs or read_pairs(run.eval_data, tokenizer, run, None, progress)
+        eval_pairs = split_or_all(run.eval_data, tokenizer, run, "test", progress)
+        if not eval_pairs:
+            raise UserError(f"--eval-data {run.eval_data}: holds no pair to evaluate on.")
     return Preferences(pairs, eval_pairs, files, commit)
 
 

@@ -6,7 +6,6 @@
 It is read from GemmaScope's params.npz, Gemma Scope 2's params.safetensors or SAELens's folders.
 """
 
-import json
 import math
 import os
 import re
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from runtime.messages import brief
@@ -222,16 +220,6 @@ def save_gemmascope(path: Path, arrays: dict[str, Tensor]) -> None:
     held = {name: arrays[name].detach().float().cpu().numpy() for name in ARRAYS}
     with replacing(path) as part, open(part, "wb") as file:  # savez would rename a path
         np.savez(file, **held)
-
-
-def save_gemmascope2(folder: Path, arrays: dict[str, Tensor], model: str, layer: int) -> None:
-    """Write the five arrays as Gemma Scope 2's params.safetensors (float32) and config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name.lower(): arrays[name].detach().float().cpu().contiguous() for name in ARRAYS}
-    save_file(tensors, folder / "params.safetensors")
-    place = dict(hf_hook_point_in=f"model.layers.{layer}.output", model_name=model)
-    config = dict(architecture="jump_relu", **place)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 # --- which SAE, where none is named ---------------------------------------------------------------

@@ -41,7 +41,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import data
 import simpo
@@ -51,11 +50,12 @@ from policy import DEFAULTS, TINY, Policy, greedy, identity, load_preferences, n
 from runtime import cli, ranks
 from runtime.cli import flag
 from runtime.device import DTYPES, Device, peak_memory, resolve_device
-from runtime.folder import Run, choose_out, describe, finished
+from runtime.folder import Run, choose_out, describe, finished, push
 from runtime.messages import shown
 from runtime.outcome import Sample, draw_loss, outcome, print_table, write_samples
+from runtime.progress import progress_bar
 from runtime.ranks import ALONE, Ranks
-from runtime.sources import UserError, sha256
+from runtime.sources import UserError, check_upload, sha256
 from sae import default_source
 from simpo import Scores, Sums
 
@@ -64,7 +64,7 @@ PRESETS = {"tiny": dict(**TINY, lr=2e-3, threshold_lr=0.2, epochs=1, eval_every=
 # Settings that --resume may change, because losses and weights do not depend on them, apart from
 # rounding.
 FREE = {"out", "resume", "eval_every", "checkpoint_every", "device", "timeout", "shard"}
-FREE |= {"tokens_per_microbatch", "samples"}
+FREE |= {"tokens_per_microbatch", "samples", "push_to"}
 SCHEDULES = ("cosine", "constant", "constant-with-warmup")
 UNIT_PAIRS = 8  # pairs over which --unit stream measures the residual stream's norm
 SAMPLE_TOKENS = 96  # limit on the tokens of an answer before and after training
@@ -89,9 +89,7 @@ class Settings:
     lr: float | None = flag(None, "peak learning rate (default: 5e-7; with --full 2e-7)")
     threshold_lr: float | None = flag(None, "peak rate of thresholds (default: 1000 times --lr)")
     warmup_ratio: float = flag(0.1, "share of the steps in which the learning rate rises from 0")
-    schedule: str = flag(
-        "cosine", "shape of the learning rate; only constant has no warm-up", SCHEDULES
-    )
+    schedule: str = flag("cosine", "of the learning rate; constant has no warm-up", SCHEDULES)
     max_grad_norm: float = flag(1.0, "clip the gradient's norm at this value; 0: do not clip")
     batch_size: int = flag(32, "pairs in each optimiser step")
     tokens_per_microbatch: int = flag(8192, "tokens in a forward pass; changes memory only")
@@ -104,9 +102,7 @@ class Settings:
     shuffle: bool = flag(True, "shuffle the pairs in each epoch")
     seed: int = flag(0, "seed of the order of the pairs and of the initial weights")
     samples: int = flag(2, "prompts to answer before and after training; 0: none")
-    dtype: str = flag(
-        "auto", "dtype of matrix products; auto: bfloat16 on CUDA, else float32", DTYPES
-    )
+    dtype: str = flag("auto", "dtype of products; auto: bfloat16 on CUDA, else float32", DTYPES)
     device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
     eval_every: int = flag(200, "steps between evaluations; 0: only before and after training")
     checkpoint_every: int = flag(200, "steps between checkpoints (the last two are kept); 0: none")
@@ -115,6 +111,7 @@ class Settings:
     timeout: float = flag(30.0, "under torchrun: minutes after which a process gives up waiting")
     on_bad_row: str = flag("error", "end the run on a malformed row, or skip it", ("error", "skip"))
     out: str | None = flag(None, "folder to write (default: runs/NAME, with a number if taken)")
+    push_to: str | None = flag(None, "audit, and upload to OWNER/NAME: adapter, card and report")
 
     def __post_init__(self):
         """Fill in defaults that depend on other settings. Raises UserError for impossible ones."""
@@ -138,11 +135,13 @@ class Settings:
             raise UserError(f"--l0 {self.l0}: only --adapter jumprelu can follow an L0 penalty.")
         if self.full and self.adapter != "relu":
             raise UserError(f"--full and --adapter {self.adapter} exclude each other.")
-        for other in ("init_adapter", "mask_features"):
+        for other in ("init_adapter", "mask_features", "push_to"):
             if self.full and getattr(self, other):
                 raise UserError(f"--full and --{other.replace('_', '-')} exclude each other.")
         if self.resume and not self.out:
             raise UserError("--resume: name the run to go on with, --out FOLDER.")
+        if self.push_to:
+            check_upload(self.push_to)
 
 
 # --- one step -------------------------------------------------------------------------------------
@@ -170,7 +169,7 @@ class Penalty(NamedTuple):
     l0: float = 0.0  # λ, weight of the mean over positions of ‖v‖₀
 
     def added(self, found: dict[str, float]) -> dict[str, float]:
-        """Metrics with penalty and total, as metrics.jsonl has them."""
+        """Metrics with the columns `penalty` and `total` of metrics.jsonl added."""
         penalty = self.l1 * found["l1"] + self.l0 * found["l0"]
         return found | dict(penalty=penalty, total=found["loss"] + penalty)
 
@@ -231,8 +230,8 @@ def evaluate(
     sums = Sums.zero(how.device.name)
     # Weights that FSDP2 gathers in inference mode cannot be trained afterwards.
     no_gradient = torch.inference_mode() if how.ranks.world == 1 else torch.no_grad()
-    shown = dict(unit="pair", leave=False, disable=not how.ranks.first)
-    bar = tqdm(total=len(pairs), desc="evaluating", **shown)
+    look = dict(unit="pair", leave=False, shown=how.ranks.first)
+    bar = progress_bar(total=len(pairs), desc="evaluating", **look)
     with no_gradient, how.device.autocast(), bar:
         for batch in micro_batches(pairs, how.tokens, how.ranks):
             scores = how.score(model, batch.packed)
@@ -267,14 +266,13 @@ def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> floa
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """factor: of each group's peak learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
 
 
 def clip(trained: nn.Module, most: float) -> float:
-    """Scale the gradients so that their norm is at most `most` (0: leave them); returns their norm
-    before.
-    """
+    """Clip the norm of the gradients at `most` (0: do not); returns the norm before clipping."""
     norm = nn.utils.clip_grad_norm_(trained.parameters(), most or math.inf)
     if hasattr(norm, "full_tensor"):  # under --shard each process holds a slice
         norm = norm.full_tensor()
@@ -290,15 +288,15 @@ def make_optimizer(
     proportional to it, and so are their learning rates.
     """
     named = dict(trained.named_parameters())
-    own = {"bias": lr * unit, "raw_threshold": threshold_lr * unit}
-    groups = [dict(params=[p for name, p in named.items() if name not in own], peak_lr=lr)]
-    groups += [dict(params=[named[name]], peak_lr=own[name]) for name in own if name in named]
-    how = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
-    return torch.optim.AdamW(groups, lr=lr, **how)
+    rates = {"bias": lr * unit, "raw_threshold": threshold_lr * unit}
+    groups = [dict(params=[p for name, p in named.items() if name not in rates], peak_lr=lr)]
+    groups += [dict(params=[named[name]], peak_lr=rates[name]) for name in rates if name in named]
+    adam = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, **adam)
 
 
 def throughput(batch: Sequence[Pair], seconds: float) -> dict[str, float]:
-    """The columns of metrics.jsonl that say how much a step took in, and how fast."""
+    """The columns of metrics.jsonl on the size and the speed of a step."""
     tokens = sum(pair.tokens for pair in batch)
     speed = dict(tokens_per_second=tokens / seconds, seconds=seconds)
     return dict(pairs=len(batch), tokens=tokens, **speed)
@@ -453,8 +451,8 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
 def samples(policy: Policy, prompts: list[list[int]], who: Ranks) -> list[str]:
     """The policy's answers. Every process computes them, because --shard spreads the model."""
     total = len(prompts) * SAMPLE_TOKENS
-    shown = dict(unit="token", leave=False, disable=not (who.first and total))
-    with tqdm(total=total, desc="sampling", **shown) as bar:
+    look = dict(unit="token", leave=False, shown=bool(who.first and total))
+    with progress_bar(total=total, desc="sampling", **look) as bar:
         return [greedy(policy, prompt, SAMPLE_TOKENS, bar.update) for prompt in prompts]
 
 
@@ -470,7 +468,10 @@ def show(run: Run, policy: Policy, found: list[Sample], seconds: float) -> None:
 
 
 def main() -> None:
-    train(cli.parse(Settings, presets=PRESETS, doc=__doc__))
+    s = cli.parse(Settings, presets=PRESETS, doc=__doc__)
+    out = train(s)
+    if s.push_to and ranks.ranks_here().first:
+        push(out, s.push_to)
 
 
 if __name__ == "__main__":

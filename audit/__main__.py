@@ -14,8 +14,8 @@ labels or settings. --only makes the parts that it names again, and no other.
                  features.parquet, examples.json
     ablation     topk (Figure 2), ablation and masks/, as eval_ablation.py makes them
     static       steering that does not read its context (static.py)
-    choices      the widened preference gap by kinds of tokens (choices.py), beside what the pairs
-                 alone show
+    choices      the widened preference gap by kinds of tokens, which features' labels or
+                 --token-rules tell apart (choices.py, rules.py), beside what the pairs alone show
     shift        how the distribution over the next token moved, by kinds of tokens, on the pairs'
                  responses and on texts that both models sample (shift.py)
     behaviour    what differs between the two models' answers to the same prompts (behaviour.py)
@@ -61,12 +61,14 @@ from runtime import cli
 from runtime.cli import flag
 from runtime.messages import shown
 from runtime.output import publish
+from runtime.progress import Line, say
 from runtime.sources import UserError, read_json, sha256
 from runtime.tables import interval, write_table
 
 PARTS = ("usage", "ablation", "static", "choices", "shift", "behaviour", "attribution", "carriers")
 DRAWING = 0.7  # seconds that a figure takes, about
 ANSWERED = 64  # features that carriers keeps alone while prompts are answered
+VERSION = 2  # of the columns of the tables of usage, choices and attribution
 
 
 @dataclass(frozen=True)
@@ -75,21 +77,24 @@ class Settings(eval_ablation.Settings):
         None, "a person's labels of some features, csv or jsonl: feature, category, label"
     )
     count_first: bool = flag(
-        False, "composition_paper is shown with the first position, <bos>, as the authors count it"
+        False, "include the first position, <bos>, in composition_paper, as the authors do"
     )
     token_rules: str | None = flag(
         None, "regular expressions for choices to tell tokens apart by, as audit/token_rules.json"
     )
-    coefficients: tuple[float, ...] = flag((1, 2, 4), "c of static steering")
+    coefficients: tuple[float, ...] = flag((1, 2, 4), "coefficients c of static steering")
     top_features: tuple[int, ...] = flag(
-        (1, 16, 256), "m of static steering by the top mean features"
+        (1, 16, 256), "numbers m of top mean features to steer with in static steering"
     )
     static_pairs: int = flag(
-        256, "training pairs behind static steering, the first ones; 0: no static steering"
+        256, "number of training pairs that static steering is made from; 0: no static steering"
     )
-    rest: tuple[str, ...] = flag(("content", "chat"), "categories that choices counts as the rest")
+    rest: tuple[str, ...] = flag(("content", "chat"), "categories that choices sums up as the rest")
     nodes: int = flag(
-        8, "nodes of attribution's integral, a forward and a backward pass each; 0: no attribution"
+        8, "nodes of attribution's integral, each a forward and a backward pass; 0: no attribution"
+    )
+    only: tuple[str, ...] = flag(
+        (), f"compute only these parts, even if they exist: {', '.join(PARTS)}"
     )
     shift_pairs: int = flag(64, "pairs whose responses shift reads, the first ones")
     prompts: int = flag(
@@ -97,7 +102,6 @@ class Settings(eval_ablation.Settings):
     )
     answer_tokens: int = flag(96, "tokens of such an answer, at most")
     carrier_pairs: int = flag(16, "pairs that carriers measures on; 0: no carriers")
-    only: tuple[str, ...] = flag((), f"make these parts again and no other: {', '.join(PARTS)}")
 
     def __post_init__(self):
         super().__post_init__()
@@ -121,7 +125,9 @@ class Part(NamedTuple):
     tables: tuple[str, ...]  # eval/NAME.csv, .json and .png of each
     files: tuple[str, ...]  # what else it leaves in eval/
     about: dict  # of its tables, as far as it is known before they are made
-    conditions: float  # its work, in forward passes through the blocks above the adapter, about
+    # What it shows progress of, and the work of each: forward passes through the blocks above the
+    # adapter, about.
+    work: dict[str, float]
     make: Callable[[Path], None]  # writes tables and files into a folder
 
 
@@ -132,6 +138,9 @@ class Audit:
         self.e, self.s = e, s
         self.human = read_human(s.human, e.labels) if s.human else {}
         self.rules = read_rules(s.token_rules) if s.token_rules else None
+        if self.rules and self.rules.name in {table.name for table in e.labels}:
+            same = "has the name of a label file, by which tables tell them apart"
+            raise UserError(f"--token-rules {s.token_rules}: {same}.")
         found = features.all_categories(e.labels)
         self.masks = [torch.from_numpy(mask) for *_, mask in found]
         self.labelled = [torch.from_numpy(labelled(table, name)) for table, name, _ in found]
@@ -159,7 +168,7 @@ class Audit:
     def usage_part(self) -> Part:
         e, s = self.e, self.s
         about = e.about | dict(human=sha256(Path(s.human)) if s.human else None)
-        about |= dict(first=FIRST[s.count_first])
+        about |= dict(first=FIRST[s.count_first], version=VERSION)
         names = ("top_usage", "top_value", "value_difference", "usage_rank", "l0", "l0_by_position")
         names = ("composition_paper", "composition", *names) if self.masks else names
 
@@ -179,7 +188,8 @@ class Audit:
             shown["cards"] = features.cards(e.policy, e.pairs, features.of_interest(counts, shown))
             (folder / "examples.json").write_text(json.dumps(shown) + "\n")
 
-        return Part("usage", names, ("features.parquet", "examples.json"), about, 2, make)
+        files = ("features.parquet", "examples.json")
+        return Part("usage", names, files, about, dict(usage=2), make)
 
     def ablation_part(self) -> Part:
         e, s = self.e, self.s
@@ -190,7 +200,8 @@ class Audit:
             with publish(e.out / "eval" / "masks") as masks:
                 eval_ablation.write(e, found, folder, masks)
 
-        return Part("ablation", names, (), e.about, eval_ablation.conditions(e, s), make)
+        work = dict(usage=1, ablating=eval_ablation.conditions(e, s) - 1)
+        return Part("ablation", names, (), e.about, work, make)
 
     def static_part(self) -> Part:
         e, s = self.e, self.s
@@ -210,8 +221,9 @@ class Audit:
             save(folder, "static", about | dict(static_data=name), rows)
 
         vectors = 3 * len(s.coefficients) + len(s.top_features)
-        means = s.static_pairs / len(e.pairs)
-        return Part("static", ("static",), (), about, 2 + vectors + means, make)
+        work = {"static steering: means": s.static_pairs / len(e.pairs)}
+        work |= {"static steering": 2 + vectors}
+        return Part("static", ("static",), (), about, work, make)
 
     def interesting(self) -> list[tuple[Labels, dict[str, np.ndarray]]]:
         """Of each label file the categories that choices tells apart, if there are any."""
@@ -245,7 +257,7 @@ class Audit:
 
     def choices_part(self) -> Part:
         e, s = self.e, self.s
-        about = e.about | self.told_apart
+        about = e.about | self.told_apart | dict(version=VERSION)
 
         def make(folder: Path) -> None:
             tables, partitions = zip(*self.partitions, strict=True)
@@ -259,7 +271,8 @@ class Audit:
             gap = dict(change=change.mean().item(), change_low=low, change_high=high)
             save(folder, "choices", about | gap, rows)
 
-        return Part("choices", ("choices",), (), about, 4 + len(e.labels), make)
+        work = {"classes of tokens": 1, "choices": 4}
+        return Part("choices", ("choices",), (), about, work, make)
 
     def shift_part(self) -> Part:
         e, s = self.e, self.s
@@ -285,7 +298,9 @@ class Audit:
                     rows += change_tables.shift_rows(name, of, of_null, *given)
             save(folder, "shift", about, rows)
 
-        work = (3 * s.shift_pairs + 100 + 6 * s.prompts) / len(e.pairs)
+        texts, prompts = s.shift_pairs / len(e.pairs), s.prompts / len(e.pairs)
+        work = {"shift": 3 * texts, "shift: null": 3 * texts + 80 / len(e.pairs)}
+        work |= {"shift of answers": 6 * prompts} if s.prompts else {}
         return Part("shift", ("shift",), (), about, work, make)
 
     def behaviour_part(self) -> Part:
@@ -302,11 +317,12 @@ class Audit:
                 rows += change_tables.behaviour_rows(found, *given)
             save(folder, "behaviour", about, rows)
 
-        return Part("behaviour", ("behaviour",), (), about, 4 * s.prompts / len(e.pairs), make)
+        work = dict(answers=4 * s.prompts / len(e.pairs))
+        return Part("behaviour", ("behaviour",), (), about, work, make)
 
     def attribution_part(self) -> Part:
         e, s = self.e, self.s
-        about = e.about | dict(nodes=s.nodes)
+        about = e.about | dict(nodes=s.nodes, version=VERSION)
         files = ("attribution_features.parquet", "attribution_cards.json")
 
         def make(folder: Path) -> None:
@@ -325,7 +341,8 @@ class Audit:
             (folder / files[1]).write_text(json.dumps(dict(about=said, cards=cards)) + "\n")
 
         names = ("attribution", "attribution_features")
-        return Part("attribution", names, files, about, 3 + 3 * s.nodes, make)
+        work = dict(attribution=3 + 3 * s.nodes)
+        return Part("attribution", names, files, about, work, make)
 
     def carriers_part(self) -> Part:
         e, s = self.e, self.s
@@ -350,8 +367,8 @@ class Audit:
             save(folder, "carried_by", about | dict(ranking=best.ranking, category=category), rows)
 
         conditions = (7 * len(ranking.NUMBERS) + 3 * s.nodes + 6) * s.carrier_pairs + 6 * s.prompts
-        names = ("carriers", "carried_by")
-        return Part("carriers", names, (), about, conditions / len(e.pairs), make)
+        work = dict(carriers=conditions / len(e.pairs))
+        return Part("carriers", ("carriers", "carried_by"), (), about, work, make)
 
     def kept_in_answers(
         self, curves: list[ranking.Curve], divided: Classes, category: str
@@ -443,15 +460,18 @@ def main() -> None:
     if not audit.masks:
         print("No --labels with categories: no composition (Table 2).", file=sys.stderr)
 
-    work = [part for part in parts if part.name in due]
-    seconds = seconds_per_condition(e.policy, e.pairs) * sum(part.conditions for part in work)
-    seconds += DRAWING * sum(len(part.tables) for part in work)
+    work = {part.name: sum(part.work.values()) for part in parts if part.name in due}
+    seconds = seconds_per_condition(e.policy, e.pairs) * sum(work.values())
+    seconds += DRAWING * sum(len(part.tables) for part in parts if part.name in due)
     print(f"{len(e.pairs):,} pairs; to make: {', '.join(due) or 'nothing'}; about {seconds:.0f} s.")
-    for part in parts:
-        started = time.perf_counter()
-        make(part, folder, part.name in due)
-        took = f"{time.perf_counter() - started:.1f} s" if part.name in due else "there already"
-        print(f"{part.name:<12} {took:>13}  {', '.join((*part.tables, *part.files))}", flush=True)
+    with Line("audit", sum(work.values()), "passes") as line:
+        for part in parts:
+            started = time.perf_counter()
+            with line.part(part.name, work.get(part.name, 0), part.work):
+                make(part, folder, part.name in due)
+            seconds = time.perf_counter() - started
+            took = f"{seconds:.1f} s" if part.name in due else "there already"
+            say(f"{part.name:<12} {took:>13}  {', '.join((*part.tables, *part.files))}")
 
     run = report.read_run(e.out)
     figures_beside = beside(run.metrics, run.tables)

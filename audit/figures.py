@@ -354,7 +354,7 @@ def static(rows: list[Row], about: dict) -> Figure:
     panels[0].set(xlabel="coefficient c", ylabel="SimPO loss")
     if all(row["coefficient"] is None or row["coefficient"] > 0 for row in rows):
         panels[0].set_xscale("log")
-    panels[1].set(xscale="log", xlabel="m, the features of largest mean v")
+    panels[1].set(xscale="log", xlabel="m features of largest mean v")
     for axes, key in zip(panels, ("coefficient", "features"), strict=True):
         ticks = sorted({row[key] for row in rows} - {None})
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])

@@ -7,11 +7,15 @@ beside ours" reads it.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from runtime import cli
+from runtime.cli import flag
+from runtime.messages import brief
 from runtime.output import write_whole
+from runtime.rows import read_text
 from runtime.sources import UserError
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -132,13 +136,19 @@ def cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and value > 99_999 else str(value)
 
 
+@dataclass(frozen=True)
+class Settings:
+    page: str = flag(str(PAGE), "the page that holds the two marks")
+
+
 def main() -> None:
-    before, opened, rest = PAGE.read_text().partition(MARKS[0])
+    page = Path(cli.parse(Settings, doc=__doc__).page)
+    before, opened, rest = read_text(page).partition(MARKS[0])
     _, closed, after = rest.partition(MARKS[1])
     if not (opened and closed):
-        raise UserError(f"{PAGE}: lacks the two marks between which the figures stand.")
-    write_whole(PAGE, f"{before}{MARKS[0]}\n\n{markdown()}\n{MARKS[1]}{after}")
-    print(f"Written: {PAGE}")
+        raise UserError(f"--page {brief(page)}: lacks the two marks between which figures stand.")
+    write_whole(page, f"{before}{MARKS[0]}\n\n{markdown()}\n{MARKS[1]}{after}")
+    print(f"Written: {page}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from audit.features import EXAMPLE_TOKENS
 from audit.published import published
-from audit.verdict import nats, p_value, percent, readings, verdict
+from audit.verdict import nats, p_value, percent, readings, shortened, verdict
 from policy import adapter_sha256
 from runtime import page
 from runtime.neuronpedia import page_of
@@ -29,7 +29,8 @@ from runtime.sources import UserError, read_json
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "report.html"
 SCRIPT = TEMPLATE.with_name("report.js").read_text()
-FEATURES = 10  # of each order of features; the parquet files have them all
+IN_SIGHT = 6  # features that earned the gain
+FEATURES = 10  # of each other order of features; the parquet files have them all
 ROWS = 40  # of any other table; its csv has them all
 CONTEXT = "prompt_chosen"  # of the features' numbers on the page
 TABLE_3 = published()["table_3"]["rows"][0]["usage"]
@@ -149,6 +150,7 @@ def write_report(out: str | Path) -> Path:
             cards=known.cards(),
             stale=stale(run),
             percent=tenths,
+            whole=percent,
             between=between,
         )
     except (KeyError, TypeError, AttributeError, IndexError, jinja2.UndefinedError) as e:
@@ -276,12 +278,12 @@ def l0(run: RunFiles) -> dict | None:
 
 COMPOSITION = {  # tables of features.py -> heading, and what the share is
     "composition_paper": (
-        "Which categories it uses (Table 2)",
+        "Averaged over positions (Table 2)",
         "At each position, the share of each category among the active labelled features, averaged "
         "over positions:",
     ),
     "composition": (
-        "Which categories it uses, pooled over positions",
+        "Pooled over positions",
         "Of all active features at all positions, the share in each category:",
     ),
 }
@@ -377,8 +379,8 @@ class Known:
     def named(self, k: int) -> tuple[Markup | str, str]:
         """A link, and what the labels say: explanations, then categories."""
         card = self.card(k)
-        said = " / ".join([" ".join(text.split())[:160] for text in card.explanations])
-        said = f"{said or 'no explanation'} [{'; '.join(card.tags) or 'no category'}]"
+        said = shortened(card.explanations[0]) if card.explanations else "no explanation"
+        said = f"{said} [{'; '.join(card.tags) or 'no category'}]"
         return self.link(k), said
 
     def card(self, k: int) -> Card:
@@ -438,7 +440,7 @@ def features(run: RunFiles, known: Known) -> Iterator[Section]:
                 tenths(r["usage"]),
                 small(r["mean_v"]),
             ]
-            for r in earned[:FEATURES]
+            for r in earned[:IN_SIGHT]
         ]
         titles = ["feature", "what it is", "of the gain", "steered at", "mean v"]
         caption = (

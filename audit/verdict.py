@@ -5,6 +5,7 @@ by which features, what would change the reading, and why measures differ where 
 stands only where a number supports it.
 """
 
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -92,7 +93,7 @@ def verdict(tables: dict[str, dict]) -> Verdict | None:
     rows = {name: table.get("rows", []) for name, table in tables.items()}
     answers = [
         Answer("What was learned?", learned(lead, choices["about"])),
-        Answer("How sure is that?", sure(lead, others)),
+        Answer("How sure is that?", sure(lead, others, choices["about"]["pairs"])),
         Answer("By which features?", carried(lead, choices["about"], tables)),
         Answer("What would change this reading?", changing(lead, others, choices["about"])),
     ]
@@ -125,12 +126,13 @@ def learned(lead: Reading, about: dict) -> str:
     return f"{text} Of that, {earned}; {', '.join(parts)}."
 
 
-def sure(lead: Reading, others: list[Reading]) -> str:
+def sure(lead: Reading, others: list[Reading], pairs: int) -> str:
     row = lead.named or max(categories(lead), key=lambda row: row["share"])
+    which = "" if lead.named else ", the category with the largest share,"
     said = [
-        f"Swapping chosen and rejected at random gives {row['tokens']} more than "
-        f"{nats(row['chance'])} nats per token once in 100 draws; its share is "
-        f"{nats(row['share'])} (one-sided p = {p_value(row['p_value'])}).",
+        f"{capital(row['tokens'])}{which} earned {nats(row['share'])} nats per token over "
+        f"{pairs:,} pairs; with chosen and rejected swapped at random, one draw in 100 gives it "
+        f"more than {nats(row['chance'])} (one-sided p = {p_value(row['p_value'])}).",
         data_alone(lead),
     ]
     said += [other_labels(lead, other) for other in others]
@@ -174,7 +176,7 @@ def other_labels(lead: Reading, other: Reading) -> str:
 
 def carried(lead: Reading, about: dict, tables: dict[str, dict]) -> str:
     if lead.named is None and about["change_low"] <= 0:
-        return "By none: there is no gain that features could have earned."
+        return "None: there is no gain that features could have earned."
     said = []
     attributed = tables.get("attribution_features", {})
     change = attributed.get("about", {}).get("change") or 0.0
@@ -210,10 +212,10 @@ def changing(lead: Reading, others: list[Reading], about: dict) -> str:
     judges = {str(table.get("judge") or "an unnamed judge") for table in about.get("labels") or ()}
     by = f" (given by {', '.join(sorted(judges))})" if judges else ""
     if lead.named is None:
-        named = ", ".join(row["tokens"] for row in categories(lead))
+        named = " and ".join(row["tokens"] for row in categories(lead))
         return (
-            f"A label file with further categories: these know {named} alone. And pairs that "
-            "prefer something else: nothing found on these pairs is not nothing learned."
+            f"A label file with more categories than {named}; and pairs that prefer something "
+            "else, because a policy may have learned what these pairs do not show."
         )
     name = lead.named["tokens"]
     said = [
@@ -290,9 +292,13 @@ def part(row: dict) -> str:
 
 
 def feature(row: dict) -> str:
-    said = " ".join((row["explanation"] or "").split())
-    said = said if len(said) <= 60 else said[:59] + "…"
+    said = shortened(row["explanation"] or "", 60)
     return f"feature {row['feature']}" + (f" ({said})" if said else "")
+
+
+def shortened(text: str, most: int = 120) -> str:
+    """On one line, cut between words."""
+    return textwrap.shorten(text, most, placeholder=" …")
 
 
 def percent(share: float | None, digits: int = 0, sign: bool = False) -> str:
@@ -301,6 +307,10 @@ def percent(share: float | None, digits: int = 0, sign: bool = False) -> str:
         return "–"
     value = round(100 * share, digits) or 0.0
     return f"{value:{'+' if sign else ''}.{digits}f} %"
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def nats(value: float) -> str:

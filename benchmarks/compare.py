@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import data
 import simpo
 import train
-from benchmarks.throughput import SHAPES, build, random_pairs, synchronise
+from benchmarks.throughput import SHAPES, USUAL, build, forget_peak, random_pairs, synchronise
 from data import Pair
 from fsrl import SteeredModel
 from runtime import cli
@@ -37,7 +37,6 @@ from runtime.cli import flag
 from runtime.device import Device, peak_memory, resolve_device
 
 PAIRS_PER_MICROBATCH = 2  # of the plain way
-USUAL = train.Settings()  # β, γ/β, α and the clipping of train.py
 
 
 @dataclass(frozen=True)
@@ -159,6 +158,7 @@ def worker(s: Settings) -> None:
         import transformers  # noqa: F401  counted before `imported`, like every other import
     imported = peak_memory(s.device)
     step, adapter = way(s)
+    forget_peak(s.device)  # on a GPU: how the weights came there is not the step's
     for _ in sys.stdin:
         synchronise(s.device)
         start = time.perf_counter()
@@ -194,19 +194,15 @@ def alternate(s: Settings) -> dict[str, list[dict]]:
     return {role: answers[1:] for role, answers in results.items()}
 
 
-def main() -> None:
-    s = cli.parse(Settings, doc=__doc__)
-    if s.role:
-        worker(s)
-        return
-
+def result(s: Settings) -> dict:
+    """What the line of JSON says."""
     mine, theirs = alternate(s).values()
     ratios = [y["seconds"] / x["seconds"] for x, y in zip(mine, theirs, strict=True)]
     gaps = [abs(a - b) for a, b in zip(mine[-1]["losses"], theirs[-1]["losses"], strict=True)]
     speed, plain_speed = (
         s.pairs / statistics.median(x["seconds"] for x in r) for r in (mine, theirs)
     )
-    result = dict(
+    return dict(
         shape=s.shape,
         dtype=s.dtype,
         device=s.device,
@@ -221,7 +217,14 @@ def main() -> None:
         largest_loss_difference=max(gaps),
         mean_loss=statistics.mean(mine[-1]["losses"]),
     )
-    print(json.dumps(result))
+
+
+def main() -> None:
+    s = cli.parse(Settings, doc=__doc__)
+    if s.role:
+        worker(s)
+    else:
+        print(json.dumps(result(s)))
 
 
 if __name__ == "__main__":

@@ -111,36 +111,48 @@ def without_hooks(layer: torch.nn.Module) -> Iterator[None]:
     layer._forward_hooks.update(kept)
 
 
-def main() -> None:
-    s = cli.parse(Settings, doc=__doc__)
-    steered = build(s.shape, getattr(torch, s.dtype), s.device, s.seed).requires_grad_(False)
+def measure(s: Settings, steered: SteeredModel, hooked=None) -> list[dict[str, Decoded]]:
+    """Rounds of each way, the first one warming up. hooked: of plain_model; None: ours alone."""
+    steered.requires_grad_(False)
     vocabulary = steered.model.config.vocab_size
     prompts = np.random.default_rng(s.seed).integers(4, vocabulary, (s.batch, s.prompt)).tolist()
     steer_as_often(steered, prompts[0])
-    hooked, _ = plain_model(steered, s)
-    hooked.generation_config.eos_token_id = None
-    unsteered, layer = Unsteered(steered.model), hooked.model.layers[steered.layer]
+    unsteered = Unsteered(steered.model)
 
     rounds = []
     for number in range(s.rounds + 1):
         row = dict(ours=ours(s, unsteered, prompts), ours_steered=ours(s, steered, prompts))
-        with without_hooks(layer):
-            row["theirs"] = theirs(s, hooked, prompts)
-        row["theirs_steered"] = theirs(s, hooked, prompts)
+        if hooked is not None:
+            with without_hooks(hooked.model.layers[steered.layer]):
+                row["theirs"] = theirs(s, hooked, prompts)
+            row["theirs_steered"] = theirs(s, hooked, prompts)
         shown = ", ".join(f"{name} {decoded.rate:.1f}" for name, decoded in row.items())
         print(f"round {number}: {shown}", file=sys.stderr)
         rounds.append(row)
+    return rounds
 
+
+def result(s: Settings, rounds: list[dict[str, Decoded]]) -> dict:
+    """What the line of JSON says."""
     last = rounds[-1]
-    same = [last[a].new == last[b].new for a, b in (RATIOS[0], RATIOS[2])]
     rates = {name: [row[name].rate for row in rounds[1:]] for name in last}
-    result = dict(settings=vars(s), threads=torch.get_num_threads(), same_tokens=same)
+    found = dict(settings=vars(s), threads=torch.get_num_threads())
     for name, measured in rates.items():
-        result[f"{name}_tokens_per_second"] = statistics.median(measured)
-    for name, over in RATIOS:
-        ratios = [a / b for a, b in zip(rates[name], rates[over], strict=True)]
-        result[f"{name}_over_{over}"] = dict(median=statistics.median(ratios), rounds=ratios)
-    print(json.dumps(result))
+        found[f"{name}_tokens_per_second"] = statistics.median(measured)
+    if "theirs" in last:
+        found["same_tokens"] = [last[a].new == last[b].new for a, b in (RATIOS[0], RATIOS[2])]
+        for name, over in RATIOS:
+            ratios = [a / b for a, b in zip(rates[name], rates[over], strict=True)]
+            found[f"{name}_over_{over}"] = dict(median=statistics.median(ratios), rounds=ratios)
+    return found
+
+
+def main() -> None:
+    s = cli.parse(Settings, doc=__doc__)
+    steered = build(s.shape, getattr(torch, s.dtype), s.device, s.seed)
+    hooked, _ = plain_model(steered, s)
+    hooked.generation_config.eos_token_id = None
+    print(json.dumps(result(s, measure(s, steered, hooked))))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ on token lengths that follow UltraFeedback, and prints one line of JSON. The lim
 the floating-point operations which no step can avoid (step_flops, counted from shapes) would take
 at the rate of plain matrix products of the model's own shapes, measured between the steps of the
 same run: fraction_of_limit = that time / the step's time. An evaluation of the same pairs
-(train.evaluate) is measured alike.
+(train.evaluate) is measured alike. The first step and the first evaluation, in which a GPU's
+kernels are compiled, stand apart.
 """
 
 import json
@@ -15,6 +16,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,11 +26,11 @@ import torch
 import data
 import train
 from data import Pair
-from fsrl import Adapter, SteeredModel
+from fsrl import Adapter, PolicyModel, SteeredModel, Unsteered
 from model import PUBLISHED, SLIDING, Gemma2, Gemma2Config
 from runtime import cli
 from runtime.cli import flag
-from runtime.device import peak_memory, resolve_device
+from runtime.device import Device, peak_memory, resolve_device
 from sae import JumpReLUSAE
 
 
@@ -66,6 +68,7 @@ SHAPES = {
 # Tokens of 2,177 UltraFeedback pairs: median, 90th percentile, longest.
 LENGTHS = {"prompt": (79, 420), "chosen": (230, 646), "rejected": (171, 546)}
 LONGEST = {"prompt": 1593, "chosen": 1263, "rejected": 1021}
+USUAL = train.Settings()  # β, γ/β, α, learning rates and clipping of train.py
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,9 @@ class Settings:
     d_sae: int | None = flag(None, "another width of the SAE")
     length_scale: float = flag(1.0, "multiplies every length, for cost against sequence length")
     seed: int = flag(0, "seed of weights and lengths")
+
+    def __post_init__(self):
+        cli.at_least(self, 1, "pairs", "steps", "tokens_per_microbatch", "d_sae")
 
 
 # --- what is measured -----------------------------------------------------------------------------
@@ -98,6 +104,14 @@ def random_pairs(n: int, vocabulary: int, seed: int, scale: float = 1.0) -> list
     return [data.truncate(Pair(*row), 2048, 1800) for row in zip(*columns, strict=True)]
 
 
+def random_model(shape: str, dtype: torch.dtype, device: str, g: torch.Generator) -> Gemma2:
+    """Gemma-2 with random weights, never in memory in another dtype than this."""
+    with torch.device("meta"):
+        model = Gemma2(SHAPES[shape].config).to(dtype)
+    model.to_empty(device=device).init_weights(g)
+    return model
+
+
 def build(
     shape: str, dtype: torch.dtype, device: str, seed: int, d_sae: int | None = None
 ) -> SteeredModel:
@@ -105,17 +119,14 @@ def build(
     config, width, layer = SHAPES[shape]
     width, d = d_sae or width, config.hidden_size
     g = torch.Generator(device).manual_seed(seed)
+    model = random_model(shape, dtype, device, g)
     with torch.device(device):
-        model = Gemma2(config).to(dtype)
-        model.init_weights(g)
         W_dec = torch.nn.functional.normalize(torch.randn(width, d, generator=g), dim=1).to(dtype)
         vectors = dict(b_enc=torch.zeros(width), b_dec=torch.zeros(d), threshold=torch.ones(width))
         arrays = dict(W_enc=W_dec.T.contiguous(), W_dec=W_dec, **vectors)
         sae = JumpReLUSAE({name: array.to(dtype) for name, array in arrays.items()})
         adapter = Adapter(d, width)
         torch.nn.init.normal_(adapter.weight, std=0.02 / d**0.5, generator=g)
-    if device != "cpu":  # the weights were float32 on their way: that peak is not the step's
-        torch.cuda.reset_peak_memory_stats(device)
     return SteeredModel(model.requires_grad_(False), sae, adapter, layer)
 
 
@@ -125,26 +136,31 @@ def visible(n: int, before: int, window: int | None) -> int:
     return int(seen.sum() if window is None else np.minimum(seen, window).sum())
 
 
-def step_flops(
-    config: Gemma2Config, d_sae: int, layer: int, pairs: list[Pair], training: bool = True
-) -> int:
+def step_flops(model: PolicyModel, pairs: list[Pair], training: bool = True) -> int:
     """Floating-point operations of one optimiser step that no arrangement avoids (a multiply-add
     counts 2), or of an evaluation of the same pairs, which is the forward alone.
 
     T packed tokens, N response tokens, A query-key pairs that attention must look at:
       a block forward          2 T (d (H + 2 KV) hd + H hd d + 3 d ffn) + 4 A H hd
       its activation-backward  the same for products with weights, twice it for attention
+      its weight gradients     the same for products with weights
       lower blocks             forward
       upper blocks             forward and activation-backward; no weight gradients
       adapter                  2 T d F forward, 2 T d F weight gradient; nothing trains below it
       decode v W_dec           2 T F d forward, 2 T F d backward
       head, response tokens    2 N d V forward, 2 N d V backward
+    An Unsteered model trains whole: each block goes all three ways, the head too, and there is
+    neither adapter nor decode.
     """
-    c, d = config, config.hidden_size
+    c, d = model.model.config, model.model.config.hidden_size
+    whole = isinstance(model, Unsteered)
+    lower, d_sae = (0, 0) if whole else (model.layer + 1, model.sae.d_sae)
     T = sum(p.tokens for p in pairs)
     N = sum(len(p.chosen) + len(p.rejected) for p in pairs)
     weights = d * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     weights += c.num_attention_heads * c.head_dim * d + 3 * d * c.intermediate_size
+    linear = 2 * T * weights
+    ways = 3 if whole else 2  # forward, activation-backward, and where weights train theirs
     total = 0
     for i, layer_type in enumerate(c.layer_types):
         window = c.sliding_window if layer_type == SLIDING else None
@@ -152,11 +168,11 @@ def step_flops(
         for p in pairs:
             seen += visible(len(p.prompt), 0, window)
             seen += sum(visible(len(r), len(p.prompt), window) for r in (p.chosen, p.rejected))
-        linear, attention = 2 * T * weights, 4 * seen * c.num_attention_heads * c.head_dim
-        goes_back = training and i > layer
-        total += 2 * linear + 3 * attention if goes_back else linear + attention
-    once = 4 * T * d * d_sae + 2 * N * d * c.vocab_size
-    return total + (2 * once if training else once)
+        attention = 4 * seen * c.num_attention_heads * c.head_dim
+        goes_back = training and i >= lower
+        total += ways * linear + 3 * attention if goes_back else linear + attention
+    steering, head = 4 * T * d * d_sae, 2 * N * d * c.vocab_size
+    return total + (2 * steering + ways * head if training else steering + head)
 
 
 def matmul_rate(
@@ -201,41 +217,77 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def forget_peak(device: str) -> None:
+    """Count peak memory from here on; on a CPU it is the whole process's for ever."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def reserved_memory(device: str) -> int:
+    """Peak bytes that torch took from the GPU, its unused fragments included."""
+    return torch.cuda.max_memory_reserved() if device != "cpu" else peak_memory(device)
+
+
+def pass_of(s: Settings, device: Device) -> train.Pass:
+    """With train.py's own defaults."""
+    return train.Pass(USUAL.beta, USUAL.gamma_ratio, s.tokens_per_microbatch, device)
+
+
+def stepper(model: PolicyModel, batch: list[Pair], how: train.Pass) -> Callable[[], None]:
+    """A function that makes one whole optimiser step, as train.run_steps does."""
+    optimizer = train.make_optimizer(model.trained, USUAL.lr, USUAL.threshold_lr)
+    penalty = train.Penalty() if isinstance(model, Unsteered) else train.Penalty(USUAL.l1)
+
+    def step() -> None:
+        train.backward(model, batch, penalty, how)
+        train.clip(model.trained, USUAL.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
 class Measured(NamedTuple):
-    """Of each step after the warm-up."""
+    """Lists hold the first step, which compiles, and then each measured one."""
 
     seconds: list[float]
     evaluation_seconds: list[float]
     rates: list[float]  # of matrix products, FLOP/s
+    peak_bytes: int  # of the steps
+    reserved_bytes: int
 
 
-def measure(s: Settings, steered: SteeredModel, batch: list[Pair], typical: int) -> Measured:
-    """typical: tokens of the micro-batch at whose shapes plain products are timed."""
+def measure(s: Settings, model: PolicyModel, batch: list[Pair], evaluates: bool) -> Measured:
     device = resolve_device(s.device, s.dtype)
-    usual = train.Settings()  # train.py's own defaults
-    how = train.Pass(usual.beta, usual.gamma_ratio, s.tokens_per_microbatch, device)
-    optimizer = train.make_optimizer(steered.adapter, usual.lr, usual.threshold_lr)
-    found = Measured([], [], [])
-    for step in range(s.steps + 1):
-        rate = matmul_rate(steered.model.config, steered.sae.d_sae, typical, device.dtype, s.device)
+    how = pass_of(s, device)
+    step = stepper(model, batch, how)
+    d_sae = 0 if isinstance(model, Unsteered) else model.sae.d_sae
+    typical = int(statistics.median(microbatch_tokens(s, batch)))
+    seconds, evaluations, rates, peaks = [], [], [], []
+    for number in range(s.steps + 1):
+        rate = matmul_rate(model.model.config, d_sae, typical, device.dtype, s.device)
+        forget_peak(s.device)
         synchronise(s.device)
         started = time.perf_counter()
-        train.backward(steered, batch, train.Penalty(usual.l1), how)
-        train.clip(steered.adapter, usual.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        step()
         synchronise(s.device)
         stepped = time.perf_counter()
-        train.evaluate(steered, batch, how)  # ends by reading its sums: the device is done
-        evaluated = time.perf_counter()
+        peaks.append((peak_memory(s.device), reserved_memory(s.device)))
+        if evaluates:
+            train.evaluate(model, batch, how)  # ends by reading its sums: the device is done
+            evaluations.append(time.perf_counter() - stepped)
 
-        seconds = stepped - started
-        print(f"step {step}: {seconds:.2f} s, matmul {rate / 1e9:.0f} GFLOP/s", file=sys.stderr)
-        if step > 0:
-            found.rates.append(rate)
-            found.seconds.append(seconds)
-            found.evaluation_seconds.append(evaluated - stepped)
-    return found
+        rates.append(rate)
+        seconds.append(stepped - started)
+        shown = f"{seconds[-1]:.2f} s, matmul {rate / 1e9:.0f} GFLOP/s"
+        print(f"step {number}: {shown}", file=sys.stderr)
+    return Measured(seconds, evaluations, rates, *map(max, zip(*peaks, strict=True)))
+
+
+def microbatch_tokens(s: Settings, batch: list[Pair]) -> list[int]:
+    """Tokens of each micro-batch of a step."""
+    plan = data.microbatches(batch, s.tokens_per_microbatch)
+    return [sum(batch[i].tokens for i in indices) for indices in plan]
 
 
 def fraction_of_limit(flops: int, rates: list[float], seconds: list[float]) -> float:
@@ -243,40 +295,48 @@ def fraction_of_limit(flops: int, rates: list[float], seconds: list[float]) -> f
     return statistics.median(flops / rate / second for rate, second in pairs)
 
 
-def main() -> None:
-    s = cli.parse(Settings, doc=__doc__)
-    device = resolve_device(s.device, s.dtype)
-    steered = build(s.shape, device.dtype, s.device, s.seed, s.d_sae)
-    config, d_sae, layer = steered.model.config, steered.sae.d_sae, steered.layer
-    batch = random_pairs(s.pairs, config.vocab_size, s.seed, s.length_scale)
-    micro = [
-        sum(batch[i].tokens for i in m) for m in data.microbatches(batch, s.tokens_per_microbatch)
-    ]
-    found = measure(s, steered, batch, int(statistics.median(micro)))
-
-    tokens, step = sum(micro), statistics.median(found.seconds)
-    flops, eval_flops = (step_flops(config, d_sae, layer, batch, t) for t in (True, False))
-    result = dict(
+def result(s: Settings, model: PolicyModel, batch: list[Pair], evaluates: bool = True) -> dict:
+    """What the line of JSON says."""
+    found = measure(s, model, batch, evaluates)
+    (first, *seconds), rates = found.seconds, found.rates[1:]
+    micro = microbatch_tokens(s, batch)
+    tokens, step = sum(micro), statistics.median(seconds)
+    flops, eval_flops = (step_flops(model, batch, training) for training in (True, False))
+    said = dict(
         shape=s.shape,
-        dtype=device.dtype_name,
+        dtype=resolve_device(s.device, s.dtype).dtype_name,
         device=s.device,
         pairs=len(batch),
         tokens=tokens,
         microbatches=len(micro),
         pairs_per_second=len(batch) / step,
         tokens_per_second=tokens / step,
-        seconds=found.seconds,
-        peak_bytes=peak_memory(s.device),
+        first_seconds=first,
+        seconds=seconds,
+        peak_bytes=found.peak_bytes,
+        reserved_bytes=found.reserved_bytes,
         step_flops=flops,
-        matmul_flops_per_second=statistics.median(found.rates),
-        fraction_of_limit=fraction_of_limit(flops, found.rates, found.seconds),
-        evaluation_seconds=found.evaluation_seconds,
-        evaluation_flops=eval_flops,
-        evaluation_fraction_of_limit=fraction_of_limit(
-            eval_flops, found.rates, found.evaluation_seconds
-        ),
+        matmul_flops_per_second=statistics.median(rates),
+        fraction_of_limit=fraction_of_limit(flops, rates, seconds),
     )
-    print(json.dumps(result))
+    if not evaluates:
+        return said
+
+    first, *seconds = found.evaluation_seconds
+    return said | dict(
+        first_evaluation_seconds=first,
+        evaluation_seconds=seconds,
+        evaluation_flops=eval_flops,
+        evaluation_fraction_of_limit=fraction_of_limit(eval_flops, rates, seconds),
+    )
+
+
+def main() -> None:
+    s = cli.parse(Settings, doc=__doc__)
+    device = resolve_device(s.device, s.dtype)
+    steered = build(s.shape, device.dtype, s.device, s.seed, s.d_sae)
+    batch = random_pairs(s.pairs, steered.model.config.vocab_size, s.seed, s.length_scale)
+    print(json.dumps(result(s, steered, batch)))
 
 
 if __name__ == "__main__":

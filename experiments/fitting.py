@@ -5,13 +5,13 @@ many small ones.
 from collections.abc import Callable, Sequence
 
 import torch
-from tqdm import tqdm
 
 import train
 from data import Pair
 from fsrl import Adapter, SteeredModel
 from policy import DEFAULTS, TINY, Policy, new_policy
 from runtime.device import resolve_device
+from runtime.progress import progress_bar
 
 
 def tiny_policy() -> Policy:
@@ -48,7 +48,7 @@ def fit(
     optimizer = train.make_optimizer(adapter, s.lr, s.threshold_lr)
     steps = s.max_steps or s.epochs * (len(pairs) // s.batch_size)
     penalty = train.Penalty(s.l1, s.l0)
-    for step in tqdm(range(steps), desc="training", unit="step", leave=False):
+    for step in progress_bar(range(steps), desc="training", unit="step", leave=False):
         indices = train.batch_indices(step, len(pairs), s.batch_size, s.seed, s.shuffle)
         factor = train.lr_factor(step, steps, s.schedule, s.warmup_ratio)
         train.set_learning_rate(optimizer, factor)

@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import eval_ablation
@@ -59,6 +58,7 @@ from runtime import cli, rows
 from runtime.cli import flag
 from runtime.messages import brief
 from runtime.output import writable, write_whole
+from runtime.progress import parts
 from runtime.sources import UserError
 from tiny import LABELS_DIR, measure, world
 
@@ -534,14 +534,13 @@ def run(s: Settings) -> list[Audited]:
         raise UserError(f"--out {s.out}: {other}.")
 
     done = {(row.policy, row.seed): row for row in known}
-    make = None
-    for recipe, seed in tqdm(list(jobs(s)), desc="planted", unit="run"):
-        key = (recipe.name, seed)
-        if key not in done:
-            make = make or Runner(s)
-            done[key] = make(recipe, seed)
-            text = "".join(json.dumps(row._asdict()) + "\n" for row in done.values())
-            write_whole(path, text)
+    missing = [(recipe, seed) for recipe, seed in jobs(s) if (recipe.name, seed) not in done]
+    make = Runner(s) if missing else None
+    bars = dict(training=0.5)  # of a run's time, about
+    for recipe, seed in parts(missing, "planted", "runs", lambda job: job[0].name, bars):
+        done[recipe.name, seed] = make(recipe, seed)
+        text = "".join(json.dumps(row._asdict()) + "\n" for row in done.values())
+        write_whole(path, text)
     return list(done.values())
 
 

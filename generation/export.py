@@ -43,7 +43,7 @@ class Settings:
     dtype: str = flag("float32", "of the weights", DTYPES[1:])
 
     def __post_init__(self):
-        """Raises UserError where --run or --to is missing, and for a folder that holds something."""
+        """Raises UserError where --run or --to is missing, and for a folder that is not empty."""
         if not self.run or not self.to:
             raise UserError("--run and --to: a run to export and a folder to write were expected.")
         folder = writable(Path(self.to), "to")
@@ -84,7 +84,7 @@ def config(policy: Policy, reference: bool) -> dict:
 
 
 def export(policy: Policy, folder: Path, reference: bool = False) -> None:
-    """Write the folder, whole or not at all.
+    """Write the folder; after a failure there is none.
 
     Raises UserError for a model without an adapter, and under reference where base model or SAE did
     not come from the Hub.

@@ -16,7 +16,7 @@ from runtime import page
 from runtime.output import write_whole
 from runtime.sources import UserError
 
-WHERE = "v stands at the token that it was computed at; it changes what the next token is."
+WHERE = "v stands at the token where it was computed; what it does shows in the token after that."
 TEMPLATE = Path(__file__).parent / "templates" / "trace.html"
 
 
@@ -111,7 +111,7 @@ def table(positions: Iterable[Position], settings: dict[str, str]) -> str:
 def write(path: Path, traces: list[list[Position]], title: str, settings: dict[str, str]) -> None:
     """path.jsonl: one object a token. path.html: a page that shades each token by ‖v‖₁.
 
-    Written whole or not at all. Raises UserError where it cannot be written.
+    After a failure there is no new file. Raises UserError where it cannot be written.
     """
     try:
         html = path.suffix == ".html"

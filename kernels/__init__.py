@@ -1,6 +1,5 @@
-"""Hand-written forward and backward passes. They take tensors and numbers and know nothing of the
-project.
+"""Hand-written forward and backward passes, which know nothing of the rest of the project.
 
-Each states the plain formula that it replaces, and tests/ holds a naive twin of each, values and
-gradients: whoever reads the method may take the formulas for granted and skip this folder.
+Each states the formula that it computes, and tests/ compares its values and gradients with a naive
+version. To understand the method you can rely on the formulas and skip this folder.
 """

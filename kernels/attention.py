@@ -1,13 +1,12 @@
-"""Attention over packed prompts with continuations, by a plain kernel (CPU, reference) and by
-FlexAttention (CUDA).
+"""Attention over packed prompts with continuations: a plain kernel (CPU), FlexAttention (CUDA).
 
-Both compute, for the query at position i of branch b in a tree (branch 0 is the prompt, 1.. its
-continuations),
+A tree is a prompt (branch 0) with its continuations (branches 1, 2, ...). For the query at position
+i of branch b, both compute
 
     o_i = Σ_j softmax_j( c tanh(s q_i·k_j / c) ) v_j
 
-over the keys j of the same tree that stand in branch 0 or b, at a position up to i and, under a
-window w, above i - w. Without a softcap c the scores are s q_i·k_j.
+over the keys j of the same tree that are in branch 0 or b, at a position up to i and, with a window
+w, above i - w. Without a softcap c the scores are s q_i·k_j.
 """
 
 import functools
@@ -17,46 +16,43 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-NEVER = 1 << 30  # a key position that no query reaches: marks padding inside a bucket
-TILE = (
-    128  # queries that share their keys; a longer tile would score more keys that causality hides
-)
-SCORES = 1 << 18  # scores of a bucket, per head: what keeps its products in the processor's cache
+NEVER = 1 << 30  # position of padding among the keys: no query is that far
+TILE = 128  # queries that share their keys; longer tiles waste more scores on later keys
+SCORES = 1 << 18  # limit on a bucket's scores per head, so that they stay in the processor's cache
 
 # --- the plain kernel -----------------------------------------------------------------------------
 
 
 class Bucket(NamedTuple):
-    """Tiles of queries with the keys they may see, padded to one shape so that they share a
-    product.
+    """S tiles of queries with the keys they may see, padded to one shape for one matrix product.
 
-    A tile is up to TILE consecutive queries of a prompt (its keys: the prompt so far) or of a
-    continuation (its keys: its prompt, then itself so far). Padding repeats a tile's last query, or
-    gives a key the position NEVER.
+    A tile is up to TILE consecutive queries of a prompt, whose keys are the prompt so far, or of a
+    continuation, whose keys are its prompt and itself so far. Padding repeats a tile's last query,
+    and gives a key the position NEVER.
     """
 
     queries: Tensor  # int64 [S, Lq], indices into the stream
     keys: Tensor  # int64 [S, Lk], indices into the stream
     query_position: Tensor  # int64 [S, Lq]
     key_position: Tensor  # int64 [S, Lk]; padding has NEVER
-    real: Tensor  # bool [S, Lq], False for the padding among the queries
+    real: Tensor  # bool [S, Lq], False for padding
 
 
 class Stretch(NamedTuple):
-    """Consecutive queries of one prompt or one continuation."""
+    """A whole prompt or a whole continuation in a stream."""
 
-    first: int  # index in the stream of the first query
+    first: int  # index in the stream of its first token
     length: int
     prompt: int  # index in the stream of the prompt's first token
-    before: int  # prompt tokens before the queries: 0 for a prompt itself
+    before: int  # length of the prompt before a continuation; 0 for a prompt
 
 
 class _Tile(NamedTuple):
     first: int  # index in the stream of the first query
     queries: int
-    prompt: int  # index in the stream of the prompt's first token
-    before: int  # keys of the prompt before the stretch
-    own: int  # keys of the stretch before the tile
+    prompt: int  # as in Stretch
+    before: int
+    own: int  # tokens of the stretch before the first query
 
     @property
     def keys(self) -> int:
@@ -64,8 +60,9 @@ class _Tile(NamedTuple):
 
 
 def buckets(stretches: list[Stretch], position: Tensor) -> tuple[Bucket, ...]:
-    """Cut stretches into tiles and group tiles of like shape, so that many short ones cost one
-    product.
+    """Cut stretches into tiles, and group tiles of similar shape into buckets.
+
+    position: int64 [T], of the stream.
     """
     tiles = []
     for first, length, prompt, before in stretches:
@@ -74,14 +71,13 @@ def buckets(stretches: list[Stretch], position: Tensor) -> tuple[Bucket, ...]:
     tiles.sort(key=lambda tile: (tile.keys, tile.queries))
 
     groups: list[list[_Tile]] = []
-    longest, area = 0, 0  # of the newest group: its most queries, and its scores without padding
+    longest, area = 0, 0  # of the last group: most queries of a tile; scores without padding
     for tile in tiles:
         scores = tile.queries * tile.keys
         if groups:
-            # Keys only grow from tile to tile, so this one would set the group's number of keys.
+            # Tiles are sorted by keys, so this one has the most of its group.
             padded = (len(groups[-1]) + 1) * max(longest, tile.queries) * tile.keys
-            # A third of padding, or 32k scores a head, costs less than another round of small
-            # products.
+            # Padding by a third, or by 32k scores per head, costs less time than another bucket.
             most = max(1.33 * (area + scores), area + scores + 32_768)
             if padded <= min(SCORES, most):
                 groups[-1].append(tile)
@@ -116,23 +112,21 @@ def plain(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """The attention of this file's head, bucket by bucket: q [T, H, hd], k and v [T, KV, hd] -> [T,
-    H, hd].
+    """The attention above, bucket by bucket: q [T, H, hd], k and v [T, KV, hd] -> o [T, H, hd].
 
-    A softcap may be at most 80: capped scores are exponentiated as they are, and exp(80) times any
-    length fits float32.
+    softcap: at most 80, because no maximum is subtracted from capped scores before exp, and float32
+    holds exp(80) times any length.
     """
     return _Plain.apply(q, k, v, buckets, window, scale, softcap)
 
 
 class _Plain(torch.autograd.Function):
-    """With its own backward, so that each bucket's scores stay in cache and are worked on in place.
+    """With a backward of its own, so that a bucket's scores stay in the cache, computed in place.
 
         e = visible · exp(c tanh(s q kᵀ / c)),   n = Σ_keys e,   o = e v / n
         δ = do / n;   dv = eᵀ δ;   dS = e (δ vᵀ - Σ δ o) (1 - tanh²);   dq = s dS k;   dk = s dSᵀ q
 
-    A capped score is at most c, so the exponentials need no maximum taken off; without a cap they
-    do.
+    Without a softcap, each row's maximum is subtracted from its scores before exp.
     """
 
     @staticmethod
@@ -155,9 +149,7 @@ class _Plain(torch.autograd.Function):
                 e = t.sub_(t.amax(-1, keepdim=True)).exp_()
             n = e.sum(-1, keepdim=True, dtype=torch.promote_types(e.dtype, torch.float32))
             o = (e @ vb).div_(n)
-            out[bucket.queries] = _ungather(
-                o, bucket.queries
-            )  # padding repeats a query and its output
+            out[bucket.queries] = _ungather(o, bucket.queries)  # padding writes the same row again
             if keep:
                 kept += [e, n]
                 kept += [t.square_()] if softcap else []
@@ -193,16 +185,14 @@ class _Plain(torch.autograd.Function):
 
 
 def _gather(x: Tensor, queries: Tensor, KV: int) -> Tensor:
-    """[T, H, hd] at queries [S, Lq] -> [S, KV, G Lq, hd]: the G query heads that share a key head
-    stand together.
-    """
+    """x [T, H, hd], queries [S, Lq] -> [S, KV, G Lq, hd]; G = H / KV heads share a key head."""
     (S, Lq), (_, H, hd) = queries.shape, x.shape
     grouped = x[queries].view(S, Lq, KV, H // KV, hd)
     return grouped.permute(0, 2, 3, 1, 4).reshape(S, KV, H // KV * Lq, hd)
 
 
 def _ungather(x: Tensor, queries: Tensor) -> Tensor:
-    """[S, KV, G Lq, hd] -> [S, Lq, H, hd]."""
+    """The inverse of _gather: x [S, KV, G Lq, hd] -> [S, Lq, H, hd]."""
     (S, Lq), (_, KV, _, hd) = queries.shape, x.shape
     return x.view(S, KV, -1, Lq, hd).permute(0, 3, 1, 2, 4).reshape(S, Lq, -1, hd)
 
@@ -223,9 +213,7 @@ def _visible(bucket: Bucket, window: int | None) -> Tensor:
 
 
 def tree_mask(tree: Tensor, branch: Tensor, position: Tensor, window: int | None):
-    """The same visibility as a FlexAttention mask_mod over the whole stream; tree, branch, position
-    int64 [T].
-    """
+    """The visibility above as a mask_mod of FlexAttention; tree, branch, position int64 [T]."""
 
     def visible(b, h, q, k):
         own_branch = (branch[k] == 0) | (branch[k] == branch[q])
@@ -236,7 +224,7 @@ def tree_mask(tree: Tensor, branch: Tensor, position: Tensor, window: int | None
 
 
 def block_mask(tree: Tensor, branch: Tensor, position: Tensor, window: int | None) -> BlockMask:
-    """tree_mask as FlexAttention takes it, made on the device without writing out T x T entries."""
+    """tree_mask as a BlockMask, made on the device without T x T entries in memory."""
     visible = tree_mask(tree, branch, position, window)
     return _compiled_block_mask()(visible, len(tree), tree.device)
 
@@ -244,15 +232,12 @@ def block_mask(tree: Tensor, branch: Tensor, position: Tensor, window: int | Non
 def flexible(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, softcap: float | None
 ) -> Tensor:
-    """The attention of this file's head by FlexAttention: q [T, H, hd], k and v [T, KV, hd] -> [T,
-    H, hd].
-    """
+    """The attention above by FlexAttention: q [T, H, hd], k and v [T, KV, hd] -> o [T, H, hd]."""
 
     def cap(score, b, h, q_index, k_index):
         return softcap * torch.tanh(score / softcap)
 
-    # Inside a compiled block the call is fused with the rest of it; outside it is compiled by
-    # itself.
+    # Inside a compiled block the call is compiled with the block, elsewhere by itself.
     alone = q.is_cuda and not torch.compiler.is_compiling()
     kernel = _compiled_flex_attention() if alone else flex_attention
     out = kernel(
@@ -267,9 +252,10 @@ def flexible(
 
 
 def _tiles(device: torch.device, dtype: torch.dtype) -> dict | None:
-    """FlexAttention's tile sizes, where its own do not fit. With heads of 256, as Gemma-2-2B and 9B
-    have, its own take 115,000 to 155,000 bytes of shared memory; an RTX 3090, 4090 or 5090 offers
-    101,376, an A100 166,912.
+    """Tile sizes for GPUs whose shared memory is too small for FlexAttention's defaults, else None.
+
+    With heads of 256 (Gemma-2 2B and 9B) the defaults need 115,000 to 155,000 bytes. An RTX 3090,
+    4090 or 5090 has 101,376, an A100 166,912.
     """
     if _shared_memory(device) > 150_000:
         return None
@@ -293,23 +279,22 @@ def _compiled_flex_attention():
 def _compiled_block_mask():
     limit_recompiles()
 
-    def make(
-        visible, T: int, device: torch.device
-    ) -> BlockMask:  # its block size is no symbol, as T is
+    def make(visible, T: int, device: torch.device) -> BlockMask:
         return create_block_mask(visible, None, None, T, T, device=device)
 
+    # A function around it, so that dynamic=True makes T a symbol, but not its block size.
     return torch.compile(make, dynamic=True)
 
 
 @functools.cache
 def limit_recompiles() -> None:
-    """Fail where torch.compile would quietly go back to the unfused form, which writes out all T x
-    T scores.
+    """Raise after too many recompilations, where torch.compile would otherwise fall back in silence
+    to the unfused form, which holds all T x T scores.
 
-    One graph each is expected for a window or none, with gradients or without, under autocast or
-    not; lengths become symbolic the second time they differ. Only where something is compiled:
-    loading torch._dynamo takes 0.6 s.
+    A few graphs are expected: with and without a window, gradients, autocast; lengths become
+    symbolic when they differ a second time. Called only before compiling, because importing
+    torch._dynamo takes 0.6 s.
     """
-    torch.compiler.assume_constant_result(_shared_memory)  # torch.compile cannot look into it
+    torch.compiler.assume_constant_result(_shared_memory)  # torch.compile cannot trace it
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True

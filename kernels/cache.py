@@ -1,14 +1,14 @@
-"""Keys and values of earlier tokens, so that in generation a new token computes only itself.
+"""A cache of keys and values, so that generating a token computes nothing for earlier ones again.
 
-The sequences of a batch stand flush right in slots 0, 1, 2, ... that all of them share:
+The sequences of a batch are aligned at their ends, in slots 0, 1, 2, ... that all of them share:
 
     slot        0 1 2 3 4 5 | 6 7
     sequence 0  p p p p p p | n n        prompts of 6 and 3 tokens, two new tokens each
     sequence 1  . . . p p p | n n
 
-Every newest token therefore has the same slot: it is written with a slice, a sliding window is read
-with one, and only the empty slots before a shorter prompt need a mask. What a cached step computes
-is what a forward over the whole sequence computes at its last position.
+The newest tokens of all sequences therefore share a slot: keys are written and a sliding window is
+read with one slice, and only the empty slots before a shorter prompt need a mask. A cached step
+computes what a forward over the whole sequence computes at its last position.
 """
 
 from collections.abc import Callable
@@ -16,32 +16,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# (block, q, k, v) -> out; a block has index, window, scale and softcap.
+# (attention module, q, k, v) -> out; of the module it reads index, window, scale and softcap.
 Attend = Callable[[object, Tensor, Tensor, Tensor], Tensor]
 
 
 class Cache:
-    """Keys and values of B sequences whose prompts have the given lengths. room: initial slots for
-    new tokens.
+    """Keys and values of B sequences. lengths: tokens of each prompt. room: initial slots for new
+    tokens; more are added when they are full.
     """
 
     def __init__(self, lengths: list[int], room: int, device: torch.device | str):
         self.end = max(lengths)  # slots in use
         self.capacity = self.end + max(1, room)
-        # By block, [B, KV, capacity, hd], made when the block first writes: the dtype is that of
-        # what it computes, which under FSDP2 is not that of its weights.
+        # Block -> [B, KV, capacity, hd], made when the block first writes, with the dtype that it
+        # computes in; under FSDP2 its weights have another.
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
-        self.starts, self.device = (
-            [self.end - n for n in lengths],
-            device,
-        )  # first slot of each sequence
+        self.starts = [self.end - n for n in lengths]  # first slot of each sequence
+        self.device = device
         self._rows_changed()
 
     def prefill(self, tree: Tensor, position: Tensor, first: int, attend: Attend) -> Attend:
-        """Attention for a packed stream of whole prompts, those of the sequences from `first` on,
-        that keeps their keys and values. tree, position int64 [T]; attend: how the stream's
-        positions see each other.
+        """Attention for a packed stream of whole prompts, which also stores their keys and values.
+
+        tree, position: int64 [T]. first: the sequence of the stream's first prompt. attend: the
+        attention among the stream's positions.
         """
         rows = tree + first
         slots = self.start[rows] + position
@@ -53,9 +52,7 @@ class Cache:
         return keep_and_attend
 
     def step(self) -> tuple[Tensor, Attend]:
-        """Positions of one new token of each sequence, int64 [B], and the attention of their
-        forward.
-        """
+        """Positions int64 [B] of one new token of each sequence, and the attention for them."""
         if self.end == self.capacity:
             self._double()
         slot = slice(self.end, self.end + 1)
@@ -69,7 +66,7 @@ class Cache:
         return self.end - 1 - self.start, keep_and_attend
 
     def keep(self, rows: list[int]) -> None:
-        """Go on with these sequences alone."""
+        """Drop all sequences but these."""
         index = torch.tensor(rows, device=self.device)
         for tensors in (self.keys, self.values):
             for block, old in tensors.items():
@@ -79,16 +76,14 @@ class Cache:
 
     def _write(self, block: int, rows, slots, k: Tensor, v: Tensor) -> None:
         if block not in self.keys:
-            # Zeros, because an empty slot's weight of 0 times whatever memory held could be NaN.
+            # Zeros, because an empty slot has weight 0, and 0 times random memory may be NaN.
             shape = (len(self.starts), k.shape[1], self.capacity, k.shape[-1])
             self.keys[block], self.values[block] = k.new_zeros(shape), v.new_zeros(shape)
         self.keys[block][rows, :, slots] = k
         self.values[block][rows, :, slots] = v
 
     def _attend(self, block, q: Tensor) -> Tensor:
-        """softmax(c tanh(s q kᵀ / c)) v of the newest tokens over their window: q [B, H, hd] -> [B,
-        H, hd].
-        """
+        """softmax(c tanh(s q kᵀ / c)) v for the newest tokens: q [B, H, hd] -> [B, H, hd]."""
         B, H, hd = q.shape
         first = max(self.first, self.end - block.window) if block.window else self.first
         k = self.keys[block.index][:, :, first : self.end].flatten(0, 1)  # [B KV, n, hd]
@@ -104,11 +99,8 @@ class Cache:
         return torch.bmm(weights, v).view(B, H, hd)
 
     def _double(self) -> None:
-        for tensors in (
-            self.keys,
-            self.values,
-        ):  # in place, so that a block's old tensor goes before the next's
-            for block, old in tensors.items():
+        for tensors in (self.keys, self.values):
+            for block, old in tensors.items():  # a block's old tensor is freed before the next one
                 tensors[block] = torch.cat([old, torch.zeros_like(old)], dim=2)
         self.capacity *= 2
         self._rows_changed()
@@ -117,7 +109,4 @@ class Cache:
         self.start = torch.tensor(self.starts, device=self.device)  # [B]
         slots = torch.arange(self.capacity, device=self.device)
         self.empty = slots < self.start[:, None]  # [B, capacity]
-        self.first, self.last = (
-            min(self.starts),
-            max(self.starts),
-        )  # from `last` on every slot is filled
+        self.first, self.last = min(self.starts), max(self.starts)  # no slot is empty from last on

@@ -1,10 +1,10 @@
-"""Log-probabilities of tokens without the full logits tensor.
+"""Log-probabilities of tokens without all logits [N, V] in memory.
 
     z = c tanh(h Wᵀ / c),   log p(y) = z_y - log Σ_j exp z_j          h [N, d], W [V, d], y [N]
 
-A chunk of tokens at a time, exact, with a backward of its own. Logits are float32 before the
-log-softmax whatever the inputs' dtype: bfloat16 logits misjudge a mean log-probability by up to
-0.07, which SimPO's β = 10 turns into a loss error of 0.2.
+They are exact and computed for a chunk of tokens at a time, with a backward of their own. Logits
+are float32 whatever the inputs' dtype: with bfloat16 logits a mean log-probability is wrong by up
+to 0.07, and a SimPO loss with β = 10 by up to 0.2.
 """
 
 import functools
@@ -18,11 +18,15 @@ from torch import Tensor
 
 from kernels.pointwise import at_least_float32, linear
 
-# Logits alive at once. On a GPU 256 MB in float32, 262 tokens at a vocabulary of 256,000; on a CPU
-# what stays in cache.
+# Logits in memory together: on a GPU 256 MB in float32, which is 262 tokens with a vocabulary of
+# 256,000; on a CPU so many that they stay in the cache, but those of CHUNK_ROWS tokens at least,
+# because each chunk reads the whole head: 16 tokens a chunk take 1.6 times as long as 64.
 CHUNK_ELEMENTS = {"cuda": 1 << 26, "cpu": 1 << 22}
-CHUNK_ROWS = 64  # but at least so many tokens: each chunk reads the whole head
-EXACT = 256  # likeliest tokens whose logits no rounding to bfloat16 may put out of order
+CHUNK_ROWS = 64
+# On a CPU a bfloat16 head of more than WHOLE_ELEMENTS is cast to float32 PIECE_ELEMENTS at a time,
+# because a copy of Gemma-2-2B's would take 2.4 GB; PIECED_CHUNK logits then share each piece.
+WHOLE_ELEMENTS, PIECE_ELEMENTS, PIECED_CHUNK = 1 << 28, 1 << 26, 1 << 26
+EXACT = 256  # how many of the largest logits all_logits computes without rounding to bfloat16
 
 
 def token_logps(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
@@ -36,24 +40,20 @@ def token_logps(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float |
 
 class TokenScores(NamedTuple):
     logp: Tensor  # float32 [N], as token_logps
-    greedy: (
-        Tensor  # bool [N], no other token is likelier: greedy decoding would have taken this one
-    )
+    greedy: Tensor  # bool [N], whether greedy decoding would choose the target
 
 
 @torch.no_grad()
 def token_scores(
     hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None
 ) -> TokenScores:
-    """token_logps for evaluation, which also says whether each target is the likeliest token at its
-    place.
-    """
+    """token_logps without gradients, and whether each target is the likeliest token."""
     logps = torch.empty(len(hidden), dtype=at_least_float32(hidden.dtype), device=hidden.device)
     greedy = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-    with _head_for_products(weight) as weight:
+    with _head_for_products(weight) as head:
         buffers = _buffers(hidden, weight)
         for rows in chunks(hidden, weight):
-            chunk = _chunk(hidden[rows], weight, target[rows], softcap, buffers, want_greedy=True)
+            chunk = _chunk(hidden[rows], head, target[rows], softcap, buffers, want_greedy=True)
             logps[rows], greedy[rows] = chunk.logp, chunk.greedy
     return TokenScores(logps, greedy)
 
@@ -65,27 +65,28 @@ def all_logits(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear(hidden.to(dtype), weight.to(dtype))
     if weight.is_cuda:
         return torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
-    # A CPU has no such product. One that rounds its results to bfloat16 takes a fifteenth of the
-    # time of casting a head of 256,000 rows; those of the largest logits are then computed again.
-    logits = F.linear(hidden.to(weight.dtype), weight).float()  # off by 2^-8 of a logit at most
+    # torch has no such product on a CPU, and casting a head of 256,000 rows to float32 takes 15
+    # times as long as a product rounded to bfloat16. So the latter, and the largest logits again.
+    logits = F.linear(hidden.to(weight.dtype), weight).float()  # rounded by up to 2^-8 of a logit
     top = logits.topk(min(EXACT, len(weight))).indices  # [N, k]
     exact = torch.bmm(weight[top].float(), hidden.float()[:, :, None]).squeeze(2)  # [N, k]
     return logits.scatter_(1, top, exact)
 
 
 def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Rows of hidden [N, d] whose logits [n, V] are alive together."""
-    step = max(CHUNK_ROWS, CHUNK_ELEMENTS[hidden.device.type] // len(weight))
+    """Slices of hidden [N, d] whose logits [n, V] are in memory together."""
+    elements = PIECED_CHUNK if _in_pieces(weight) else CHUNK_ELEMENTS[hidden.device.type]
+    step = max(CHUNK_ROWS, elements // len(weight))
     return [slice(i, min(i + step, len(hidden))) for i in range(0, len(hidden), step)]
 
 
 class _TokenLogps(torch.autograd.Function):
     """d log p(y) / dh = (1 - tanh²_y) W_y - Σ_j softmax(z)_j (1 - tanh²_j) W_j
 
-    A token's log-probability depends on its own hidden state alone. Its gradient with respect to h
-    is therefore found in the forward pass, while the chunk's logits are at hand, and only scaled in
-    the backward. A head that trains (full fine-tuning) needs the incoming gradient inside its own,
-    so there the backward computes the logits again.
+    A token's log-probability depends on one hidden state alone. The gradient with respect to h is
+    therefore computed in the forward, from the logits of the chunk, and only scaled in the
+    backward. The gradient of a head that trains (--full) sums over tokens, each scaled by its own
+    incoming gradient, so that the backward has to compute the logits again.
     """
 
     @staticmethod
@@ -96,14 +97,14 @@ class _TokenLogps(torch.autograd.Function):
         keep_gradient = ctx.needs_input_grad[0] and not ctx.trains_head
         gradient = torch.empty_like(hidden) if keep_gradient else None
         logps = torch.empty(len(hidden), dtype=at_least_float32(hidden.dtype), device=hidden.device)
-        with _head_for_products(weight) as weight:
+        with _head_for_products(weight) as head:
             buffers = _buffers(hidden, weight)
-            gradient_dtype = weight.dtype if keep_gradient else None
+            gradient_dtype = head.dtype if keep_gradient else None
             for rows in chunks(hidden, weight):
-                chunk = _chunk(hidden[rows], weight, target[rows], softcap, buffers, gradient_dtype)
+                chunk = _chunk(hidden[rows], head, target[rows], softcap, buffers, gradient_dtype)
                 logps[rows] = chunk.logp
                 if keep_gradient:
-                    gradient[rows] = _matmul(chunk.gradient, weight)
+                    gradient[rows] = head.back(chunk.gradient)
         if keep_gradient:
             ctx.save_for_backward(gradient)
         return logps
@@ -117,15 +118,15 @@ class _TokenLogps(torch.autograd.Function):
 
         hidden, weight, target = ctx.saved_tensors
         wide = at_least_float32(weight.dtype)
-        # Chunks add up in float32; autograd rounds the sum to the weight's dtype, once.
+        # Chunks are added up in float32; autograd rounds only the sum to the weight's dtype.
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
-        with _head_for_products(weight) as weight:
+        with _head_for_products(weight) as head:
             buffers = _buffers(hidden, weight)
             for rows in chunks(hidden, weight):
-                chunk = _chunk(hidden[rows], weight, target[rows], ctx.softcap, buffers, wide)
+                chunk = _chunk(hidden[rows], head, target[rows], ctx.softcap, buffers, wide)
                 dlogits = chunk.gradient.mul_(grad[rows, None])
-                grad_hidden[rows] = _matmul(dlogits, weight)
-                grad_weight += _matmul(dlogits.T, hidden[rows].to(weight.dtype))
+                grad_hidden[rows] = head.back(dlogits)
+                grad_weight += _matmul(dlogits.T, hidden[rows].to(head.dtype))
         return grad_hidden, grad_weight, None, None
 
 
@@ -136,30 +137,29 @@ class _Chunk(NamedTuple):
 
 
 def _chunk(
-    hidden, weight, target, softcap, buffers, gradient_dtype=None, want_greedy=False
+    hidden, head, target, softcap, buffers, gradient_dtype=None, want_greedy=False
 ) -> _Chunk:
-    """_log_softmax of a chunk's logits; on a CPU within the two buffers."""
-    if weight.is_cuda:
-        products = _matmul(hidden, weight.T)
+    """The _Chunk of some rows of hidden [n, d]; on a CPU computed within the two buffers."""
+    if hidden.is_cuda:
+        products = head.products(hidden)
         return _compiled_log_softmax()(products, target, softcap, gradient_dtype, want_greedy)
     z, products = (buffer[: len(hidden)] for buffer in buffers)
-    _matmul(hidden, weight.T, out=products)
+    head.products(hidden, out=products)
     return _log_softmax(products, target, softcap, gradient_dtype, want_greedy, (products, z))
 
 
 def _log_softmax(
     products, target, softcap, gradient_dtype, want_greedy, out=(None, None)
 ) -> _Chunk:
-    """Products h Wᵀ [n, V] -> the chunk's results. gradient_dtype: None where no gradient is
-    wanted.
+    """Products h Wᵀ [n, V] -> the _Chunk. gradient_dtype: None where no gradient is wanted.
 
-    out: two buffers of the products' shape to work in, the first of which may be the products'.
+    out: two buffers [n, V] for intermediate results; the first may be the products themselves.
     """
     one, two = out
     if softcap:
         tanh = torch.mul(products, 1 / softcap, out=one).tanh_()
         z, shift = torch.mul(tanh, softcap, out=two), 0.0
-    else:  # without a cap the exponentials need the maximum taken off first
+    else:  # without a cap, subtract the maximum so that exp does not overflow
         z, shift = products, products.amax(1, keepdim=True)
     z_target = z.gather(1, target[:, None])
     greedy = z_target.squeeze(1) == z.amax(1) if want_greedy else None
@@ -183,16 +183,12 @@ def _log_softmax(
 
 @functools.cache
 def _compiled_log_softmax() -> Callable:
-    """_log_softmax on a GPU in a few kernels: each of its operations alone would read and write all
-    logits.
-    """
+    """_log_softmax as few GPU kernels; each operation alone would read and write all logits."""
     return torch.compile(_log_softmax)
 
 
 def _buffers(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """Two buffers of a chunk's size on a CPU, where fresh memory for every chunk costs a page fault
-    every 4 KB.
-    """
+    """Two buffers of a chunk's size. On a CPU, new memory for each chunk costs many page faults."""
     if weight.is_cuda:
         return ()
     rows = max((s.stop - s.start for s in chunks(hidden, weight)), default=0)
@@ -200,28 +196,67 @@ def _buffers(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty(shape, dtype=at_least_float32(weight.dtype)) for _ in range(2))
 
 
+def _in_pieces(weight: Tensor) -> bool:
+    large = weight.numel() > WHOLE_ELEMENTS
+    return large and weight.dtype == torch.bfloat16 and not weight.is_cuda
+
+
+class _Head(NamedTuple):
+    """The head [V, d] in the dtype of its products, as a whole or some rows at a time."""
+
+    weight: Tensor
+    dtype: torch.dtype
+    buffer: Tensor | None  # [rows, d] to cast pieces into; None: the weight has the dtype already
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (slice of rows, these rows of the head in its dtype) until all are passed."""
+        step = len(self.weight) if self.buffer is None else len(self.buffer)
+        for first in range(0, len(self.weight), step):
+            rows = slice(first, first + step)
+            piece = self.weight[rows]
+            yield rows, piece if self.buffer is None else self.buffer[: len(piece)].copy_(piece)
+
+    def products(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [n, d] -> h Wᵀ [n, V]."""
+        if self.buffer is None:
+            return _matmul(hidden, self.weight.T, out=out)
+        for rows, piece in self.pieces():
+            out[:, rows] = _matmul(hidden, piece.T)
+        return out
+
+    def back(self, gradient: Tensor) -> Tensor:
+        """Gradient of the products [n, V] -> gradient of the hidden states [n, d]."""
+        if self.buffer is None:
+            return _matmul(gradient, self.weight)
+        return sum(_matmul(gradient[:, rows], piece) for rows, piece in self.pieces())
+
+
 @contextmanager
-def _head_for_products(weight: Tensor) -> Iterator[Tensor]:
+def _head_for_products(weight: Tensor) -> Iterator[_Head]:
     """Yield the head in the dtype that its matmul needs.
 
-    A GPU multiplies bfloat16 matrices into float32. A CPU does not, but its library can be told to
-    round float32 factors to bfloat16 as it reads them: exact for a head that is bfloat16, and fast.
+    A GPU multiplies bfloat16 matrices into float32. On a CPU, torch does not, but it can round
+    float32 factors to bfloat16 while reading them, which is fast and changes no bfloat16 weight.
     """
     if weight.is_cuda or weight.dtype != torch.bfloat16:
-        yield weight.to(weight.dtype if weight.is_cuda else at_least_float32(weight.dtype))
+        dtype = weight.dtype if weight.is_cuda else at_least_float32(weight.dtype)
+        yield _Head(weight.to(dtype), dtype, None)
         return
     settings = torch.backends.mkldnn.matmul
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:
-        yield weight.float()
+        if _in_pieces(weight):
+            d = weight.shape[1]
+            buffer = torch.empty(max(1, PIECE_ELEMENTS // d), d)
+            yield _Head(weight, torch.float32, buffer)
+        else:
+            yield _Head(weight.float(), torch.float32, None)
     finally:
         settings.fp32_precision = before
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b in float32 at least: a takes b's dtype for the product, but its result is not rounded
-    to it.
-    """
+    """a @ b with a cast to b's dtype; the result is not rounded to that, but at least float32."""
     with torch.autocast(a.device.type, enabled=False):
         if b.dtype == torch.bfloat16:  # on CUDA; this product takes no `out`
             return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)

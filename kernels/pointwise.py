@@ -1,19 +1,17 @@
-"""Norm, gated activation, products of a few rows, and JumpReLU: what runs at every position by
-itself.
-"""
+"""Operations on single positions: norm, gated activation, linear layer, softcap, JumpReLU."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Below this many rows a forward is a memory-bound decoding step: it waits for weights, not for
-# arithmetic.
+# A forward over fewer rows is a step of generation, whose time is that of reading the weights.
 FEW = 16
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """y = x / sqrt(mean(x²) + eps) · (1 + weight), in float32 at least: x [T, d], weight [d] -> [T,
-    d].
+    """y = x / sqrt(mean(x²) + eps) · (1 + weight): x [T, d], weight [d] -> y [T, d].
+
+    y is float32, or float64 for a float64 x.
     """
     if len(x) < FEW and not torch.is_grad_enabled():  # one operation instead of ten
         dtype = at_least_float32(x.dtype)
@@ -22,10 +20,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """rms_norm with a third of the memory traffic that autograd's composed operations make.
+    """rms_norm with a third of the memory traffic of the same under autograd.
 
-    r = (mean x² + eps)^(-1/2),  y = r x (1 + w);   with g = dy (1 + w):  dx = r g - x r³ (g · x) /
-    d
+    r = (mean x² + eps)^(-1/2),  y = r x (1 + w)
+    g = dy (1 + w),  dx = r g - x r³ (g · x) / d
     """
 
     @staticmethod
@@ -46,7 +44,8 @@ class _RMSNorm(torch.autograd.Function):
 
         g = grad * (1 + weight.to(grad.dtype))
         x_wide = x.to(g.dtype)
-        along = torch.linalg.vecdot(g, x_wide)[..., None] * r.pow(3) / x.shape[-1]
+        # A product and a sum instead of a dot product, which autocast would round to bfloat16.
+        along = (g * x_wide).sum(-1, keepdim=True) * r.pow(3) / x.shape[-1]
         grad_x = g.mul_(r).addcmul_(x_wide, along, value=-1)
         return grad_x.to(x.dtype), grad_weight, None
 
@@ -57,8 +56,7 @@ def geglu(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _GeGLU(torch.autograd.Function):
-    """geglu that keeps a and b alone, the widest tensors of a block: the backward computes gelu(a)
-    again.
+    """geglu that stores only a and b, the widest tensors of a block; gelu(a) is computed again.
 
     da = gelu'(a) b dy,   db = gelu(a) dy
     """
@@ -80,8 +78,8 @@ class _GeGLU(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x weightᵀ: x [T, in], weight [out, in] -> [T, out].
 
-    On a CPU, MKL multiplies a few rows by a slow kernel. The same product as a batch of small ones,
-    64 outputs each, is up to 2.5 times as fast.
+    On a CPU, MKL's product of a few rows is slow. A batch of small products, 64 outputs each, is up
+    to 2.5 times as fast.
     """
     if len(x) >= FEW or weight.dtype != torch.float32 or weight.is_cuda or len(weight) % 64:
         return F.linear(x, weight)
@@ -96,22 +94,21 @@ def softcap(logits: Tensor, cap: float | None) -> Tensor:
 
 
 def jumprelu(z: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
-    """v = z 1[z > θ] and ‖v‖₀, with the straight-through estimator of arXiv 2407.14435 (equations
-    11 and 12).
+    """v = z 1[z > θ] and ‖v‖₀: z [T, F], threshold [F], not negative -> v [T, F], ‖v‖₀ [T].
 
-    z [T, F], threshold [F] not negative, bandwidth ε -> v [T, F], ‖v‖₀ [T]. z must be the
-    pre-activation, not its ReLU: v is the same, but the estimator needs values that have a density.
+    θ gets the straight-through estimator of arXiv 2407.14435 (equations 11 and 12) with bandwidth
+    ε. z must be the pre-activation and not its ReLU: v would be the same, but the estimator needs
+    values with a density.
     """
     return _JumpReLU.apply(z, threshold, bandwidth)
 
 
 class _JumpReLU(torch.autograd.Function):
-    """∂v/∂z = 1[z > θ],   ∂v/∂θ = -(θ/ε) K((z - θ)/ε),   ∂‖v‖₀/∂θ = -(1/ε) Σ K((z - θ)/ε),   K(u) =
-    1[|u| < 1/2]
+    """∂v/∂z = 1[z > θ],   ∂v/∂θ = -(θ/ε) K((z - θ)/ε),   ∂‖v‖₀/∂θ = -(1/ε) Σ K((z - θ)/ε)
 
-    This is the derivative of a mean over many z, with their density at θ estimated by a rectangle
-    of width ε. As in the paper cited, the estimate reaches θ alone, not z. A ReLU before it would
-    put all negative z at 0, where the rectangle counts each of them as soon as θ < ε/2.
+    with K(u) = 1[|u| < 1/2]: the derivative of a mean over many z, whose density at θ is estimated
+    by a rectangle of width ε. As in the paper cited, ‖v‖₀ has no gradient to z. A ReLU would put
+    all negative z at 0, and for θ < ε/2 the rectangle would count every one of them.
     """
 
     @staticmethod
@@ -132,5 +129,5 @@ class _JumpReLU(torch.autograd.Function):
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """float32 for narrower types; float64 stays float64, which tests use."""
+    """float32 for narrower types; float64, which tests use, stays float64."""
     return torch.promote_types(dtype, torch.float32)

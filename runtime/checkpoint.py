@@ -1,16 +1,17 @@
-"""Checkpoints: everything a run needs to go on to the same bytes, by torch.distributed.checkpoint.
+"""Checkpoints by torch.distributed.checkpoint, from which a run goes on to the same bytes.
 
-    OUT/checkpoints/step-00000200/     progress.json and safetensors, each process its share
+    OUT/checkpoints/step-00000200/     progress.json, and safetensors that each process writes a
+                                       share of
 
-A checkpoint is the trained weights, the optimiser's state of each, and the number of steps done.
-Nothing else has state: the learning rate is a function of the step, the order of the pairs of
-(seed, epoch), initial weights of the seed, and nothing random happens within a step. What was saved
-by any number of processes, sharded or not, loads into any other number: each reads the slices it
+A checkpoint holds the trained weights, the optimiser's state of each, and the number of steps done.
+A run has no other state: the learning rate follows from the step, the order of the pairs from seed
+and epoch, the initial weights from the seed, and a step draws no random numbers. A checkpoint of
+any number of processes, sharded or not, loads into any other number: each reads the slices that it
 needs.
 
 The files are safetensors, so that nothing is unpickled. A checkpoint is written under another name,
-fsynced and renamed: what has its final name is whole. It is checked against its own sha256 before
-it is used.
+fsynced and then renamed, so that a folder with the final name is complete. Before it is used, its
+files are compared with the sha256 in progress.json.
 """
 
 import json
@@ -34,16 +35,17 @@ warnings.filterwarnings(
 )
 
 FORMAT, OLD_FORMATS = "fsrl-checkpoint-2", ("fsrl-checkpoint-1",)
-KEPT = 2
+KEPT = 2  # how many checkpoints a run keeps
 NAME = re.compile(r"step-(\d{8})")
 
 
 def save(
     folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
 ) -> None:
-    """Write OUT/checkpoints/step-STEP, keep the newest two. module: exactly what trains.
+    """Write OUT/checkpoints/step-STEP and remove all but the newest two.
 
-    Raises UserError where the disk refuses; the older checkpoints are then as they were.
+    module: what trains, and nothing else. Raises UserError where it cannot be written; the older
+    checkpoints are then unchanged.
     """
     final = folder / f"step-{step:08d}"
     part = final.with_name(final.name + ".part")
@@ -54,8 +56,9 @@ def save(
 
 
 def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> int:
-    """Read a checkpoint into a module and its optimiser; returns its step. Raises UserError where
-    it does not fit.
+    """Read a checkpoint into a module and its optimiser; returns its step.
+
+    Raises UserError where it does not fit them.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
@@ -75,9 +78,7 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ranks:
 
 
 def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
-    """A module's weights and its optimiser's state, flat, each a view of what it stands for or a
-    plain number.
-    """
+    """Two flat dicts: a module's weights and its optimiser's state, as views, or plain numbers."""
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     return get_state_dict(module, optimizer, options=_options())
@@ -90,12 +91,10 @@ def _options():
 
 
 def _tensors(weights: dict, state: dict) -> dict[str, Tensor]:
-    """What is stored. The optimiser's settings are not: they come from the run's own."""
+    """The tensors to store. Numbers are the optimiser's settings, which the run sets again."""
     held = {f"trained.{name}": value for name, value in weights.items()}
-    held |= {
-        f"optimizer.{name}": value for name, value in state.items() if isinstance(value, Tensor)
-    }
-    return held
+    kept = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return held | {f"optimizer.{name}": value for name, value in kept.items()}
 
 
 def _make(folder: Path, part: Path) -> None:
@@ -138,14 +137,13 @@ def _publish(folder: Path, part: Path, final: Path, step: int, ranks: Ranks) -> 
             f.flush()
             os.fsync(f.fileno())
         _sync(part)
-        if final.exists():  # an earlier one of the same step, found damaged on resuming
+        if final.exists():  # of the same step, but damaged
             shutil.rmtree(final)
         os.replace(part, final)
         _sync(folder)
         for old in saved(folder)[KEPT:]:
-            dead = old.with_name(
-                old.name + ".part"
-            )  # half a deletion must not look like a checkpoint
+            # Renamed first: a deletion that is interrupted must not leave half a checkpoint.
+            dead = old.with_name(old.name + ".part")
             os.replace(old, dead)
             shutil.rmtree(dead)
     except OSError as e:
@@ -154,7 +152,7 @@ def _publish(folder: Path, part: Path, final: Path, step: int, ranks: Ranks) -> 
 
 
 def _sync(folder: Path) -> None:
-    """A rename is on disk when its folder is."""
+    """Flush a folder to disk, and with it the renames in it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -163,15 +161,15 @@ def _sync(folder: Path) -> None:
 
 
 def saved(folder: Path) -> list[Path]:
-    """Checkpoints by falling step."""
+    """The checkpoints in a folder, the newest first."""
     return sorted((p for p in folder.glob("step-*") if NAME.fullmatch(p.name)), reverse=True)
 
 
 def newest(folder: Path, ranks: Ranks) -> Path | None:
-    """The newest whole checkpoint, or None where none was ever saved. A damaged one is passed over,
-    with a line, and goes with the next save, so that the two kept are whole ones.
+    """The newest checkpoint that is complete, or None where there is no checkpoint.
 
-    Raises UserError when there are some and all are damaged.
+    Damaged ones are skipped with a message, and marked so that the next save removes them. Raises
+    UserError where all are damaged.
     """
 
     def find() -> Path | None:
@@ -195,9 +193,7 @@ def newest(folder: Path, ranks: Ranks) -> Path | None:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None where it is what was written. Raises UserError for one
-    of an old format.
-    """
+    """What is wrong with a checkpoint; None if nothing. Raises UserError for an old format."""
     try:
         progress = read_json(path / "progress.json")
         if progress["format"] in OLD_FORMATS:
@@ -209,16 +205,16 @@ def _damage(path: Path) -> str | None:
         here = {file.name for file in path.iterdir()} - {"progress.json"}
         if here != set(progress["files"]):
             return "it misses files, or has others"
-        damaged = [
-            name for name, digest in progress["files"].items() if sha256(path / name) != digest
-        ]
-        return f"{damaged[0]} is damaged" if damaged else None
+        for name, digest in progress["files"].items():
+            if sha256(path / name) != digest:
+                return f"{name} is damaged"
+        return None
     except (OSError, ValueError, KeyError, TypeError) as e:
         return f"progress.json is unreadable ({e!r})"
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what went wrong on the first process, out of torch's wrapping."""
+    """The first line of the error on the first process that failed, without torch's wrapping."""
     failures = getattr(error, "failures", None)  # of a CheckpointException, by process
     inner = next(iter(failures.values()))[0] if failures else error
     return (str(inner).strip().splitlines() or [type(inner).__name__])[0]

@@ -1,4 +1,4 @@
-"""Where a run computes, and in which dtype its matrix products are."""
+"""Choose the device and the dtype of matrix products."""
 
 import resource
 import sys
@@ -20,28 +20,23 @@ class Device(NamedTuple):
     dtype: torch.dtype  # of frozen weights and of matrix products: float32 or bfloat16
 
     @property
-    def kind(self) -> str:
-        return self.name.split(":")[0]
-
-    @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
     def autocast(self) -> AbstractContextManager:
-        """bfloat16 products of float32 master weights. Entered once a step, each weight is cast
-        once a step.
+        """A context in which products are bfloat16 if dtype is. It caches the weights it casts, so
+        that entering it once a step casts each weight once a step.
         """
         if self.dtype == torch.bfloat16:
-            return torch.autocast(self.kind, torch.bfloat16)
+            return torch.autocast(self.name.split(":")[0], torch.bfloat16)
         return nullcontext()
 
 
 def resolve_device(device: str = "auto", dtype: str = "auto", ranks: Ranks = ALONE) -> Device:
-    """What --device and --dtype mean on this machine; of several processes, each takes the GPU of
-    its own.
+    """The Device for --device and --dtype on this machine.
 
-    auto is CUDA where present, with bfloat16, else the CPU, with float32. Raises UserError when
-    CUDA is asked for and absent.
+    auto is CUDA with bfloat16 where there is a GPU, else the CPU with float32. Of several processes
+    on one host, each takes its own GPU. Raises UserError for a device that this machine lacks.
     """
     name = device
     if name == "auto":
@@ -69,8 +64,8 @@ def resolve_device(device: str = "auto", dtype: str = "auto", ranks: Ranks = ALO
 
 
 def dtype_on(device: str, dtype: str) -> str:
-    """What --dtype means there. A processor without instructions for products of bfloat16 stays
-    with float32, because a step took 30 times as long where they were emulated.
+    """The dtype for --dtype on a device. A CPU without instructions for bfloat16 products gets
+    float32, because emulating them made a step take 30 times as long.
     """
     if device != "cpu":
         return "bfloat16" if dtype == "auto" else dtype
@@ -80,7 +75,7 @@ def dtype_on(device: str, dtype: str) -> str:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: of CUDA memory on a GPU, of resident memory of the whole process on a CPU."""
+    """Most bytes used so far: of CUDA memory on a GPU, else of the process's resident memory."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,10 +1,11 @@
-"""The folder of a training run, while the run writes it.
+"""Write the folder of a training run.
 
     OUT/config.json      settings, versions, hardware, source revision, sha256 of inputs
     OUT/metrics.jsonl    one object per optimiser step and per evaluation
     OUT/checkpoints/     see checkpoint.py
 
-A run is given plain values and what trains; it knows neither the settings nor the model.
+A Run is given plain values and the module that trains; it knows neither train.Settings nor the
+model.
 """
 
 import fcntl
@@ -17,36 +18,37 @@ import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from runtime import checkpoint
 from runtime.messages import brief
 from runtime.output import writable, write_whole, writing
+from runtime.progress import progress_bar
 from runtime.ranks import Interrupts, Ranks
-from runtime.sources import UserError, read_json
+from runtime.sources import UserError, read_json, upload
 
-FORMAT = "fsrl-run-2"  # of config.json; runs without one are of an earlier version
+FORMAT = "fsrl-run-2"  # of config.json; runs without a format are of an earlier version
 PACKAGES = ("torch", "safetensors", "huggingface-hub", "tokenizers", "numpy", "pyarrow")
 
-# --- a run ----------------------------------------------------------------------------------------
+# --- before a run ---------------------------------------------------------------------------------
 
 
 def choose_out(out: str | None, name: str, resume: bool) -> Path:
-    """The folder to write: --out, or runs/NAME with a number if taken.
+    """The folder to write: --out, or runs/NAME, with a number if that is taken.
 
-    Raises UserError, before anything loads, where it holds another run or cannot be made.
+    Raises UserError where it holds another run or cannot be written.
     """
     if not out:
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
             raise UserError(
                 "--out: torchrun --max-restarts needs a folder to find the run in again."
             )
-        suffixes = ["", *(f"-{i}" for i in range(2, 10_000))]
-        folders = (Path("runs") / f"{name}{suffix}" for suffix in suffixes)
+        numbers = chain([""], map("-{}".format, count(2)))
+        folders = (Path("runs") / f"{name}{number}" for number in numbers)
         return next(folder for folder in folders if not holds_run(folder))
 
     folder = writable(Path(out))
@@ -60,7 +62,7 @@ def choose_out(out: str | None, name: str, resume: bool) -> Path:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run that made a step has written there."""
+    """Whether the folder holds a run that made at least one step."""
     if finished(folder) or any((folder / "checkpoints").glob("step-*")):
         return True
     try:
@@ -71,27 +73,24 @@ def holds_run(folder: Path) -> bool:
 
 
 def finished(folder: Path) -> bool:
-    """Whether a run has come to its end there: what it trained is saved last."""
+    """Whether the folder holds a run that has come to its end: adapter or model are saved last."""
     saved = (folder / "adapter" / "adapter.safetensors", folder / "model" / "model.safetensors")
     return any(path.is_file() for path in saved)
 
 
 def describe(settings: Mapping, digests: Mapping[str, str], device: str, processes: int) -> dict:
-    """config.json, but for what a run adds of its own: settings, versions, hardware, inputs.
+    """The content of config.json that every run has: settings, versions, hardware, inputs.
 
-    digests: sha256 of every file that the run reads.
+    digests: path -> sha256 of every file that the run reads.
     """
-    hardware = (
-        f"{platform.machine()} CPU" if device == "cpu" else torch.cuda.get_device_name(device)
-    )
+    cpu = f"{platform.machine()} CPU"
+    versions = {name: version(name) for name in PACKAGES}
     return dict(
         format=FORMAT,
         settings=dict(settings),
         sha256=dict(digests),
-        versions=dict(
-            python=platform.python_version(), **{name: version(name) for name in PACKAGES}
-        ),
-        hardware=hardware,
+        versions=dict(python=platform.python_version(), **versions),
+        hardware=cpu if device == "cpu" else torch.cuda.get_device_name(device),
         processes=processes,
         threads=torch.get_num_threads(),
         code=code_revision(),
@@ -100,7 +99,7 @@ def describe(settings: Mapping, digests: Mapping[str, str], device: str, process
 
 
 def code_revision() -> str | None:
-    """Commit of this checkout, with "+" when files differ from it; None outside git."""
+    """Commit of this checkout, with "+" if files differ from it; None outside git."""
     here = str(Path(__file__).resolve().parents[1])
     command = ["git", "-C", here, "describe", "--always", "--abbrev=40", "--dirty=+"]
     try:
@@ -109,11 +108,14 @@ def code_revision() -> str | None:
         return None
 
 
-class Run:
-    """A training run's folder while the run writes it: its log, its checkpoints, its interruption.
+# --- during a run ---------------------------------------------------------------------------------
 
-    trained: the module that holds exactly what trains. checkpoint_every, eval_every: in steps;
-    0: none on the way. Rank 0 alone writes.
+
+class Run:
+    """The folder of a run in progress: its log, its checkpoints, and requests to stop.
+
+    trained: the module that holds what trains, and nothing else. checkpoint_every, eval_every: in
+    steps; 0: none between the first and the last. Only rank 0 writes.
     """
 
     def __init__(
@@ -136,10 +138,10 @@ class Run:
         self.interrupts = Interrupts(ranks)
 
     def open(self, config: dict, free: Collection[str]) -> None:
-        """Lock the folder and write config.json, unless a resumed run has one there.
+        """Lock the folder and write config.json, or compare it with that of a run to resume.
 
-        free: settings that may change on resumption. Raises UserError where others changed, or
-        where an input file did.
+        free: settings that may differ from those of the run to resume. Raises UserError where
+        another setting or an input file differs.
         """
         if not self.ranks.first:
             return
@@ -154,7 +156,7 @@ class Run:
             write_whole(self.out / "config.json", json.dumps(config, indent=2) + "\n")
 
     def resume(self, wanted: bool) -> int:
-        """Load the newest whole checkpoint, if wanted; returns its step, 0 where there is none."""
+        """Load the newest complete checkpoint, if wanted; returns its step, or 0 without one."""
         folder = self.out / "checkpoints"
         path = checkpoint.newest(folder, self.ranks) if wanted else None
         if path is None:
@@ -170,12 +172,12 @@ class Run:
                 print(f"--resume: going on after step {step} of {self.steps}.", file=sys.stderr)
         self.saved = step
         self._keep_rows(step)
-        how = dict(total=self.steps, initial=step, unit="step", disable=not self.ranks.first)
-        self.bar = tqdm(desc="training", **how)
+        how = dict(total=self.steps, initial=step, unit="step", shown=self.ranks.first)
+        self.bar = progress_bar(desc="training", **how)
         return step
 
     def _keep_rows(self, step: int) -> None:
-        """Drop rows logged after this checkpoint, and a line that was not written to its end."""
+        """Drop rows logged after this checkpoint, and a torn last line."""
         if self.file is None:
             return
         self.file.seek(0)
@@ -185,7 +187,7 @@ class Run:
             if row is None or row["step"] > step:
                 break
             if row["step"] == step and row["split"] == "eval":
-                break  # it is evaluated again
+                break  # the resumed run evaluates again
             self.rows.append(row)
             end += len(line)
         missing = step - sum(row["split"] == "train" for row in self.rows)
@@ -196,11 +198,11 @@ class Run:
             self.file.truncate(end)
 
     def evaluates(self, step: int) -> bool:
-        """Whether to evaluate after `step` updates: before the first and every eval_every."""
+        """Whether to evaluate after `step` updates: at 0 and at every multiple of eval_every."""
         return step == 0 or (self.eval_every > 0 and step % self.eval_every == 0)
 
     def log(self, split: str, step: int, row: dict) -> None:
-        """Write a row of metrics.jsonl as soon as it is known."""
+        """Append a row to metrics.jsonl, and show a train row in the progress bar."""
         row = dict(split=split, step=step, **row)
         self.rows.append(row)
         if split == "train":
@@ -215,26 +217,24 @@ class Run:
     def stop_unless_finite(
         self, step: int, loss: float, grad_norm: float, pairs: Sequence[int]
     ) -> None:
-        """End the run where its loss or gradient is no number, naming the step and its pairs."""
+        """End the run if its loss or gradient is not finite, naming the step and its pairs."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
-        message = (
-            f"Step {step + 1}: loss {loss}, gradient norm {grad_norm}, in pairs {list(pairs)}."
-        )
+        found = f"loss {loss}, gradient norm {grad_norm}"
+        message = f"Step {step + 1}: {found}, in pairs {list(pairs)}."
         raise SystemExit(message if self.ranks.first else 1)
 
     def checkpoint(self, step: int) -> None:
-        """Save the state after `step` updates when due, or on SIGTERM or Ctrl-C, and then end."""
+        """Save the state after `step` updates if due; on SIGTERM or Ctrl-C, save and exit."""
         asked = self.interrupts.asked()
-        # After the last step, too: what follows may find the disk full.
+        # Also after the last step, because what is written after it may fill the disk.
         due = self.checkpoint_every and (step % self.checkpoint_every == 0 or step == self.steps)
         if step > self.saved and (asked or due):
             if self.file is not None:
                 with writing(self.out, "out"):
-                    os.fsync(self.file.fileno())  # the checkpoint counts on these rows
-            checkpoint.save(
-                self.out / "checkpoints", step, self.trained, self.optimizer, self.ranks
-            )
+                    os.fsync(self.file.fileno())  # a resumed run needs the rows of its checkpoint
+            folder = self.out / "checkpoints"
+            checkpoint.save(folder, step, self.trained, self.optimizer, self.ranks)
             self.saved = step
         if asked:
             self.close()
@@ -244,12 +244,13 @@ class Run:
             raise SystemExit(0)
 
     def close(self) -> None:
-        """After the last step: SIGTERM and Ctrl-C end the process again."""
+        """End the progress bar, and let SIGTERM and Ctrl-C end the process again."""
         self.bar.close()
         self.interrupts.restore()
 
 
 def _row(line: bytes) -> dict | None:
+    """A line of metrics.jsonl as a row; None for a torn line."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
@@ -265,7 +266,7 @@ def _lock(file, out: Path) -> None:
         raise UserError(f"--out {out}: another run is writing there.") from e
 
 
-# Settings that name inputs: those are compared by content, since a checkout or its data may move.
+# Settings that name inputs: not compared by name but by content, since files may have moved.
 INPUTS = {"model", "sae", "data", "eval_data", "init_adapter", "mask_features"}
 
 
@@ -290,3 +291,21 @@ def _check_same_run(out: Path, config: dict, free: Collection[str]) -> None:
             raise UserError(f"--resume: {path} is not the file that {out} was started with.")
     if len(config["sha256"]) != len(hashes):
         raise UserError(f"--resume: {out} was started with {len(hashes)} input files.")
+
+
+# --- a finished run -----------------------------------------------------------------------------
+
+
+def push(out: Path, repo: str) -> None:
+    """Upload a run's adapter, its card and its report to the Hub, in one commit.
+
+    The audit makes card and report; what it has made before, it leaves as it is.
+    """
+    audit = [sys.executable, "-m", "audit", "--run", str(out.resolve())]
+    root = Path(__file__).resolve().parents[1]
+    if subprocess.run(audit, cwd=root).returncode:
+        raise UserError(f"--push-to {repo}: nothing was uploaded, because the audit failed.")
+    files = {path.name: path for path in sorted((out / "adapter").iterdir())}
+    files |= {"report.html": out / "report.html"}
+    address = upload(files, repo, f"FSRL adapter: {', '.join(files)}")
+    print(f"Uploaded to {address}")

@@ -1,4 +1,4 @@
-"""Foreign text (of data, models, labels, servers) as a terminal may show it."""
+"""Escape foreign text (of data, models, labels, servers), so that a terminal only shows it."""
 
 from unicodedata import category
 
@@ -6,9 +6,9 @@ LONGEST = 200  # characters of it inside a message
 
 
 def shown(text: str) -> str:
-    """Foreign text for a terminal: control characters, but for newline and tab, written out.
+    """Foreign text for a terminal: control characters are escaped, except newline and tab.
 
-    They can then neither move the cursor nor change what stands there.
+    Otherwise they could move the cursor and overwrite what is printed.
     """
     return "".join(
         _escaped(c) if category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text
@@ -16,7 +16,7 @@ def shown(text: str) -> str:
 
 
 def brief(text: object) -> str:
-    """Foreign text inside a message: on one line, without control characters, LONGEST at most."""
+    """Foreign text inside a message: one line of at most LONGEST characters, escaped."""
     cut = str(text)[: LONGEST + 1]
     cut = cut if len(cut) <= LONGEST else cut[: LONGEST - 1] + "…"
     return "".join(c if c.isprintable() else _escaped(c) for c in cut)

@@ -1,8 +1,10 @@
-"""Which SAE Neuronpedia's source ids name, and the way back to its pages.
+"""Translate between Neuronpedia's source ids and the ids of SAEs.
 
-An id without `__l0-` stands for one average L0 per block, by SAELens's table of published SAEs. The
-paper's SAEs, of lowest L0, have suffixed ids: `12-gemmascope-res-65k` is average_l0_72, and
-average_l0_21 is `12-gemmascope-res-65k__l0-21`.
+A source id without `__l0-` means the SAE of one particular average L0 for each block, by SAELens's
+table of published SAEs. The paper's SAEs, of lowest L0, have ids with that suffix: at layer 12,
+`12-gemmascope-res-65k` is average_l0_72, and average_l0_21 is `12-gemmascope-res-65k__l0-21`.
+Of Gemma Scope 2, only the SAEs of medium L0 have pages: `12-gemmascope-2-res-65k` is
+resid_post/layer_12_width_65k_l0_medium.
 """
 
 import re
@@ -10,12 +12,16 @@ from pathlib import Path
 
 SOURCE = re.compile(r"(\d+)-gemmascope-(res|transcoder)-(\d+[km])(?:__l0-(\d+))?")
 SAE_ID = re.compile(r"layer_(\d+)/width_(\w+)/average_l0_(\d+)")
+SOURCE_2 = re.compile(r"(\d+)-gemmascope-2-res-(16k|65k|262k|1m)")
+SAE_ID_2 = re.compile(r"resid_post/layer_(\d+)_width_([^_]+)_l0_medium")
+MODEL_2 = re.compile(r"gemma-3-(270m|1b|4b|12b|27b)(-it)?")
+REPO_2 = re.compile(r"gemma-scope-2-(270m|1b|4b|12b|27b)-(pt|it)")
 REPO = {
     "gemma-2-2b": "google/gemma-scope-2b-pt-res",
     "gemma-2-9b": "google/gemma-scope-9b-pt-res",
     "gemma-2-9b-it": "google/gemma-scope-9b-it-res",
 }
-# (modelId, width) -> average L0 of the unsuffixed id, block by block.
+# (modelId, width) -> average L0 of the id without suffix, for each block.
 AVERAGE_L0 = {
     ("gemma-2-2b", "16k"): (
         "105 102 141 59 124 68 70 69 71 73 77 80 82 84 84 78 78 77 74 73 71 70 72 75 73 116"
@@ -37,6 +43,10 @@ AVERAGE_L0 = {
 
 def sae_of(model_id: str, source: str) -> tuple[str, str] | None:
     """("gemma-2-2b", "12-gemmascope-res-65k__l0-21") -> (Hub repository, SAE id); None: unknown."""
+    second, model = SOURCE_2.fullmatch(source), MODEL_2.fullmatch(model_id)
+    if second and model:
+        repo = f"google/gemma-scope-2-{model[1]}{model[2] or '-pt'}"
+        return repo, f"resid_post/layer_{second[1]}_width_{second[2]}_l0_medium"
     m = SOURCE.fullmatch(source)
     if m is None or m[2] != "res" or model_id not in REPO:
         return None
@@ -51,6 +61,10 @@ def sae_of(model_id: str, source: str) -> tuple[str, str] | None:
 
 def page_of(repo: str, sae_id: str | None) -> tuple[str, str] | None:
     """(Hub repository or its copy, SAE id) -> (modelId, source id) of its pages; None: unknown."""
+    second, named = SAE_ID_2.fullmatch(sae_id or ""), REPO_2.fullmatch(Path(repo).name)
+    if second and named:
+        model_id = f"gemma-3-{named[1]}" + ("-it" if named[2] == "it" else "")
+        return model_id, f"{second[1]}-gemmascope-2-res-{second[2]}"
     m = SAE_ID.fullmatch(sae_id or "")
     model_id = next((i for i, known in REPO.items() if Path(known).name == Path(repo).name), None)
     if m is None or model_id is None:

@@ -15,7 +15,7 @@ from runtime.output import replacing, write_whole
 
 GRAM = 4  # words in the sequences whose repetition is counted
 BROKEN = 0.25  # an answer repeats so much more of itself than the one before training
-LONGER = 2.0  # or is so many times as long, or as short
+LONGER = 3.0  # or is so many times as long, or as short
 BETTER = 0.9  # an earlier evaluation has less than this share of the last one's loss
 DISPLACED = 0.05  # the chosen response fell by more than this share of the widened gap
 

@@ -1,4 +1,4 @@
-"""Files that a script writes, each whole or not at all."""
+"""Write files so that a failure leaves either the old file or the new one, never half of it."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def writable_file(path: str | Path, flag: str = "out") -> Path:
 
 @contextmanager
 def writing(path: Path, flag: str = "") -> Iterator[None]:
-    """A full disk, or a place that may not be written, is a UserError that names it."""
+    """Turn a failure to write, such as a full disk, into a UserError that names the path."""
     try:
         yield
     except (OSError, SafetensorError) as e:  # the second is what safetensors makes of the first
@@ -43,14 +43,14 @@ def writing(path: Path, flag: str = "") -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file or folder to write in place of `path`, which it replaces at the end.
+    """Yield a path for a file or folder to write, which replaces `path` at the end of the block.
 
-    When the block fails, `path` is as it was and nothing else is left. Raises UserError where it
+    If the block fails, `path` is unchanged and nothing else is left. Raises UserError where it
     cannot be written.
     """
     part = path.with_name(f"{path.name}.part")
     with writing(path):
-        _remove(part)  # of a script that was killed
+        _remove(part)  # left by a script that was killed
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield part
@@ -63,16 +63,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all. Raises UserError where it cannot be written."""
+    """Write a text file, by replacing. Raises UserError where it cannot be written."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def publish(folder: Path) -> Iterator[Path]:
-    """A new empty folder to write into; its files are renamed into `folder` at the end.
+    """Yield a new, empty folder; at the end of the block its files are moved into `folder`.
 
-    They replace their namesakes there. When the block fails, nothing in `folder` has changed.
+    They replace files of the same name there. If the block fails, nothing in `folder` has changed.
     Raises UserError where it cannot be written.
     """
     with writing(folder):

@@ -1,5 +1,4 @@
-"""Pages for a browser: one jinja2 environment, which escapes all text, and the tokens shaded by
-their steering that the report and generation's trace both show.
+"""Render pages for a browser with jinja2, which escapes all text, and shade tokens by steering.
 
 A page stands alone: its policy (templates/page.html) forbids requests and every script but the
 page's own, which it knows by hash. Styles are inline and pictures are data URLs.
@@ -21,26 +20,26 @@ from runtime.colours import COLOUR
 SHARED = Path(__file__).resolve().parent / "templates"  # page.html, page.css, tokens.html
 SHADES = 10
 LONGEST = 90  # characters of an explanation in a note
-DARKEST = 0.98  # quantile of ‖v‖₁ from which on a token gets the darkest shade
+DARKEST = 0.98  # tokens from this quantile of ‖v‖₁ on get the darkest shade
 
 
 class Token(NamedTuple):
-    """A token as tokens.html shows it."""
+    """A token for templates/tokens.html."""
 
     text: str
     shade: int  # 0 to SHADES - 1
-    note: str  # shown where the token is pointed at or tapped; may have several lines
+    note: str  # shown when the token is pointed at or tapped; may have several lines
     part: str = ""  # a CSS class
     features: Sequence[int] = ()  # that have a card on the page
 
 
 def darkest(sizes: Sequence[float]) -> float:
-    """The ‖v‖₁ of the darkest shade. A few outliers share it, or all others would be pale."""
+    """The ‖v‖₁ of the darkest shade: a quantile, so that outliers do not make the rest pale."""
     return float(np.quantile(sizes, DARKEST, method="lower")) or 1.0
 
 
 def shade(size: float, full: float) -> int:
-    """0 to SHADES - 1 for a ‖v‖₁ from 0 to `full` and above."""
+    """A ‖v‖₁ -> its shade, from 0 for 0 to SHADES - 1 for `full` and more."""
     return min(SHADES - 1, round((SHADES - 1) * size / full))
 
 
@@ -60,8 +59,8 @@ def note(size: float, features: Iterable[tuple[int, float, str | None]]) -> str:
 def render(template: Path, script: str = "", **values) -> str:
     """Fill in a template, which may extend and import those in runtime/templates.
 
-    Every value is escaped, in markdown too; a value that the template names and the caller does
-    not give raises jinja2.UndefinedError. script: the page's own, of this project's files.
+    Every value is escaped, also in markdown. Raises jinja2.UndefinedError for a missing value.
+    script: the page's own, a file of this project.
     """
     hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = jinja2.Environment(

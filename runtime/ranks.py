@@ -1,12 +1,11 @@
-"""One process or many: who we are, what the processes tell each other, and how a finished model is
-spread over them.
+"""One process or many: which one this is, what they tell each other, and a model spread over them.
 
     torchrun --nproc-per-node 8 train.py --layer 12          # a copy of the model on each GPU
     torchrun --nproc-per-node 8 train.py ... --shard         # a slice of each block on each GPU
 
 The model's code knows nothing of this: DistributedDataParallel and FSDP2 are put around it here.
-torch's distributed modules load inside the functions that need them, because a run of one process
-needs none and they take a second.
+torch's distributed modules are imported in the functions that need them, because the import takes a
+second and a run of one process needs none of them.
 """
 
 import gc
@@ -47,13 +46,11 @@ ALONE = Ranks()
 
 
 def ranks_here() -> Ranks:
-    """What torchrun says in the environment; ALONE without it."""
+    """The ranks by torchrun's environment variables; ALONE without them. Raises UserError."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
     try:
-        values = (
-            int(os.environ.get(name, default)) for name, default in zip(names, ALONE, strict=True)
-        )
-        return Ranks(*values)
+        values = [os.environ.get(name, alone) for name, alone in zip(names, ALONE, strict=True)]
+        return Ranks(*map(int, values))
     except ValueError as e:
         raise UserError(
             f"The environment's {', '.join(names)}: torchrun's whole numbers were expected ({e})."
@@ -62,11 +59,10 @@ def ranks_here() -> Ranks:
 
 @contextmanager
 def joined(device: str, minutes: float) -> Iterator[Ranks]:
-    """Join the processes that torchrun started. minutes: how long one waits for the others before
-    it gives up.
+    """Join the processes that torchrun started. minutes: how long each waits for the others.
 
-    A process that loses the others ends with a line of its own and exit code 1: the reason is what
-    the one that failed has printed.
+    A process that loses the others prints a line and exits with code 1; the process that failed has
+    printed the reason.
     """
     ranks = ranks_here()
     if ranks.world == 1:
@@ -76,8 +72,7 @@ def joined(device: str, minutes: float) -> Iterator[Ranks]:
     if cuda:
         torch.cuda.set_device(device)  # NCCL sends from the current device
     try:
-        # gloo beside NCCL carries what lives on the CPU: errors, requests to stop, plans of
-        # checkpoints.
+        # Beside NCCL, gloo sends what is on the CPU: errors, requests to stop, checkpoint plans.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         wait = timedelta(minutes=minutes)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -101,28 +96,28 @@ def joined(device: str, minutes: float) -> Iterator[Ranks]:
         why = str(e).strip().splitlines()[0]
         lost = f"it lost the others or waited {minutes:g} minutes"
         print(f"Rank {ranks.rank} ends: {lost} ({why}).", file=sys.stderr)
-        # Not through the interpreter's usual end, where threads of the backend may still wait for
-        # the others.
+        # The interpreter's usual end would wait for threads that still wait for the others.
         sys.stderr.flush()
         os._exit(1)
 
 
 def _leave() -> None:
-    """End the process group, after every DistributedDataParallel: one that outlives the group ends
-    it in its own destructor, which holds the interpreter's lock while it waits for a thread that
-    may need that lock.
+    """Destroy the process group, but collect every DistributedDataParallel first.
+
+    One that outlives the group would destroy it in its own destructor, which holds the
+    interpreter's lock while it waits for a thread that may need this lock.
     """
     gc.collect()
     dist.destroy_process_group()
 
 
 def meet(ranks: Ranks, wait: timedelta) -> tuple[dist.Store, int]:
-    """A fresh store that all processes of this start share, and how many starts there have been.
+    """A new store that all processes of this start share, and the number of starts so far.
 
-    torchrun's agents keep one store through all restarts, and each counts restarts for itself: an
-    agent that restarts because another's worker died does not count it. Going by that count,
-    processes of one start could wait in two places for ever. So rank 0 counts the starts, and
-    writes the number under each other rank's unique key.
+    torchrun's agents keep one store through all restarts, but each counts only the restarts that
+    its own workers caused. With keys made of that count, processes could wait for each other under
+    different keys for ever. So rank 0 counts the starts and tells each other rank the number, under
+    a key that is unique to that rank's process.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, timeout=wait)
@@ -131,8 +126,8 @@ def meet(ranks: Ranks, wait: timedelta) -> tuple[dist.Store, int]:
         missing, until = set(range(1, ranks.world)), time.monotonic() + wait.total_seconds()
         while missing:
             for rank in [r for r in missing if store.check([f"hello {r}"])]:
-                # The key may be that of an earlier start, whose process will not answer: read it
-                # again each time.
+                # Read the key again each time: it may be that of an earlier start, whose process
+                # does not answer any more.
                 store.set(store.get(f"hello {rank}").decode(), str(start))
                 if store.check([f"here {start} {rank}"]):
                     missing.remove(rank)
@@ -148,11 +143,10 @@ def meet(ranks: Ranks, wait: timedelta) -> tuple[dist.Store, int]:
 
 
 def together(ranks: Ranks, work: Callable[[], T]) -> T:
-    """work() on every process; a person's mistake in any of them ends all, in one sentence printed
-    once.
+    """Call work() on every process. A UserError in any of them ends all, and is printed once.
 
-    Also a barrier: no process goes on before all are done. work() must not wait for a process that
-    a mistake in work() could keep away.
+    Also a barrier: no process goes on before all are done. work() must not communicate after a
+    point where it may raise UserError on some processes only.
     """
     result, mistake = None, None
     try:
@@ -164,7 +158,7 @@ def together(ranks: Ranks, work: Callable[[], T]) -> T:
         dist.all_gather_object(mistakes, None if mistake is None else str(mistake))
         speaker = next((rank for rank, text in enumerate(mistakes) if text is not None), None)
         if speaker is not None and speaker != ranks.rank:
-            time.sleep(2)  # torchrun ends all with the first that ends: let the sentence come first
+            time.sleep(2)  # torchrun kills all when one ends: leave time to print the sentence
             raise SystemExit(2)
     if mistake is not None:
         raise mistake
@@ -172,33 +166,22 @@ def together(ranks: Ranks, work: Callable[[], T]) -> T:
 
 
 def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
-    """together(), for what rank 0 alone does: its result, on every process."""
+    """Like together, but only rank 0 calls work(); every process gets its result."""
     box = [together(ranks, lambda: work() if ranks.first else None)]
     if ranks.world > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def any_of(ranks: Ranks, flag: bool) -> bool:
-    """Whether any process says yes: all get the same answer at the same point of the run."""
-    if ranks.world == 1:
-        return flag
-    said = torch.tensor([flag], dtype=torch.int32)
-    dist.all_reduce(said, dist.ReduceOp.MAX)
-    return bool(said)
-
-
 def total(ranks: Ranks, x: Tensor) -> Tensor:
-    """Sum over the processes."""
+    """Sum x over the processes, in place."""
     if ranks.world > 1:
         dist.all_reduce(x)
     return x
 
 
 class Interrupts:
-    """SIGTERM and Ctrl-C ask the run to save and end. asked() says whether any process was asked; a
-    second Ctrl-C ends it at once.
-    """
+    """SIGTERM and Ctrl-C become requests to save and end; a second one ends the process at once."""
 
     def __init__(self, ranks: Ranks):
         self.ranks, self.here = ranks, False
@@ -210,9 +193,15 @@ class Interrupts:
         self.restore()
 
     def asked(self) -> bool:
-        return any_of(self.ranks, self.here)
+        """Whether any process was asked to end; a collective call."""
+        if self.ranks.world == 1:
+            return self.here
+        said = torch.tensor([self.here], dtype=torch.int32)
+        dist.all_reduce(said, dist.ReduceOp.MAX)
+        return bool(said)
 
     def restore(self) -> None:
+        """Put the earlier signal handlers back."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -228,11 +217,11 @@ def spread(
     device,
     who: Ranks,
 ):
-    """The model over the processes, as it is to be called: a copy on each, or a slice on each.
+    """Spread the model over the processes and return what to call: copies, or slices if sharded.
 
-    Of copies, gradients are averaged during the last backward of a step. Nothing is sent at the
-    start, because the processes read the same files and draw from the same seed. device: with name
-    and dtype. For blocks and own see shard.
+    With copies, gradients are averaged during the last backward of a step; no weights are sent at
+    the start, because all processes read the same files and draw from the same seed.
+    device: a runtime.device.Device. blocks, own: see shard.
     """
     if who.world == 1:
         return model.to(device.name)
@@ -248,14 +237,12 @@ def spread(
 def shard(
     model: nn.Module, blocks: nn.ModuleList, own: nn.Module | None, device: str, dtype: torch.dtype
 ) -> None:
-    """FSDP2, in place: each process keeps a slice of every weight, and a block is whole only while
-    it runs.
+    """Apply FSDP2 in place: each process holds a slice of every weight, gathered block by block.
 
-    What stands outside the blocks (the embedding, which is the head too) stays whole from forward
-    to backward, since the head is used between them. own: a module with a group of its own, always
-    in the dtype of its weights (the adapter, float32). The forward_methods of both are called
-    beside their forward. dtype: what all other weights are gathered in; gradients are summed in
-    float32.
+    Weights outside the blocks (the embedding, which is also the head) stay gathered from forward to
+    backward. own: a module that is gathered by itself, in the dtype of its weights (the adapter, in
+    float32). dtype: that in which all other weights are gathered; gradients are summed in float32.
+    The methods that a module lists as forward_methods gather its weights like its forward.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
@@ -265,7 +252,7 @@ def shard(
     )
 
     mesh = init_device_mesh(device.split(":")[0], (dist.get_world_size(),))
-    # Weights alone change their dtype: the residual stream between blocks stays float32.
+    # cast_forward_inputs=False, because the residual stream between blocks stays float32.
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -280,15 +267,13 @@ def shard(
 
 
 def synchronises(model: nn.Module, last: bool) -> None:
-    """Send a copy's gradients in the last micro-batch of a step alone."""
+    """Let copies average their gradients only in the backward of a step's last micro-batch."""
     if hasattr(model, "require_backward_grad_sync"):
         model.require_backward_grad_sync = last
 
 
 def forget_gathered(model: nn.Module) -> None:
-    """After weights were written from outside (a checkpoint): drop whole copies that a forward has
-    left.
-    """
+    """Drop gathered weights, which are outdated when a checkpoint was loaded into the slices."""
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
@@ -296,7 +281,7 @@ def forget_gathered(model: nn.Module) -> None:
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
-    """Inside, the weights of one module are whole on every process."""
+    """Gather the weights of a module on every process, inside the with block."""
     sharded = hasattr(module, "unshard")
     if sharded:
         module.unshard()
@@ -306,9 +291,7 @@ def whole(module: nn.Module) -> Iterator[None]:
 
 
 def gather(module: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """A module's whole state on the CPU of rank 0, tensor by tensor; {} on the others, who must
-    call it too.
-    """
+    """A module's whole state on the CPU of rank 0, {} on the others. All processes must call it."""
     state = {}
     for name, tensor in module.state_dict().items():
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

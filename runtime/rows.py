@@ -1,4 +1,4 @@
-"""Objects, row by row, from a jsonl, json or csv file, gzipped or not."""
+"""Read rows from a jsonl, json or csv file, gzipped or not."""
 
 import csv
 import gzip
@@ -10,17 +10,18 @@ from typing import BinaryIO
 
 from runtime.sources import UserError
 
-KINDS = ("jsonl.gz", "json.gz", "csv.gz", "jsonl", "json", "csv")  # what a file's name ends in
-LARGEST = 1 << 30  # bytes a file may unpack to; a million explanations take about 0.2 GB
+KINDS = ("jsonl.gz", "json.gz", "csv.gz", "jsonl", "json", "csv")  # suffixes of files we read
+LARGEST = 1 << 30  # bytes of an unpacked file; a million explanations take about 0.2 GB
 
 
 def read(path: str | Path, file: BinaryIO | None = None) -> list[dict]:
-    """The rows of a file, read as its name says; file: an open stream to read in place of the path.
+    """The rows of a file as dicts; its name says how to read it.
 
-    A json file holds a list of objects, or one object of objects: then each is a row, and its key
-    the row's `category`. Raises UserError naming the file and the line that cannot be read.
+    file: an open stream, to be read in place of the path. A json file holds a list of objects, or
+    an object of objects, each of which is a row with its key as `category`. Raises UserError naming
+    the file and the line that cannot be read.
     """
-    text = _text(path, file)
+    text = read_text(path, file)
     name = str(path).removesuffix(".gz")
     number = 0
     try:
@@ -32,7 +33,7 @@ def read(path: str | Path, file: BinaryIO | None = None) -> list[dict]:
                 rows = [{"category": key, **value} for key, value in rows.items() if value]
         else:
             rows = []
-            # splitlines would also cut at U+2028, which json allows inside a string.
+            # Not splitlines, which also splits at U+2028: json allows that inside a string.
             for line in text.split("\n"):
                 number += 1
                 if line.strip():
@@ -46,7 +47,7 @@ def read(path: str | Path, file: BinaryIO | None = None) -> list[dict]:
 
 
 def open_file(path: str | Path) -> BinaryIO:
-    """Open a regular file; a named pipe would block. Raises UserError where there is none."""
+    """Open a regular file. Raises UserError for anything else: a named pipe, say, would block."""
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
@@ -56,8 +57,8 @@ def open_file(path: str | Path) -> BinaryIO:
         raise UserError(f"{path}: cannot be read ({e.strerror}).") from e
 
 
-def _text(path: str | Path, file: BinaryIO | None) -> str:
-    """The file unpacked, at most LARGEST bytes."""
+def read_text(path: str | Path, file: BinaryIO | None = None) -> str:
+    """A file's text, unpacked; file: as in read. Raises UserError naming the file."""
     try:
         with file or open_file(path) as packed:
             unpacked = gzip.open(packed) if str(path).endswith(".gz") else packed

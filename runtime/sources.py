@@ -1,8 +1,8 @@
-"""Sources: a name (`tiny`, a local path, or a Hugging Face Hub id) becomes a local folder of files.
+"""Find or download the files that a flag names.
 
-Everything this project reads comes through `fetch`. `tiny` is the embedded world, a local path wins
-over the Hub, and `owner/name@revision` names a branch, tag or commit there. Downloads are pinned to
-the commit they resolved to, which the caller records.
+A name is `tiny` (the embedded world), a local path, or a Hugging Face Hub id; a path that exists
+comes before the Hub. `owner/name@revision` names a branch, tag or commit on the Hub. A download is
+returned with its commit, which the caller records.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ import numpy as np
 from runtime.messages import brief
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
-LARGEST_JSON = 64 << 20  # bytes; the index of a 27B model has 50 thousand
+LARGEST_JSON = 64 << 20  # bytes; the index of a 27B model takes 50 thousand
 FILES = (".jsonl", ".json", ".parquet", ".npz", ".safetensors")  # no Hub repository's name ends so
 PART = r"[A-Za-z0-9][\w.-]*"
 HUB_ID = re.compile(rf"{PART}(/{PART})?(@[\w./-]+)?")
-REPO_TYPE = {  # a flag that names a source -> what it is on the Hub
+REPO_TYPE = {  # flag -> the type of the Hub repository that it names
     "model": "model",
     "sae": "model",
     "data": "dataset",
@@ -39,21 +39,21 @@ REPO_TYPE = {  # a flag that names a source -> what it is on the Hub
 
 
 class UserError(Exception):
-    """A person's mistake: one sentence naming the file, row or flag. Scripts print it and exit with
-    2.
+    """A user's mistake. Its message is one sentence that names the file, row or flag; scripts print
+    it and exit with code 2.
     """
 
 
 class Source(NamedTuple):
-    path: Path  # a local folder, or one local file when the name was a file's path
-    revision: str | None  # commit of a Hub download, None for local files
+    path: Path  # a local folder, or a local file if the name was that of a file
+    revision: str | None  # commit of a Hub download; None for local files
 
 
 def fetch(name: str | Path, kind: str, patterns: list[str]) -> Source:
-    """Make the files of `name` that match `patterns` available locally.
+    """The local folder or file for a name; from the Hub, the files that match `patterns`.
 
-    kind: a key of REPO_TYPE; it is the flag's name, and picks the folder of the embedded `tiny`.
-    Raises UserError when the name is neither a path nor a Hub id, or when the Hub cannot serve it.
+    kind: a key of REPO_TYPE, which is also the name of the flag and of a folder in tiny/. Raises
+    UserError where the name is neither a path nor a Hub id, or where the Hub cannot serve it.
     """
     path = local(name, kind)
     if path is not None:
@@ -67,9 +67,7 @@ def fetch(name: str | Path, kind: str, patterns: list[str]) -> Source:
 
 
 def local(name: str | Path, kind: str) -> Path | None:
-    """The folder of `tiny` or the local path that a name means; None for a name to look up on the
-    Hub.
-    """
+    """The local path that a name means, or None where it can only be a Hub id."""
     if str(name) == "tiny" and (TINY / kind).is_dir():
         return TINY / kind
     try:
@@ -90,18 +88,43 @@ def _download(name: str, kind: str, patterns: list[str]) -> Source:
 
     repo, revision = split_revision(name)
     with _hub_errors(name, kind):
-        # A dead network falls back on the cached snapshot inside snapshot_download itself.
+        # Without a network, snapshot_download itself returns a snapshot from its cache.
         folder = snapshot_download(
             repo, repo_type=REPO_TYPE[kind], revision=revision, allow_patterns=patterns
         )
     return Source(Path(folder), Path(folder).name)  # snapshots are stored under their commit hash
 
 
-def list_files(name: str, kind: str) -> list[str]:
-    """Paths of all files in a Hub repository; from the cache when the Hub is down and a download
-    left them there.
+def check_upload(repo: str) -> None:
+    """Raises UserError for a name that no repository of one's own can have, or without a token."""
+    from huggingface_hub import get_token
 
-    Raises UserError when it cannot be listed.
+    if not HUB_ID.fullmatch(repo) or repo.count("/") != 1 or "@" in repo:
+        raise UserError(f"--push-to {brief(repo)}: OWNER/NAME on the Hub was expected.")
+    if not get_token():
+        raise UserError(f"--push-to {repo}: needs a token that may write; run `hf auth login`.")
+
+
+def upload(files: dict[str, Path], repo: str, message: str) -> str:
+    """Commit files, by their path there, to a model repository, made where it is not there yet.
+
+    One commit holds all of them. Returns its address. Raises UserError where the Hub refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, errors
+
+    added = [CommitOperationAdd(path, str(file)) for path, file in files.items()]
+    try:
+        HfApi().create_repo(repo, exist_ok=True)
+        return HfApi().create_commit(repo, added, commit_message=message).commit_url
+    except (errors.HTTPError, OSError, ValueError) as e:
+        why = brief(_first_line(e))
+        raise UserError(f"--push-to {repo}: the Hub did not take it ({why}).") from e
+
+
+def list_files(name: str, kind: str) -> list[str]:
+    """Paths of all files in a Hub repository, from its cache if the Hub does not answer.
+
+    Raises UserError where neither has the list.
     """
     from huggingface_hub import errors, get_cached_repo_tree, list_repo_files, resolve_revision
 
@@ -109,17 +132,15 @@ def list_files(name: str, kind: str) -> list[str]:
     with _hub_errors(name, kind):
         commit = resolve_revision(repo, repo_type=REPO_TYPE[kind], revision=revision)
         try:
-            return [
-                f.path
-                for f in get_cached_repo_tree(repo, repo_type=REPO_TYPE[kind], revision=commit)
-            ]
+            tree = get_cached_repo_tree(repo, repo_type=REPO_TYPE[kind], revision=commit)
+            return [file.path for file in tree]
         except errors.CachedRepoTreeNotFoundError:
             return list_repo_files(repo, repo_type=REPO_TYPE[kind], revision=commit)
 
 
 @contextmanager
 def _hub_errors(name: str, kind: str) -> Iterator[None]:
-    """What the Hub's client raises, as a UserError."""
+    """Turn what the Hub's client raises into a UserError."""
     from huggingface_hub import errors
 
     repo, revision = split_revision(name)
@@ -136,15 +157,10 @@ def _hub_errors(name: str, kind: str) -> Iterator[None]:
             f"--{kind} {repo}: no such {REPO_TYPE[kind]} on the Hub, nor a local path."
         ) from e
     except (errors.LocalEntryNotFoundError, errors.RevisionResolutionError) as e:
-        why = _first_line(e)
-        raise UserError(
-            f"--{kind} {repo}: the Hub did not answer and no whole copy is cached ({why})."
-        ) from e
-    except (
-        errors.HTTPError,
-        OSError,
-        ValueError,
-    ) as e:  # a lost connection, no Hub id, not a Hub's answer
+        why = f"the Hub did not answer and no whole copy is cached ({_first_line(e)})"
+        raise UserError(f"--{kind} {repo}: {why}.") from e
+    except (errors.HTTPError, OSError, ValueError) as e:
+        # A lost connection, a name that is no Hub id, or an answer that is not the Hub's.
         raise UserError(f"--{kind} {repo}: the Hub could not serve it ({_first_line(e)}).") from e
 
 
@@ -159,8 +175,8 @@ def sha256(path: Path) -> str:
 
 
 def read_json(path: str | Path, kind: type = dict):
-    """The object, or the list, in a small json file. Raises OSError, or ValueError for anything
-    else: what comes from others may be nested without end, or too large to be what it says.
+    """The object (kind dict) or list in a small json file. Raises OSError or ValueError, also for
+    files that are too large or nested too deeply.
     """
     if Path(path).exists() and not Path(path).is_file():  # a named pipe would block
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -185,11 +201,10 @@ Arrays = dict[str, np.ndarray]
 
 
 def cached_arrays(name: str, make: Callable[[], Arrays]) -> Arrays:
-    """make()'s arrays, read from the cache folder where another call has left them there under this
-    name.
+    """The arrays that make() returns, from the cache folder if an earlier call stored them there.
 
-    Processes that ask at the same time make them once: the others wait. Where the folder cannot be
-    written, every call makes its own.
+    Processes that ask at the same time wait for the first of them. Where the folder cannot be
+    written, every call makes them.
     """
     folder = cache_folder()
     path = folder / f"{name}.npz"
@@ -226,7 +241,7 @@ def _write_arrays(path: Path, arrays: Arrays) -> None:
     try:
         np.savez(part, **arrays)
         os.replace(part, path)
-    except OSError as e:  # a cache is a convenience: the run goes on without it
+    except OSError as e:  # the run goes on without a cache
         with contextlib.suppress(OSError):
             part.unlink()
         print(f"Tokens were not cached in {path.parent} ({e}).", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A table as csv and json of the same rows, and the interval that stands beside its numbers."""
+"""Write a table as csv and json, and compute the intervals of its numbers."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ Row = dict[str, object]
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """Rows as csv; columns in the order in which the rows name them first."""
+    """Rows as csv, with columns in the order in which they first occur."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -24,9 +24,7 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def write_table(folder: Path, name: str, about: dict, rows: Sequence[Row]) -> None:
-    """name.csv and name.json of the same rows. A number that is not there (nan) is null in json and
-    empty in csv.
-    """
+    """Write the same rows as name.csv and name.json. nan becomes null in json, empty in csv."""
     rows = [{key: plain(value) for key, value in row.items()} for row in rows]
     (folder / f"{name}.csv").write_text(csv_text(rows))
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
@@ -35,7 +33,7 @@ def write_table(folder: Path, name: str, about: dict, rows: Sequence[Row]) -> No
 
 
 def plain(value):
-    """Tensors and numpy numbers as Python's; nan as None."""
+    """A scalar of torch or numpy as a number of Python; nan and infinity as None."""
     value = value.item() if isinstance(value, Tensor | np.generic) else value
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
@@ -43,8 +41,8 @@ def plain(value):
 def resampled(values: Tensor, resamples: int, seed: int) -> Tensor:
     """Means over pairs that are drawn with replacement: float64 [..., P] -> [resamples, ...].
 
-    Pairs and not tokens, because the positions of one text are anything but independent. The draws
-    depend on P and seed alone: conditions measured on the same pairs are resampled alike.
+    Pairs are drawn and not positions, because the positions of a text are not independent. The
+    draws depend on P and seed alone, so that all conditions get the same draws.
     """
     generator, P = torch.Generator().manual_seed(seed), values.shape[-1]
     drawn = []
@@ -55,15 +53,11 @@ def resampled(values: Tensor, resamples: int, seed: int) -> Tensor:
 
 
 def percentiles(drawn: Tensor) -> tuple[Tensor, Tensor]:
-    """95 % percentile interval over the first axis: [B, ...] -> low [...], high [...]; nan draws
-    are left out.
-    """
+    """95 % interval over the first axis: [B, ...] -> low [...], high [...]; nan is left out."""
     low, high = torch.nanquantile(drawn, torch.tensor([0.025, 0.975], dtype=drawn.dtype), dim=0)
     return low, high
 
 
 def interval(values: Tensor, resamples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """95 % percentile interval of the mean over pairs: float64 [..., P] -> low [...], high
-    [...].
-    """
+    """95 % interval of the mean over pairs: float64 [..., P] -> low [...], high [...]."""
     return percentiles(resampled(values, resamples, seed))

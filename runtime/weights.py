@@ -1,4 +1,4 @@
-"""Weights from safetensors files: floating point, finite, nothing else."""
+"""Read weights from safetensors files; refuse all but finite floating-point numbers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +16,10 @@ Rename = Callable[[str], str]  # a tensor's name in the file -> its name here; "
 def read_weights(
     path: Path, rename: Rename = str, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """The tensors of a file; dtype None leaves theirs.
+    """The tensors of a file under our names. dtype: None keeps theirs.
 
-    Raises UserError for a file that is missing or not whole, and naming the tensor for integers and
-    for values that are not finite.
+    Raises UserError for a file that is missing or truncated, and for a tensor of integers or with
+    values that are not finite, naming it.
     """
     if not path.is_file():
         raise UserError(f"{path}: this safetensors file is missing.")
@@ -37,15 +37,16 @@ def read_weights(
 
 
 def check_weights(path: Path, name: str, tensor: Tensor) -> None:
-    """Raises UserError for weights that cannot be computed with, naming the first one."""
+    """Raises UserError for integers and for values that are not finite, naming the first."""
     name = brief(name)
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         kind = str(tensor.dtype).removeprefix("torch.")
         raise UserError(f"{path}: tensor {name} holds {kind}; a float type was expected.")
     if tensor.numel() == 0:
         return
-    extremes = torch.stack(tensor.aminmax())  # nan where there is one; takes no memory
+    # nan if there is one; needs no memory. A float64 may be too large for a float32.
+    extremes = torch.stack(tensor.aminmax()).float()
     if not extremes.isfinite().all():
-        first = (~tensor.isfinite()).nonzero()[0].tolist()
+        first = (~tensor.float().isfinite()).nonzero()[0].tolist()
         value = tensor[tuple(first)].item()
         raise UserError(f"{path}: tensor {name} is {value} at {first}; weights must be finite.")

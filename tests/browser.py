@@ -5,6 +5,7 @@ of our choosing. Not there: the test is skipped.
 import contextlib
 import json
 import shutil
+import socket
 import subprocess
 import time
 import urllib.request
@@ -72,12 +73,14 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(folder: Path, port: int) -> Iterator[Browser]:
+def browser(folder: Path) -> Iterator[Browser]:
     """folder: where the profile goes."""
     driver = shutil.which("chromedriver")
     binary = shutil.which("chromium") or shutil.which("google-chrome")
     if not (driver and binary):
         pytest.skip("no chromium with chromedriver")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     process = subprocess.Popen(
         [driver, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -1,138 +1,83 @@
-"""A script of ours, run once, with a fault at every file that it writes and at its first output.
+"""A script of ours, run with bad input and bad streams, and with a fault at every file it writes.
 
-Whenever the script opens a file to write, it forks: the child meets the fault there and goes on to
-its end; the parent waits, puts the folder back as it was, and goes on without the fault. So each
-file is in turn the one that does not fit, at the cost of little more than one run.
+Bad input: each case in a fork of a process that has imported the script.
+
+Faults: whenever the script opens a file to write, it forks. The child meets the fault there and
+goes on to its end; the parent waits, puts the folder back as it was, and goes on without the fault.
+So each file is in turn the one that does not fit, at the cost of little more than one run.
 """
 
 import builtins
+import dataclasses
 import errno
 import importlib
+import inspect
 import io
 import json
 import os
+import random
 import signal
 import sys
 import time
 import traceback
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
 from forked import server
 
-FAULTS = {  # name -> what happens in the child, given the path or None for the standard output
-    "full": None,  # the file is /dev/full: every write to it says that the disk is full
-    "ctrl-c": signal.SIGINT,
-    "terminate": signal.SIGTERM,
-}
-PATIENCE = 60  # seconds for what follows a fault
-MEMORY = 1 << 30  # bytes that a refused input may take
+SIGNALS = {"ctrl-c": signal.SIGINT, "terminate": signal.SIGTERM}
+FAULTS = ("full", *SIGNALS)  # full: every write to the file says that the disk is
+OUTPUT_FAULTS = ("full stdout", "unread stdout", "full stderr")
+PATIENCE = 60  # seconds that a child may take
+MEMORY = 1 << 30  # bytes that it may hold where its input is refused
+
+# --- scripts in forks -----------------------------------------------------------------------------
 
 
-class Forks:
-    """Where a running script forks, and what became of the children."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.ends, self.child, self.seen = folder, [], False, set()
-
-    def opening(self, path: object) -> bool:
-        """Called before a file is opened to write; true in the child for which the disk is full."""
-        if self.child or not isinstance(path, str | os.PathLike):
-            return False
-        path = Path(os.path.abspath(os.fspath(path)))
-        inside = path.is_relative_to(self.folder)
-        name = str(path.relative_to(self.folder)) if inside else ""
-        if not inside or name in self.seen:
-            return False
-        self.seen.add(name)
-        return any(self.fork(fault, name) for fault in FAULTS)
-
-    def fork(self, fault: str, name: str) -> bool:
-        """True in the child of a full disk, false in the others' and in the parent."""
-        sys.stdout.flush()
-        before, started = _snapshot(self.folder), time.monotonic()
-        child = os.fork()
-        if child == 0:
-            self.child = True
-            _redirect(self.folder.parent / "child")
-            if FAULTS.get(fault):
-                os.kill(os.getpid(), FAULTS[fault])
-            return fault == "full"
-        code, _ = _wait(child)
-        after = _snapshot(self.folder)
-        self.ends.append(
-            dict(
-                fault=fault,
-                name=name,
-                code=code,
-                seconds=time.monotonic() - started,
-                said=_said(self.folder.parent / "child"),
-                new=sorted(set(after) - set(before)),
-                changed=sorted(n for n in before if after.get(n) != before[n]),
-            )
-        )
-        _restore(self.folder, before)
-        return False
-
-    def printing(self) -> None:
-        """Called before the first output: children whose output is full, or has no reader."""
-        if self.child:
-            return
-        for fault in ("full output", "no reader"):
-            if self.fork(fault, "stdout") or self.child:
-                if fault == "full output":
-                    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
-                else:
-                    reader, writer = os.pipe()
-                    os.close(reader)
-                    os.dup2(writer, 1)
-                return
+def settings(name: str) -> dict[str, tuple[str, bool]]:
+    """The flags of a script -> (str, int, float, choice or bool; whether it takes several)."""
+    kind = _globals(name)["Settings"]
+    hints = typing.get_type_hints(kind)
+    found = {}
+    for field in dataclasses.fields(kind):
+        text = str(hints[field.name])
+        named = next(t for t in ("str", "int", "float", "bool") if t in text)
+        named = "choice" if field.metadata["choices"] else named
+        found["--" + field.name.replace("_", "-")] = (named, "tuple" in text)
+    return found
 
 
-class Output(io.TextIOWrapper):
-    """Standard output that says when it is written to for the first time."""
-
-    def write(self, text: str) -> int:
-        if text and self.first is not None:
-            first, self.first = self.first, None
-            first()
-        return super().write(text)
-
-    first: Callable | None = None
-
-
-class Full(io.FileIO):
-    """A file on a disk that is full."""
-
-    def write(self, content) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.name)
+def refused(name: str, cases: list[dict], folder: Path, make_short: Callable | None) -> list[dict]:
+    """The script with the arguments and streams of each case, in a fork of its own."""
+    _module(name)
+    if make_short:
+        make_short(_globals(name))
+    ends = []
+    for case in cases:
+        before = _snapshot(folder)
+        end = _forked(folder, lambda case=case: _started(name, folder, **case))
+        end["new"] = sorted(set(_snapshot(folder)) - set(before))
+        ends.append(end)
+        _restore(folder, before)
+    return ends
 
 
-def run(module: str, argv: list[str], folder: Path, faulty: bool) -> dict:
-    """The script in this process, which ends with it: its exit code and its children's ends."""
-    forks = Forks(folder)
+def _started(name: str, folder: Path, arguments: list[str], streams: dict[int, str]) -> int:
     os.chdir(folder)
-    _redirect(folder.parent / "run")
+    for number, kind in streams.items():
+        _spoil(number, kind)
     _streams()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if faulty:
-        _watch(forks)
-        sys.stdout.first = forks.printing
-    code = call(module, argv)
-    if forks.child:
-        sys.stdout.flush()
-        os._exit(code)
-    said = _said(folder.parent / "run")
-    return dict(code=code, said=said, ends=forks.ends, files=sorted(_snapshot(folder)))
+    return call(name, arguments)
 
 
-def call(module: str, argv: list[str]) -> int:
+def call(name: str, arguments: list[str]) -> int:
     """The exit code of a script that is run as from the command line."""
     from runtime import cli
 
-    sys.argv = [module, *argv]
+    sys.argv = [name, *arguments]
     try:
-        cli.run(_module(module).main)
+        cli.run(_module(name).main)
     except SystemExit as e:
         if isinstance(e.code, str):
             print(e.code, file=sys.stderr)
@@ -144,38 +89,169 @@ def call(module: str, argv: list[str]) -> int:
     return 0
 
 
-def refused(module: str, cases: list[list[str]], folder: Path) -> list[dict]:
-    """The script with each of these arguments, in a fork of its own."""
-    _module(module)
-    ends = []
-    for argv in cases:
-        before, started = _snapshot(folder), time.monotonic()
-        child = os.fork()
-        if child == 0:
-            os.chdir(folder)
-            _redirect(folder.parent / "child")
-            _streams()
-            os._exit(call(module, argv))
-        code, peak = _wait(child)
-        end = dict(code=code, peak=peak, seconds=time.monotonic() - started)
-        end["said"] = _said(folder.parent / "child")
-        end["new"] = sorted(set(_snapshot(folder)) - set(before))
-        ends.append(end)
-        _restore(folder, before)
-    return ends
-
-
 def _module(name: str):
     module = importlib.import_module(name)
     return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
 
 
+def _globals(name: str) -> dict:
+    """Of the module that a script's main stands in."""
+    return inspect.unwrap(_module(name).main).__globals__
+
+
+def _forked(folder: Path, work: Callable[[], int]) -> dict:
+    """How a fork that does this work ends, and what it says."""
+    started = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        _redirect(folder.parent / f"{folder.name}-child")
+        code = 1
+        try:
+            code = work()
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
+    code, peak = _wait(child)
+    said = _said(folder.parent / f"{folder.name}-child")
+    return dict(code=code, peak=peak, seconds=time.monotonic() - started, said=said)
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+class Forks:
+    """Where a running script forks, and what became of the children.
+
+    share: of the files, in how many of hundred there are faults, drawn at random.
+    """
+
+    def __init__(self, folder: Path, share: int):
+        self.folder, self.share = folder, share
+        self.ends, self.child, self.seen, self.printed = [], False, set(), False
+        self.left: dict[str, dict] = {}  # file that did not fit -> the folder afterwards
+
+    def opening(self, path: object) -> bool:
+        """Called before a file is opened to write; true in the child for which the disk is full."""
+        if self.child or not isinstance(path, str | os.PathLike):
+            return False
+        path = Path(os.path.abspath(os.fspath(path)))
+        if not path.is_relative_to(self.folder):
+            return False
+        name = str(path.relative_to(self.folder))
+        if name in self.seen:
+            return False
+        self.seen.add(name)
+        if random.Random(name).randrange(100) >= self.share:
+            return False
+        for fault in FAULTS:
+            if self.fork(fault, name) or self.child:
+                return fault == "full"
+        return False
+
+    def printing(self) -> None:
+        """Called before the first output: children whose output is full, or has no reader."""
+        if not (self.child or self.printed):
+            self.printed = True
+            any(self.fork(fault, "") for fault in OUTPUT_FAULTS)
+
+    def fork(self, fault: str, name: str) -> bool:
+        """True in the child of a full disk, false in the others' and in the parent."""
+        sys.stdout.flush()
+        before, started = _snapshot(self.folder), time.monotonic()
+        child = os.fork()
+        if child == 0:
+            self.child = True
+            _redirect(self.folder.parent / f"{self.folder.name}-child")
+            if fault in SIGNALS:
+                os.kill(os.getpid(), SIGNALS[fault])
+            if fault in OUTPUT_FAULTS:
+                kind, _, stream = fault.partition(" ")
+                _spoil(1 if stream == "stdout" else 2, kind)
+                return True
+            return fault == "full"
+        code, _ = _wait(child)
+        after = _snapshot(self.folder)
+        self.ends.append(
+            dict(
+                fault=fault,
+                name=name,
+                code=code,
+                seconds=time.monotonic() - started,
+                said=_said(self.folder.parent / f"{self.folder.name}-child"),
+                new=sorted(set(after) - set(before)),
+            )
+        )
+        if fault == "full":
+            self.left[name] = after
+        _restore(self.folder, before)
+        return False
+
+
+class Full(io.FileIO):
+    """A file on a disk that is full."""
+
+    def write(self, content) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.name)
+
+
+def faulty(
+    name: str,
+    arguments: list[str],
+    folder: Path,
+    share: int,
+    make_short: Callable | None = None,
+    again: list[str] | None = None,
+) -> dict:
+    """The script in this process, which ends with it: its exit code and its children's ends.
+
+    again: arguments that finish what a full disk stopped; each is tried, in a fork.
+    """
+    forks = Forks(folder, share)
+    os.chdir(folder)
+    _redirect(folder.parent / f"{folder.name}-run")
+    _module(name)
+    if make_short:
+        make_short(_globals(name))
+    _streams()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _watch(forks)
+    code = call(name, arguments)
+    if forks.child:
+        sys.stdout.flush()
+        os._exit(code)
+    said = _said(folder.parent / f"{folder.name}-run")
+    forks.child = True  # what follows has no faults
+    whole, resumed = _snapshot(folder), {}
+    for path, files in forks.left.items() if again else ():
+        _restore(folder, files)
+        end = _forked(folder, lambda: call(name, again))
+        resumed[path] = end | dict(whole=_snapshot(folder).keys() == whole.keys())
+        resumed[path]["metrics"] = _steps(folder)
+    _restore(folder, whole)
+    steps = _steps(folder)
+    return dict(code=code, said=said, ends=forks.ends, resumed=resumed, metrics=steps)
+
+
+def _steps(folder: Path) -> list:
+    """(split, step, loss) of a training run's rows."""
+    found = []
+    for path in folder.glob("*/metrics.jsonl"):
+        rows = map(json.loads, path.read_text().splitlines())
+        found += [[row["split"], row["step"], row["loss"]] for row in rows]
+    return found
+
+
 def _watch(forks: Forks) -> None:
-    """Ask `forks` before every file that Python, or safetensors, opens to write."""
+    """Ask `forks` before every file that Python, safetensors or Arrow opens to write, and before
+    the first output.
+    """
+    import pyarrow.parquet
     import safetensors.torch
 
+    from runtime import cli
+
+    really_write = cli._Output.write
     really_open, really_os_open = io.open, os.open
-    really_save = safetensors.torch.save_file
 
     def opened(file, mode="r", *rest, **named):
         if set(mode) & set("wax+") and forks.opening(file):
@@ -189,16 +265,35 @@ def _watch(forks: Forks) -> None:
             path, flags = "/dev/full", os.O_WRONLY
         return really_os_open(path, flags, *rest, **named)
 
-    def saved(tensors, filename, *rest, **named):
-        if forks.opening(filename):
-            raise safetensors.SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)}")
-        return really_save(tensors, filename, *rest, **named)
+    def written(stream, content):
+        if stream.fileno() == 1:
+            forks.printing()
+        return really_write(stream, content)
 
+    def guarded(really: Callable, error: Exception) -> Callable:
+        def write(content, where, *rest, **named):
+            if forks.opening(where):
+                raise error
+            return really(content, where, *rest, **named)
+
+        return write
+
+    full = os.strerror(errno.ENOSPC)
     io.open = builtins.open = opened
     os.open = os_opened
+    cli._Output.write = written
+    writers = {
+        safetensors.torch.save_file: safetensors.SafetensorError(f"I/O error: {full}"),
+        pyarrow.parquet.write_table: OSError(errno.ENOSPC, full),
+    }
     for module in list(sys.modules.values()):
-        if getattr(module, "save_file", None) is really_save:
-            module.save_file = saved
+        for name in ("save_file", "write_table"):
+            really = getattr(module, name, None)
+            if inspect.isfunction(really) and really in writers:
+                setattr(module, name, guarded(really, writers[really]))
+
+
+# --- streams and folders --------------------------------------------------------------------------
 
 
 def _redirect(stem: Path) -> None:
@@ -208,9 +303,30 @@ def _redirect(stem: Path) -> None:
         os.close(opened)
 
 
+def _spoil(number: int, kind: str) -> None:
+    """closed, full (like a disk), unread (nobody at the other end of the pipe), empty."""
+    if kind == "closed":
+        os.close(number)
+        return
+    if kind == "unread":
+        reader, opened = os.pipe()
+        os.close(reader)
+    else:
+        opened = os.open("/dev/null" if kind == "empty" else "/dev/full", os.O_RDWR)
+    os.dup2(opened, number)
+    os.close(opened)
+
+
 def _streams() -> None:
-    sys.stdout = Output(os.fdopen(1, "wb", closefd=False), line_buffering=True)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    """As Python opens them when it starts."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            setattr(sys, name, None)
+            continue
+        raw = open(number, "wb" if number else "rb", closefd=False)
+        setattr(sys, name, io.TextIOWrapper(raw, "utf-8", line_buffering=number == 2))
 
 
 def _said(stem: Path) -> str:
@@ -259,6 +375,9 @@ def _restore(folder: Path, before: dict[str, bytes | None]) -> None:
                 file.write(content)
 
 
+# --- processes ------------------------------------------------------------------------------------
+
+
 def job(what: Callable, arguments: tuple, env: dict, answer: str) -> None:
     """Target of a process: write what(*arguments) to the file `answer` as json."""
     os.environ.update(env)
@@ -266,16 +385,12 @@ def job(what: Callable, arguments: tuple, env: dict, answer: str) -> None:
     os._exit(0)  # a script may have left threads
 
 
-def start(what: Callable, *arguments, folder: Path):
-    """A process, forked from one that has imported torch, that answers what(*arguments)."""
-    answer = str(folder.parent / f"{folder.name}.json")
+def answered(folder: Path, what: Callable, *arguments, seconds: float = 1800):
+    """What what(*arguments) returns in a process forked from one that has imported torch."""
+    path = folder.parent / f"{folder.name}.json"
     env = dict(FSRL_CACHE=os.environ["FSRL_CACHE"], HF_HUB_OFFLINE="1")
-    process = server().Process(target=job, args=(what, arguments, env, answer), daemon=True)
+    process = server().Process(target=job, args=(what, arguments, env, str(path)), daemon=True)
     process.start()
-    return process, Path(answer)
-
-
-def answer(process, path: Path, seconds: float = 300):
     process.join(seconds)
     assert process.exitcode == 0 and path.exists(), f"{path.stem}: {process.exitcode}"
     return json.loads(path.read_text())

@@ -16,12 +16,12 @@ import time
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import GOLDEN, ROOT, SAE_ID, script
+from conftest import GOLDEN, ROOT, SAE_ID, metrics, script
 from PIL import Image
 
 import labels
 import tiny
-from audit import features, figures, report
+from audit import features, figures, published, report
 from audit.counting import SIDES
 from runtime.output import publish
 from runtime.sources import UserError
@@ -178,7 +178,7 @@ def test_both_variants_of_the_papers_composition_are_there(audited):
     for key in ("sae", "adapter"):
         assert sum(row[key] for row in rows[:24]) == pytest.approx(2 * 3)
     text = (audited[0] / "report.html").read_text()
-    assert "What it uses (Table 2)" in text and "&lt;bos&gt;, is left out" in text
+    assert "Averaged over positions (Table 2)" in text and "&lt;bos&gt;, is left out" in text
 
 
 def test_examples_are_the_first_pairs(audited):
@@ -233,6 +233,28 @@ def test_tables_of_another_adapter_are_marked_and_made_again(audited, tmp_path, 
     assert read(copy, "topk")["about"]["adapter_sha256"] != "0" * 64
     assert "to make: ablation; about" in capsys.readouterr().out
     assert "Made with another adapter" not in (copy / "report.html").read_text()
+
+
+def test_published_figures_stand_beside_a_run_of_their_shape(audited, tmp_path, monkeypatch):
+    """Were the published run of this shape, its figures would stand beside these tables'."""
+    out, flags = audited
+    copy = shutil.copytree(out, tmp_path / "run")
+    assert not (copy / "eval" / "beside_published.json").exists()
+    about, theirs = read(copy, "topk")["about"], published.published()
+    shape = {key: about[key] for key in ("d_model", "d_sae", "layer")}
+    monkeypatch.setattr(published, "published", lambda: theirs | dict(setting=shape))
+    run("--run", copy, *flags[2:])
+
+    found = {row["figure"]: row for row in read(copy, "beside_published")["rows"]}
+    last = metrics(copy, "eval")[-1]
+    assert found["SimPO loss"]["published"] == 2.73 and found["SimPO loss"]["here"] == last["loss"]
+    assert found["L0"]["here"] == last["l0"]
+    rows = read(copy, "composition_paper")["rows"]
+    named = dict(labels="hostile", category="style", context="prompt", first="counted")
+    (ours,) = (row for row in rows if named.items() <= row.items())
+    change = found["hostile: style, prompt, relative change, %"]
+    assert (change["published"], change["here"]) == (1.91, 100 * ours["change"])
+    assert "Beside the published figures" in (copy / "report.html").read_text()
 
 
 # --- mistakes and interruptions -------------------------------------------------------------------
@@ -308,7 +330,8 @@ def test_an_adapter_folder_without_labels(tmp_path, monkeypatch):
     run(*flags, "--sae-id", SAE_ID, *SMALL, "--device", "cpu", "--out", tmp_path / "out")
     files = {path.stem for path in (tmp_path / "out" / "eval").iterdir()}
     without = {*COMPOSITIONS, "ablation", "choices", *CHANGES}
-    assert files == {*TABLES, "features", "examples", "masks"} - without
+    others = {"features", "examples", "attribution_cards", "masks"}
+    assert files == {*TABLES, *others} - without
     rows = read(tmp_path / "out", "top_usage")["rows"]
     assert [row["rank"] for row in rows] == [*range(1, features.TOP + 1)] * 6
     assert rows[0]["explanation"] == ""

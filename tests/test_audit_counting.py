@@ -18,6 +18,7 @@ import train
 from audit import counting, label_noise
 from audit.counting import CONTEXTS, count, relative_change, resampled_composition
 from audit.label_noise import Judged, noisy_changes, read_human
+from audit.published import published
 from data import Pair, pack
 from policy import DEFAULTS, Policy, Stream, open_policy
 from runtime.device import Device
@@ -281,6 +282,25 @@ def test_label_noise_follows_the_confusion(counted):
     coin = Judged(np.full((2, 2), many), {})
     drawn = noisy_changes(*weights, machine, coin, 400, seed=0)
     assert (drawn.mean(0).abs() < 0.1).all() and (drawn.std(0) > 0.02).all()
+
+
+@pytest.mark.parametrize("row", published()["table_6"]["rows"], ids=lambda row: row["category"])
+def test_label_noise_by_the_papers_counts_of_agreement(row, tmp_path):
+    """Table 6. Where every event under the SAE is of the category, and the adapter's are spread
+    over features that the machine put there, the change is minus the share that a person denies.
+    """
+    counts = {name: row[name] for name in ("tp", "fp", "fn", "tn")}
+    (tmp_path / "agreement.json").write_text(json.dumps({"style": counts}))
+    (judged,) = read_human(str(tmp_path / "agreement.json"), [table()]).values()
+    assert judged.confusion.tolist() == [[row["tn"], row["fn"]], [row["fp"], row["tp"]]]
+    assert round(judged.mcc, 3) == row["mcc"]
+
+    weights = torch.zeros(2, 3, 4001)
+    weights[0, :, :4000], weights[1, :, 4000] = 1.0, 1.0
+    judged = judged._replace(known={4000: True})
+    drawn = noisy_changes(weights, weights.sum(-1), np.ones(4001, bool), judged, 1000, seed=0)
+    precision = (row["tp"] + 0.5) / (row["tp"] + row["fp"] + 1)
+    assert drawn.mean().item() == pytest.approx(precision - 1, abs=0.007)
 
 
 def table(kind="fires", name="some") -> labels.Labels:

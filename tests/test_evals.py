@@ -14,6 +14,7 @@ from evals import run
 from evals.chat_template import ChatTemplate
 from evals.run import Score, Settings
 from fsrl import Unsteered
+from generation.export import export
 from model import PUBLISHED
 from runtime import cli
 from runtime.sources import UserError
@@ -206,16 +207,32 @@ def both():
     return FSRL(model=folder), HFLM(folder, device="cpu", dtype="float32", batch_size=4)
 
 
+@pytest.fixture(scope="module")
+def both_steered(tmp_path_factory):
+    """A steered model, and the harness's own `hf` model of its export."""
+    if not importlib.util.find_spec("transformers") or not importlib.util.find_spec("accelerate"):
+        pytest.skip("compares with the harness's hf model, which needs transformers and accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    given = zip(STEERED[::2], STEERED[1::2], strict=True)
+    ours = FSRL(**{flag[2:].replace("-", "_"): str(value) for flag, value in given})
+    folder = tmp_path_factory.mktemp("export") / "hf"
+    export(ours.policy, folder)
+    return ours, HFLM(str(folder), device="cpu", batch_size=4, trust_remote_code=True)
+
+
 class Asked:
     def __init__(self, *args):
         self.args = args
 
 
 @needs_harness
+@pytest.mark.parametrize("which", ["both", "both_steered"])
 @pytest.mark.parametrize("name", ["truthfulqa_mc2", "mmlu_anatomy"])
-def test_scores_equal_those_of_the_harness_own_model(name, both, local):
+def test_scores_equal_those_of_the_harness_own_model(name, which, local, request):
+    """Of a base model, and of an exported policy."""
     task, found = local.tasks[name], []
-    for lm in both:
+    for lm in request.getfixturevalue(which):
         result = lm_eval.evaluator.evaluate(lm, dict(tasks={name: task}, groups={}), limit=3)
         found.append(result["samples"][name])
     for ours, theirs in zip(*found, strict=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, load, script
+from conftest import GOLDEN, script
 from safetensors.torch import load_file
 
 from fsrl import Adapter, SteeredModel, Unsteered

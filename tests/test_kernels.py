@@ -26,6 +26,7 @@ def test_chunked_logps_equal_the_full_log_softmax(monkeypatch, softcap, chunk, t
     target = torch.randint(0, 50, (19,), generator=g)
     probe = torch.randn(19, generator=g, dtype=torch.float64)
     monkeypatch.setitem(logps.CHUNK_ELEMENTS, "cpu", chunk * 50)
+    monkeypatch.setattr(logps, "CHUNK_ROWS", 1)
 
     logits = hidden @ weight.T
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
@@ -47,6 +48,7 @@ def test_scores_say_which_targets_are_likeliest(monkeypatch, softcap, chunk):
     best = (hidden @ weight.T).argmax(1)
     target = torch.where(torch.arange(40) % 3 > 0, best, torch.randint(0, 50, (40,), generator=g))
     monkeypatch.setitem(logps.CHUNK_ELEMENTS, "cpu", chunk * 50)
+    monkeypatch.setattr(logps, "CHUNK_ROWS", 1)
     scores = logps.token_scores(hidden, weight, target, softcap)
     assert torch.equal(scores.greedy, target == best) and 20 < scores.greedy.sum() < 40
     assert torch.equal(scores.logp, logps.token_logps(hidden, weight, target, softcap))
@@ -63,6 +65,7 @@ def test_a_frozen_head_gets_no_gradient_and_evaluation_keeps_none():
 def test_no_tensor_of_all_logits_is_ever_made(monkeypatch):
     """The largest tensor on the way is one chunk, forward and backward."""
     monkeypatch.setitem(logps.CHUNK_ELEMENTS, "cpu", 4 * 5000)
+    monkeypatch.setattr(logps, "CHUNK_ROWS", 1)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -90,6 +93,29 @@ def test_bfloat16_inputs_still_give_float32_logits():
         ours = logps.token_logps(hidden, weight, target, 30.0)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("softcap", [30.0, None])
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_a_large_head_is_never_cast_whole(monkeypatch, softcap, trains_head):
+    """In pieces, values and gradients are those of the head that is cast at once."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(19, 8, generator=g, requires_grad=True)
+    weight = torch.randn(500, 8, generator=g).bfloat16().requires_grad_(trains_head)
+    target = torch.randint(0, 500, (19,), generator=g)
+    wanted = [hidden, weight] if trains_head else [hidden]
+
+    def found():
+        ours = logps.token_logps(hidden, weight, target, softcap)
+        return ours, *torch.autograd.grad(ours.sum(), wanted)
+
+    whole = found()
+    for name, value in dict(WHOLE=100, PIECE=8 * 77).items():
+        monkeypatch.setattr(logps, f"{name}_ELEMENTS", value)
+    monkeypatch.setattr(logps, "PIECED_CHUNK", 500 * 7)
+    monkeypatch.setattr(torch.Tensor, "float", None)  # what casts the whole
+    for a, b in zip(found(), whole, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -198,6 +224,21 @@ def test_rms_norm_equals_its_definition_with_gradients():
         strict=True,
     ):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+def test_autocast_rounds_nothing_in_a_norm():
+    """Training enters autocast for its matrix products, and the backward runs under it too."""
+    g = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(64, generator=g), torch.randn(20, 64, generator=g)
+    probe = torch.randn(20, 64, generator=g) + x
+    found = []
+    for low in (False, True):
+        own = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            y = pointwise.rms_norm(own, weight, 1e-6)
+            (y * probe).sum().backward()
+        found.append((y.detach(), own.grad))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 def test_jumprelu_and_step_equal_saelens():

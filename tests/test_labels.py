@@ -50,6 +50,14 @@ def test_neuronpedia_ids_map_to_the_sae_they_are_not_named_after():
     assert table.sae_of("gemma-2-2b", "12-gemmascope-res-65k") == (RES, L0_72)
     assert table.sae_of("gemma-2-2b", "12-gemmascope-res-65k__l0-21") == (RES, L0_21)
     assert table.sae_of("gemma-2-2b", "6-gemmascope-mlp-65k") is None
+    medium = "resid_post/layer_12_width_65k_l0_medium"
+    for model_id, repo in (("gemma-3-270m-it", "270m-it"), ("gemma-3-4b", "4b-pt")):
+        of = f"google/gemma-scope-2-{repo}", medium
+        assert table.sae_of(model_id, "12-gemmascope-2-res-65k") == of
+        assert table.page_of(*of) == (model_id, "12-gemmascope-2-res-65k")
+    small = medium.replace("medium", "small")
+    assert table.page_of("google/gemma-scope-2-4b-pt", small) is None
+    assert table.sae_of("gemma-3-4b", "12-gemmascope-2-transcoder-65k") is None
     assert table.sae_of("llama-3", "6-gemmascope-res-65k") is None
     for sae_id in (L0_21, L0_72):
         model_id, source = table.page_of(RES, sae_id)

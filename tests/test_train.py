@@ -204,6 +204,25 @@ def test_learning_rate_schedule_is_transformers_cosine():
     assert warmed == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])
 
 
+def test_the_authors_schedule_penalty_warmup_and_unclipped_gradients(tmp_path):
+    """Their configuration of August 2025, as docs/paper.md has it, on the golden model."""
+    flags = "--layer 1 --lr 5e-7 --schedule constant-with-warmup --max-grad-norm 0"
+    flags += " --penalty-warmup-ratio 0.2 --max-steps 10 --eval-every 0"
+    result = quick_run(tmp_path / "run", *flags.split(), "--init-adapter", GOLDEN / "adapter_mid")
+    assert result.returncode == 0, result.stderr
+    rows = metrics(tmp_path / "run")
+    assert [row["lr"] for row in rows] == [0.0, *[5e-7] * 9]
+    assert [row["penalty"] for row in rows[:2]] == [0.0, 0.0] and rows[0]["l1"] > 0
+    for row in rows[2:]:
+        assert row["penalty"] == pytest.approx(0.02 * row["l1"]) and row["penalty"] > 0
+
+    layer = torch.nn.Linear(2, 1, bias=False)
+    for most, left in ((0.0, [3.0, 4.0]), (1.0, [0.6, 0.8])):
+        layer.weight.grad = torch.tensor([[3.0, 4.0]])
+        assert train.clip(layer, most) == 5.0
+        assert layer.weight.grad[0].tolist() == pytest.approx(left, rel=1e-5)
+
+
 def test_bfloat16_stays_near_float32_and_does_not_depend_on_packing(tmp_path):
     """bfloat16 weights and products end to end; what averages over pairs and positions is still
     summed in float32.

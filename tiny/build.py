@@ -22,16 +22,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from tqdm import tqdm
 
 import labels
 from data import Packed, pack
 from model import Gemma2, Gemma2Config
 from policy import load_base
-from runtime import cli
+from runtime import cli, progress
 from runtime.cli import flag
 from runtime.output import publish, writable
 from runtime.sources import UserError, sha256
@@ -49,6 +47,7 @@ from tiny import (
     measure,
     world,
 )
+from tiny.sae_trainer import Trainer
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 VOCABULARY = 2048
@@ -69,6 +68,7 @@ CONFIG = Gemma2Config(
 MODEL_STEPS, TEXTS_PER_STEP, MODEL_LR = 2800, 32, 3e-3
 SAE_TOKENS, SAE_STEPS, SAE_BATCH, SAE_LR, L0 = 1_000_000, 6000, 2048, 2e-3, 8
 CHECK_TEXTS = LABEL_TEXTS = 2000
+WORK = {"model": 69, "activations": 3, "SAE": 26, "labels": 2}  # % of build's time, about
 SEEDS = {
     "tokenizer": 1,
     "model": 2,
@@ -175,7 +175,7 @@ def train_model(tokenizer: Tokenizer, steps: int) -> Gemma2:
         betas=(0.9, 0.98),
     )
     corpus = batches(tokenizer, SEEDS["model corpus"], steps)
-    bar = tqdm(corpus, total=steps, desc="model", mininterval=5)
+    bar = progress.progress_bar(corpus, total=steps, desc="model", mininterval=5)
     for step, packed in enumerate(bar):
         warm_up = min(1.0, (step + 1) / 100)
         decay = 0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -200,7 +200,7 @@ def activations(model: Gemma2, tokenizer: Tokenizer, layer: int, tokens: int, se
     out: [N, d].
     """
     rows, n = [], 0
-    bar = tqdm(total=tokens, desc=f"activations, layer {layer}", mininterval=5, unit="token")
+    bar = progress.progress_bar(total=tokens, desc="activations", mininterval=5, unit="token")
     while n < tokens:
         for s in measure.streams(tokenizer, world.corpus(500, seed * 100_003 + n)):
             rows.append(measure.residual(model, s.packed, layer)[s.real])
@@ -210,65 +210,17 @@ def activations(model: Gemma2, tokenizer: Tokenizer, layer: int, tokens: int, se
 
 
 def train_sae(x: Tensor, steps: int, seed: int) -> dict[str, Tensor]:
-    """Train a JumpReLU SAE on activations x [N, d]; returns GemmaScope's five arrays.
-
-    While training all features share one threshold, moved after every batch so that L0 settles on
-    its target (BatchTopK without the sorting). Features that have not fired for a while learn from
-    the error that the others leave (the auxiliary loss of TopK SAEs). At the end the threshold is
-    set so that L0 on x is exactly the target, and the scale and the mean of x are folded in: the
-    arrays act on the raw residual stream.
-    """
+    """Train a JumpReLU SAE on activations x [N, d]; returns GemmaScope's five arrays."""
     generator = torch.Generator().manual_seed(seed)
-    (N, d), width = x.shape, WIDTH
-    mean = x.mean(0)
-    scale = (x - mean).square().mean().sqrt()
-    W_dec = F.normalize(torch.randn(width, d, generator=generator), dim=1).requires_grad_()
-    W_enc = W_dec.detach().T.clone().requires_grad_()
-    b_enc, b_dec = torch.zeros(width, requires_grad=True), torch.zeros(d, requires_grad=True)
-    optimizer = torch.optim.Adam([W_enc, W_dec, b_enc, b_dec], lr=SAE_LR, betas=(0.9, 0.99))
-    threshold, silent = 0.5, torch.zeros(width)
-    bar = tqdm(range(steps), desc="SAE", mininterval=5)
+    trainer = Trainer(x, WIDTH, L0, SAE_LR, generator)
+    bar = progress.progress_bar(range(steps), desc="SAE", mininterval=5)
     for step in bar:
-        progress = step / steps
-        for group in optimizer.param_groups:
-            group["lr"] = SAE_LR * min(1.0, (step + 1) / 200, 2.5 * (1 - progress))
-        # At first four times as many features are active, so that fewer of them die.
-        target = L0 * max(1.0, 4 - 12 * progress)
-        y = (x[torch.randint(N, (SAE_BATCH,), generator=generator)] - mean) / scale
-        z = y @ W_enc + b_enc
-        f = z * (z > threshold)
-        error = y - (f @ W_dec + b_dec)
-        loss = error.square().sum(1).mean()
-        fired = (z.detach() > threshold).sum(0)
-        silent = torch.where(fired > 0, 0.0, silent + 1)
-        idle = (silent > 200).nonzero().squeeze(1)
-        if len(idle):
-            best = torch.relu(z[:, idle]).topk(min(L0, len(idle)), dim=1)
-            g = torch.zeros(len(y), len(idle)).scatter(1, best.indices, best.values)
-            loss = loss + (error.detach() - g @ W_dec[idle]).square().sum(1).mean() / 32
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            W_dec.copy_(F.normalize(W_dec, dim=1))
-        l0 = fired.sum().item() / SAE_BATCH
-        threshold = max(1e-3, threshold * math.exp(0.02 * max(-1.0, min(1.0, l0 / target - 1))))
+        rows = torch.randint(len(x), (SAE_BATCH,), generator=generator)
+        found = trainer.step(x[rows], step / steps, (step + 1) / 200)
         if step % 100 == 0:
-            unexplained = error.detach().square().sum() / (y - y.mean(0)).square().sum()
-            bar.set_postfix(unexplained=f"{unexplained:.4f}", l0=f"{l0:.1f}", idle=len(idle))
-    with torch.no_grad():
-        z = ((x[:50_000] - mean) / scale) @ W_enc + b_enc
-        threshold = z.flatten().topk(L0 * len(z)).values[-1]
-        # z is linear in y = (x - mean) / scale, and f scales with x: W_enc stays, thresholds and
-        # biases grow.
-        b_enc = scale * b_enc - mean @ W_enc
-        return {
-            "W_enc": W_enc.detach(),
-            "W_dec": W_dec.detach(),
-            "b_enc": b_enc,
-            "b_dec": scale * b_dec + mean,
-            "threshold": torch.full((width,), scale * threshold),
-        }
+            unexplained, l0 = f"{found.unexplained:.4f}", f"{found.l0:.1f}"
+            bar.set_postfix(unexplained=unexplained, l0=l0, idle=found.idle)
+    return trainer.arrays(x)
 
 
 def sae_path(layer: int, root: Path) -> Path:
@@ -409,21 +361,25 @@ def build() -> None:
     start = time.time()
 
     def say(what):
-        print(f"[{(time.time() - start) / 60:5.1f} min] {what}", flush=True)
+        progress.say(f"[{(time.time() - start) / 60:5.1f} min] {what}")
 
-    tokenizer = train_tokenizer()
-    model = train_model(tokenizer, MODEL_STEPS).to(torch.bfloat16)
-    with publish(MODEL_DIR) as part:
-        save_tokenizer(tokenizer, part)
-        model.save_pretrained(part)
-    model, tokenizer = load()
-    say(f"model written to {MODEL_DIR.relative_to(ROOT.parent)}")
-    sae = build_sae(model, tokenizer, LAYER, SAE_DIR, SAE_STEPS, SAE_TOKENS)
-    say(f"SAE written to {sae_path(LAYER, SAE_DIR).relative_to(ROOT.parent)}")
-    write_labels(model, tokenizer, sae, LABELS_DIR)
-    with publish(DATA_DIR) as part:
-        write_pairs(part)
-    say("labels and preference pairs written")
+    with progress.Line("tiny.build", sum(WORK.values()), "%") as line:
+        with line.part("model", WORK["model"], WORK):
+            tokenizer = train_tokenizer()
+            model = train_model(tokenizer, MODEL_STEPS).to(torch.bfloat16)
+        with publish(MODEL_DIR) as part:
+            save_tokenizer(tokenizer, part)
+            model.save_pretrained(part)
+        model, tokenizer = load()
+        say(f"model written to {MODEL_DIR.relative_to(ROOT.parent)}")
+        with line.part("SAE", WORK["activations"] + WORK["SAE"], WORK):
+            sae = build_sae(model, tokenizer, LAYER, SAE_DIR, SAE_STEPS, SAE_TOKENS)
+        say(f"SAE written to {sae_path(LAYER, SAE_DIR).relative_to(ROOT.parent)}")
+        with line.part("labels", WORK["labels"]):
+            write_labels(model, tokenizer, sae, LABELS_DIR)
+        with publish(DATA_DIR) as part:
+            write_pairs(part)
+        say("labels and preference pairs written")
     check()
 
 

@@ -3,7 +3,8 @@ reads of their tables stands beside this file.
 
     python -m tests.golden.verdicts.make OUT [CAUSE ...]
 
-A run takes about a minute on two cores. OUT/CAUSE is the run, with its report.
+A run takes about a minute on two cores. OUT/CAUSE is the run, with its report; without --only the
+audit fills in the rest of the page.
 """
 
 import json
@@ -19,8 +20,9 @@ TABLES = ("choices", "attribution", "attribution_features", "ablation", "topk", 
 KEPT = {"attribution_features": 5}  # rows
 ABOUT = ("pairs", "change", "change_low", "change_high", "labels")
 SIZES = dict(train=768, test=128)
+TRAIN = "--model tiny --eval-every 0 --samples 0 --checkpoint-every 0"
 AUDIT = "--pairs 64 --static-pairs 16 --coefficients 1 --top-features 16 --random-sets 1"
-AUDIT += " --keep 0.1 1 5 --nodes 4 --bootstrap 300"
+AUDIT += " --keep 0.1 1 5 --nodes 4 --bootstrap 300 --only ablation static choices attribution"
 
 
 def write_pairs(cause: str, path: Path) -> None:
@@ -37,7 +39,7 @@ def make(cause: str, out: Path) -> None:
     commands = []
     if not (run / "adapter").is_dir():
         write_pairs(cause, pairs)
-        commands.append(["train.py", "--model", "tiny", "--data", pairs, "--out", run])
+        commands.append(["train.py", *TRAIN.split(), "--data", pairs, "--out", run])
     commands.append(["-m", "audit", "--run", run, *AUDIT.split()])
     for command in commands:
         subprocess.run([sys.executable, *map(str, command)], check=True)
@@ -56,7 +58,7 @@ def kept(run: Path) -> dict:
         rows = found["rows"][: KEPT.get(name)]
         rows = [row for row in rows if row.get("where", "(all)") == "(all)"]
         about = {k: short(v) for k, v in found["about"].items() if k in ABOUT}
-        about["labels"] = [dict(name=t["name"], kind=t["kind"]) for t in about["labels"]]
+        about["labels"] = [{k: t[k] for k in ("name", "kind", "judge")} for t in about["labels"]]
         tables[name] = dict(
             about=about, rows=[{k: short(v) for k, v in row.items()} for row in rows]
         )
