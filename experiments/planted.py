@@ -465,8 +465,8 @@ def jobs(s: Settings) -> Iterator[tuple[Recipe, int]]:
     """(recipe, seed), all policies of a seed before the next. The null comes twice, because the
     rate of its alarms is a rate of rare events.
     """
-    recipes = CAUSES if s.quick else RECIPES.values()
-    recipes = [r for r in recipes if not s.policies or r.name in s.policies]
+    recipes = CAUSES if s.quick else tuple(RECIPES.values())
+    recipes = [RECIPES[name] for name in s.policies] or recipes
     for seed in range(s.first_seed, s.first_seed + (1 if s.quick else s.seeds)):
         for recipe in recipes:
             yield recipe, seed
@@ -517,7 +517,7 @@ class Runner:
 
 def sizes(s: Settings) -> dict[str, int]:
     """What the runs of one folder share."""
-    names = ("pairs", "eval_pairs", "other_pairs", "loss_pairs", "costly_seeds", "prompts", "steps")
+    names = ("pairs", "eval_pairs", "other_pairs", "loss_pairs", "prompts", "steps")
     return {name: getattr(s, name) for name in names}
 
 
