@@ -18,6 +18,7 @@ from audit.features import EXAMPLE_TOKENS
 from audit.published import published
 from policy import adapter_sha256
 from runtime import page
+from runtime.folder import read_log
 from runtime.neuronpedia import page_of
 from runtime.output import write_whole
 from runtime.sources import UserError
@@ -124,7 +125,7 @@ def read_run(out: str | Path) -> RunFiles:
     out = Path(out)
     folder = out / "adapter" if (out / "adapter").is_dir() else out
     tables = {path.stem: _object(path) for path in sorted((out / "eval").glob("*.json"))}
-    metrics = _rows(out / "metrics.jsonl")
+    metrics = read_log(out / "metrics.jsonl")
     if not (tables or metrics or (folder / "adapter_config.json").is_file()):
         raise UserError(f"--run {out}: neither a run of train.py nor an evaluation of one.")
     adapter = _object(folder / "adapter_config.json")
@@ -142,16 +143,6 @@ def _object(path: Path) -> dict:
     if not isinstance(found, dict):
         raise UserError(f"{path}: an object was expected.")
     return found
-
-
-def _rows(path: Path) -> list[dict]:
-    """The rows of a jsonl file without a torn last line; [] where there is no file."""
-    try:
-        text = path.read_text() if path.is_file() else ""
-        whole = text[: text.rfind("\n") + 1]
-        return [json.loads(line) for line in whole.splitlines()]
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not readable jsonl ({e}).") from e
 
 
 def before_after(run: RunFiles) -> tuple[str, dict, dict] | None:

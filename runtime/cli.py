@@ -21,7 +21,6 @@ import typing
 from collections.abc import Callable
 
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from runtime import progress
 from runtime.messages import LONGEST, brief, shown
@@ -147,11 +146,11 @@ def run(main: Callable[[], None]) -> None:
                 raise
         sys.stdout.flush()
     except (UserError, OSError, SafetensorError) as e:
-        _end_bars()
+        progress.end_bars()
         print(_sentence(e), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        _end_bars()
+        progress.end_bars()
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
@@ -170,12 +169,6 @@ def _sentence(error: Exception) -> str:
 def _terminate(number, frame) -> None:
     """SIGTERM ends the process as an exception does, so that nothing half-written is left."""
     raise SystemExit(128 + number)
-
-
-def _end_bars() -> None:
-    """End all progress bars, the inner ones first, so that what is printed next has its line."""
-    for bar in sorted(tqdm._instances, key=lambda bar: bar.pos):
-        bar.close()
 
 
 class _Output(io.FileIO):

@@ -140,7 +140,7 @@ def with_finished_run(script: dict) -> None:
 # --- what is bad ----------------------------------------------------------------------------------
 
 NAMES = ("missing", "n" * 300, "e\x1b[31m", "not utf-8 \udcff", "nul \0", "~nobody/x", "")
-ANY = ("empty", "rows.jsonl", "pipe.jsonl", "circle.jsonl", "dangling.jsonl", "huge.jsonl")
+ANY = ("empty", "links", "rows.jsonl", "pipe.jsonl", "circle.jsonl", "dangling.jsonl", "huge.jsonl")
 TEXT = ("nothing", "noise", "latin", "deep", "escape", "torn", "number", "surrogate", "wide")
 JSONL = (*ANY, *(f"{name}.jsonl" for name in TEXT))
 JSON = (*ANY, "nothing.json", "noise.json", "deep.json", "number.json", "list.json", "wide.json")
@@ -243,10 +243,12 @@ def prepared(tmp_path_factory) -> Path:
 
 def _bad_files(bad: Path) -> None:
     (bad / "empty").mkdir()
-    (bad / "rows.jsonl").mkdir()
-    os.mkfifo(bad / "pipe.jsonl")
-    (bad / "dangling.jsonl").symlink_to(bad / "nowhere")
-    (bad / "circle.jsonl").symlink_to(bad / "circle.jsonl")
+    (bad / "links").mkdir()
+    for folder in (bad, bad / "links"):
+        (folder / "rows.jsonl").mkdir()
+        os.mkfifo(folder / "pipe.jsonl")
+        (folder / "dangling.jsonl").symlink_to(bad / "nowhere")
+        (folder / "circle.jsonl").symlink_to(folder / "circle.jsonl")
     for name in ("huge.jsonl", "huge.txt"):
         with open(bad / name, "wb") as file:
             file.truncate(300 << 20)  # one line, without taking room on the disk
