@@ -38,11 +38,13 @@ from tiny.sae_trainer import Trainer
 @dataclass(frozen=True)
 class Settings:
     model: str = flag("", "a Hugging Face model folder, or a Hub id")
-    layer: int = flag(DEFAULTS.layer, "the block whose output is read")
+    layer: int = flag(
+        DEFAULTS.layer, "train on the residual stream after this block, counted from 0"
+    )
     data: str = flag(DEFAULTS.data, "preference pairs: train split to learn from, test to measure")
-    width: int = flag(8192, "features")
+    width: int = flag(8192, "number of features")
     l0: int = flag(40, "features active at a position, on average")
-    passes: int = flag(3, "times that the texts are gone through")
+    passes: int = flag(3, "how often to go through the texts")
     tokens: int = flag(0, "learn from about so many positions, of the first texts; 0: all")
     round_tokens: int = flag(200_000, "positions of a round")
     batch: int = flag(2048, "positions of a step")

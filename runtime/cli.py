@@ -117,7 +117,7 @@ def _whole(given: str) -> int:
     return value
 
 
-_whole.__name__ = "int"  # in argparse's messages
+_whole.__name__ = "int"  # argparse's messages show it
 
 
 def _command() -> str:
@@ -132,11 +132,11 @@ def run(main: Callable[[], None]) -> None:
     """Call main and end as a command line should.
 
     Exit code 2 and one sentence on stderr for a UserError and for what the system refuses, 130 for
-    Ctrl-C, 143 for SIGTERM, 0 where all is done. A reader of our output that has read enough, such
-    as head, ends nothing: the files are written all the same.
+    Ctrl-C, 143 for SIGTERM, otherwise 0. Where the reader of our output stops early, as head does,
+    main goes on and writes its files.
     """
     _open_streams()
-    if "RANK" not in os.environ:  # torchrun ends processes that wait for each other, at once
+    if "RANK" not in os.environ:  # torchrun's processes may wait for each other: end them at once
         signal.signal(signal.SIGTERM, _terminate)
     try:
         try:
@@ -158,7 +158,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """What an error says, on one line; of long words (paths, values) the beginning and the end."""
+    """An error's message on one line, with long words (paths, values) shortened in the middle."""
     said = str(error)
     if not isinstance(error, UserError) and getattr(error, "strerror", None):
         said = f"{error.filename or 'output'}: {error.strerror}."
@@ -167,18 +167,18 @@ def _sentence(error: Exception) -> str:
 
 
 def _terminate(number, frame) -> None:
-    """SIGTERM ends the process as an exception does, so that nothing half-written is left."""
+    """Turn SIGTERM into an exception, so that half-written files are removed on the way out."""
     raise SystemExit(128 + number)
 
 
 class _Output(io.FileIO):
-    """Standard output or standard error of a process that goes on where nobody reads them."""
+    """Standard output or standard error that the process survives when its reader is gone."""
 
     def write(self, content) -> int:
         try:
             return super().write(content)
         except OSError as e:
-            # A full disk must be known of, but not where there is no other place to say so.
+            # Report a full disk on stdout; on stderr there is no place left to report it.
             if self.fileno() == 1 and not isinstance(e, BrokenPipeError):
                 raise
             _lead_nowhere(self.fileno())
@@ -186,7 +186,7 @@ class _Output(io.FileIO):
 
 
 class _Text(io.TextIOWrapper):
-    """Text for a terminal: whatever it says, only progress bars move the cursor, on stderr."""
+    """Text with control characters escaped: only progress bars, on stderr, may move the cursor."""
 
     moves = re.compile(r"(\r|\x1b\[A)")
 
@@ -205,7 +205,7 @@ def _open_streams() -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
-        except OSError:  # else the next file that is opened would be taken for the stream
+        except OSError:  # closed: the next file opened would get its number
             _lead_nowhere(number)
         stream = getattr(sys, name)
         if stream is None:
