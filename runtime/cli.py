@@ -145,7 +145,7 @@ def run(main: Callable[[], None]) -> None:
             if e.code:
                 raise
         sys.stdout.flush()
-    except (UserError, OSError, SafetensorError) as e:
+    except (UserError, OSError, SafetensorError, ModuleNotFoundError) as e:
         progress.end_bars()
         print(_sentence(e), file=sys.stderr)
         raise SystemExit(2) from None
@@ -160,7 +160,10 @@ def run(main: Callable[[], None]) -> None:
 def _sentence(error: Exception) -> str:
     """An error's message on one line, with long words (paths, values) shortened in the middle."""
     said = str(error)
-    if not isinstance(error, UserError) and getattr(error, "strerror", None):
+    if isinstance(error, ModuleNotFoundError):
+        where = "README.md says under Extras which requirements file has it"
+        said = f"The package {error.name} is not installed; {where}."
+    elif not isinstance(error, UserError) and getattr(error, "strerror", None):
         said = f"{error.filename or 'output'}: {error.strerror}."
     said = shown(" ".join(said.split()))
     return re.sub(rf"\S{{{LONGEST + 1},}}", lambda word: f"{word[0][:100]}…{word[0][-99:]}", said)

@@ -79,6 +79,9 @@ SCRIPTS = {
     "experiments.sweep": Row(
         f"--layers 1 --out o -- {TRAIN.replace('--layer 1 ', '')}", make_short="with_finished_run"
     ),
+    "experiments.gemma3_270m": Row(
+        f"--model {GOLDEN}/model --data {GOLDEN}/dataset --out o", more="--runs {x}/run --out o"
+    ),
     "experiments.jumprelu": Row("--out o", make_short="with_made_up_runs"),
     "experiments.train_sae": Row(
         f"--model {GOLDEN}/model --layer 1 --data {GOLDEN}/dataset --width 64 --l0 4 --passes 1"
@@ -155,9 +158,11 @@ BAD = {  # kind of input -> names in {x}/bad, beside NAMES
     "run": (*ANY, *(f"run-{n}" for n in ("torn", "list", "types", "nan", "int", "unfinished"))),
     "json": JSON,
     "questions": ANY,
+    "folder": ANY,
     "page": ("nothing.jsonl", "rows.jsonl", "pipe.jsonl", "noise.jsonl"),
 }
 BAD["model"] += ("model-nan", "model-int", "model-short", "model-tokenizer")
+NOT_THE_TOKENIZER = ("torn", "list", "absurd", "types", "index", "nan", "int", "short")
 BAD["run"] += ("run-activation", "run-settings", "run-pipe")
 VALUES = {  # kind of value -> what no flag of the kind takes
     "int": ("x", "", "1.5", "nan", "\x1b[31m", "9" * 30, "9" * 5000),
@@ -177,6 +182,7 @@ FLAGS = {  # flag -> what it names, in every script that has it
     "--init-adapter": "run",
     "--mask-features": "json",
     "--run": "run",
+    "--runs": "folder",
     "--labels": "labels",
     "--human": "labels",
     "--train": "labels",
@@ -195,6 +201,9 @@ FLAGS = {  # flag -> what it names, in every script that has it
     "--adapters": "word",
     "--causes": "word",
     "--only": "word",
+    "--policies": "word",
+    "--push-to": "word",
+    "--token-rules": "json",
     "--without": "word",
     "--tasks": "word",
     "--task": "word",
@@ -209,6 +218,7 @@ FLAGS = {  # flag -> what it names, in every script that has it
 FREE = {"--prompt", "--rest", "--source", "--endpoint", "--judge-model", "--key-env", "--embedder"}
 # What can be meant, and is work: a script need not refuse it.
 MEANT = {
+    *(("experiments.gemma3_270m", "--model", f"model-{name}") for name in NOT_THE_TOKENIZER),
     ("train", "--init-adapter", "run-settings"),
     ("labelling", "--human", "labels-index.jsonl"),
     ("labelling", "--sae"),
