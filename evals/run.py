@@ -33,6 +33,7 @@ from policy import DEFAULTS, Policy
 from runtime import cli
 from runtime.cli import flag
 from runtime.device import DTYPES
+from runtime.folder import read_log
 from runtime.output import write_whole, writing
 from runtime.progress import parts
 from runtime.sources import UserError, read_json, sha256
@@ -192,14 +193,11 @@ def simpo_scores(policy: Policy) -> tuple[list[Score], list[Score]]:
 
 def last_evaluation(path: Path) -> dict | None:
     """The last eval row of a metrics.jsonl; None where there is none."""
-    if not path.is_file():
-        return None
+    rows = [row for row in read_log(path) if row["split"] == "eval"]
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        evaluations = [row for row in rows if row["split"] == "eval"]
-        return {key: evaluations[-1][key] for key in ("loss", "pairs")} if evaluations else None
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{path}: not the metrics.jsonl of a run ({e!r}).") from e
+        return {key: rows[-1][key] for key in ("loss", "pairs")} if rows else None
+    except KeyError as e:
+        raise UserError(f"{path}: an evaluation in it has no {e}.") from e
 
 
 def table(columns: dict[str, list[Score]]) -> str:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 import data
 from runtime import cli
 from runtime.cli import flag
+from runtime.folder import read_log
 from runtime.output import replacing, writable, write_whole
 from runtime.sources import UserError, fetch, read_json
 
@@ -57,6 +58,8 @@ def cut(s: Settings) -> None:
             prompt = last_words(found.prompt[-1][1], tokenizer, s.prompt_tokens)
             pair = dict(prompt=prompt, chosen=found.chosen, rejected=found.rejected)
             rows.setdefault(data.split_of(row, file), []).append(pair)
+    if not all(rows[split] for split in data.SPLITS):
+        raise UserError(f"--data {s.data}: a train and a test split were expected.")
     for split in data.SPLITS:
         path = Path(s.out) / f"{split}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,9 +86,11 @@ def draw(runs: Sequence[Path], path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
     (loss, sparsity), (likelihood, kept) = axes
     for i, run in enumerate(runs):
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rows = read_log(run / "metrics.jsonl")
         trained = [row for row in rows if row["split"] == "train"]
         measured = [row for row in rows if row["split"] == "eval"]
+        if not (trained and measured):
+            raise UserError(f"--runs {run}: a run of train.py with evaluations was expected.")
         steps, colour = [row["step"] for row in trained], f"C{i}"
 
         def curve(axis, key, style="-", label=None, steps=steps, rows=trained, colour=colour):

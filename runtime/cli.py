@@ -21,7 +21,6 @@ import typing
 from collections.abc import Callable
 
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from runtime import progress
 from runtime.messages import LONGEST, brief, shown
@@ -146,12 +145,12 @@ def run(main: Callable[[], None]) -> None:
             if e.code:
                 raise
         sys.stdout.flush()
-    except (UserError, OSError, SafetensorError) as e:
-        _end_bars()
+    except (UserError, OSError, SafetensorError, ModuleNotFoundError) as e:
+        progress.end_bars()
         print(_sentence(e), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        _end_bars()
+        progress.end_bars()
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
@@ -161,7 +160,10 @@ def run(main: Callable[[], None]) -> None:
 def _sentence(error: Exception) -> str:
     """An error's message on one line, with long words (paths, values) shortened in the middle."""
     said = str(error)
-    if not isinstance(error, UserError) and getattr(error, "strerror", None):
+    if isinstance(error, ModuleNotFoundError):
+        where = "README.md says under Extras which requirements file has it"
+        said = f"The package {error.name} is not installed; {where}."
+    elif not isinstance(error, UserError) and getattr(error, "strerror", None):
         said = f"{error.filename or 'output'}: {error.strerror}."
     said = shown(" ".join(said.split()))
     return re.sub(rf"\S{{{LONGEST + 1},}}", lambda word: f"{word[0][:100]}…{word[0][-99:]}", said)
@@ -170,12 +172,6 @@ def _sentence(error: Exception) -> str:
 def _terminate(number, frame) -> None:
     """Turn SIGTERM into an exception, so that half-written files are removed on the way out."""
     raise SystemExit(128 + number)
-
-
-def _end_bars() -> None:
-    """Close all progress bars, the inner ones first, so that a message gets a line of its own."""
-    for bar in sorted(tqdm._instances, key=lambda bar: bar.pos):
-        bar.close()
 
 
 class _Output(io.FileIO):

@@ -253,10 +253,31 @@ def _row(line: bytes) -> dict | None:
     """A line of metrics.jsonl as a row; None for a torn line."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = isinstance(row, dict) and isinstance(row.get("step"), int) and "split" in row
     return row if whole else None
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, without a torn last line; [] where there is no file.
+
+    Raises UserError naming a row that is none: split and step, and numbers under other names.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}).") from e
+    found = []
+    for number, line in enumerate(lines, start=1):
+        row = _row(line)
+        if row is None and number == len(lines) and not line.endswith(b"\n"):
+            break
+        values = [value for name, value in (row or {}).items() if name != "split"]
+        if row is None or not all(isinstance(value, int | float) for value in values):
+            raise UserError(f"{path}: row {number} is not what a run logs.")
+        found.append(row)
+    return found
 
 
 def _lock(file, out: Path) -> None:

@@ -35,6 +35,12 @@ def progress_bar(iterable: Iterable | None = None, *, shown: bool = True, **opti
     return tqdm(iterable, disable=True if State.quiet or not shown else None, **options)
 
 
+def end_bars() -> None:
+    """End all bars, the inner ones first, so that what is printed next has a line of its own."""
+    for bar in sorted(tqdm._instances, key=lambda bar: bar.pos):
+        bar.close()
+
+
 def say(text: str, file=None) -> None:
     """Print text above the progress bars; file: standard output if None."""
     tqdm.write(text, file=file)

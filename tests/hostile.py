@@ -250,7 +250,7 @@ def _watch(forks: Forks) -> None:
 
     from runtime import cli
 
-    really_write = cli._Output.write
+    really_write = cli._Text.write
     really_open, really_os_open = io.open, os.open
 
     def opened(file, mode="r", *rest, **named):
@@ -265,10 +265,10 @@ def _watch(forks: Forks) -> None:
             path, flags = "/dev/full", os.O_WRONLY
         return really_os_open(path, flags, *rest, **named)
 
-    def written(stream, content):
-        if stream.fileno() == 1:
+    def written(stream, text):
+        if text and stream.fileno() == 1:
             forks.printing()
-        return really_write(stream, content)
+        return really_write(stream, text)
 
     def guarded(really: Callable, error: Exception) -> Callable:
         def write(content, where, *rest, **named):
@@ -281,7 +281,7 @@ def _watch(forks: Forks) -> None:
     full = os.strerror(errno.ENOSPC)
     io.open = builtins.open = opened
     os.open = os_opened
-    cli._Output.write = written
+    cli._Text.write = written
     writers = {
         safetensors.torch.save_file: safetensors.SafetensorError(f"I/O error: {full}"),
         pyarrow.parquet.write_table: OSError(errno.ENOSPC, full),
