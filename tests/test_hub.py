@@ -126,7 +126,9 @@ class Handler(BaseHTTPRequestHandler):
         if name[1].endswith("/forbidden"):
             return self.answer(403)
         if url.path.endswith("/preupload/main"):
-            files = [dict(f, uploadMode="regular") for f in json.loads(body)["files"]]
+            files = [
+                dict(f, uploadMode="regular", shouldIgnore=False) for f in json.loads(body)["files"]
+            ]
             return self.answer(200, json.dumps(dict(files=files)).encode())
         rows = [json.loads(line) for line in body.splitlines()]
         added = [row["value"] for row in rows if row["key"] == "file"]
