@@ -26,7 +26,7 @@ def test_the_command_on_a_cpu(tmp_path):
     assert ended.returncode == 0, ended.stderr
     content = json.loads(out.read_text())
     step, profile = (content["parts"][name] for name in wanted)
-    assert 0 < step["fraction_of_limit"] and 0 < step["evaluation_fraction_of_limit"]
+    assert step["fraction_of_limit"] > 0 and step["evaluation_fraction_of_limit"] > 0
     assert len(step["seconds"]) == 1 and step["first_seconds"] > 0 and step["peak_bytes"] > 0
     assert profile["kernels"][0]["seconds"] >= profile["kernels"][1]["seconds"] > 0
     assert len(profile["kernels"]) == 15 and any("mm" in k["name"] for k in profile["kernels"])
