@@ -49,11 +49,13 @@ def how(device: str, dtype: str = "float32") -> train.Pass:
 PENALTY = train.Penalty(l1=0.02)
 
 
-@pytest.mark.parametrize("dtype, close", [(torch.float32, 2e-4), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize(
+    "head_dim, dtype, close",
+    [(256, torch.float32, 2e-4), (256, torch.bfloat16, 3e-2), (128, torch.bfloat16, 3e-2)],
+)
 @pytest.mark.parametrize("window", [None, 100])
 def test_flex_attention_equals_plain_attention_with_gradients(window, head_dim, dtype, close):
-    """Compiled, at Gemma-2's head size too, where a consumer GPU needs smaller tiles than
+    """Compiled, at Gemma's head sizes; for that of 256 a consumer GPU needs smaller tiles than
     FlexAttention's own.
     """
     config = gemma.Gemma2Config(
