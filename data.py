@@ -37,10 +37,10 @@ import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
 from kernels.attention import Bucket, Stretch, buckets
 from runtime.messages import brief
+from runtime.progress import progress_bar, say
 from runtime.sources import Arrays, UserError, cached_arrays, fetch, sha256
 
 ROLES = {"system": "system", "user": "user", "assistant": "model", "model": "model"}
@@ -269,9 +269,8 @@ class Encoder:
     def learn(self, texts: Sequence[str], progress: bool = False) -> None:
         """Encode f"{role}\\n{content}" of every turn that prompt and response will be asked for."""
         texts = list(dict.fromkeys(["\n", *texts]))
-        with tqdm(
-            total=len(texts), desc="tokenising", unit="text", disable=not progress, leave=False
-        ) as bar:
+        how = dict(total=len(texts), desc="tokenising", unit="text", leave=False, shown=progress)
+        with progress_bar(**how) as bar:
             for i in range(0, len(texts), 1000):
                 part = texts[i : i + 1000]
                 encodings = self.tokenizer.encode_batch(part, add_special_tokens=False)
@@ -409,13 +408,13 @@ def _report(source: str | Path, stored: Arrays, split: str | None) -> None:
     left = [f"{n:,} {name}" for name, n in splits.items() if name not in used]
     said = ", ".join(f"{n:,} {name}" for name, n in used.items()) or f"0 {split or ''}".strip()
     others = f"; left out: {', '.join(left)}" if left else ""
-    print(f"{source}: rows used: {said}{others}.", file=sys.stderr)
+    say(f"{source}: rows used: {said}{others}.", sys.stderr)
     if stored["empty"]:
         markup = "responses are empty; their markup alone is scored"
-        print(f"{source}: {stored['empty']} {markup}.", file=sys.stderr)
+        say(f"{source}: {stored['empty']} {markup}.", sys.stderr)
     if len(bad := stored["bad"]):
         where = ", ".join(bad[:10].tolist()) + (", ..." if len(bad) > 10 else "")
-        print(f"{source}: {len(bad)} malformed rows are left out: {where}.", file=sys.stderr)
+        say(f"{source}: {len(bad)} malformed rows are left out: {where}.", sys.stderr)
 
 
 # --- batches --------------------------------------------------------------------------------------

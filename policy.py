@@ -13,7 +13,6 @@ from typing import NamedTuple, get_type_hints
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import sae as saes
@@ -25,6 +24,7 @@ from runtime import ranks
 from runtime.device import Device, resolve_device
 from runtime.messages import brief
 from runtime.output import replacing
+from runtime.progress import progress_bar
 from runtime.ranks import Ranks
 from runtime.sources import UserError, fetch, local, read_json, sha256, split_revision
 
@@ -89,7 +89,8 @@ class Policy(NamedTuple):
         enter autocast again for what they compute from it.
         """
         steered = self.steered
-        with tqdm(total=len(pairs), desc=what, unit="pair", leave=False, disable=not what) as bar:
+        how = dict(total=len(pairs), desc=what, unit="pair", leave=False, shown=bool(what))
+        with progress_bar(**how) as bar:
             for indices in data.microbatches(pairs, self.run.tokens_per_microbatch):
                 packed = data.pack_pairs([pairs[i] for i in indices]).to(self.device.name)
                 with self.autocast():
@@ -252,6 +253,8 @@ def load_preferences(run: Recorded, tokenizer: Tokenizer, progress: bool = True)
     else:
         files += data.data_files(run.eval_data)[0]
         eval_pairs = split_or_all(run.eval_data, tokenizer, run, "test", progress)
+        if not eval_pairs:
+            raise UserError(f"--eval-data {run.eval_data}: holds no pair to evaluate on.")
     return Preferences(pairs, eval_pairs, files, commit)
 
 

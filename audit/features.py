@@ -9,12 +9,13 @@ Written to OUT/eval/ from one pass over the evaluation pairs (counting.py):
     value_difference     how many features have which mean v - f (Figure 3)
     usage_rank           usage against rank, with a log-linear fit (Figure 5)
     l0, l0_by_position   how many features are active at a position, in all and by place
-    examples.json        the first pairs, token by token, for report.html
+    examples.json        the first pairs, token by token, and cards of features, for report.html
 
 "Promoted" and "suppressed" order features by mean v - f, as the paper does. An adapter with a ReLU
 turns nothing down: a suppressed feature is one to which the adapter adds less than the SAE finds.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -36,7 +37,8 @@ from audit.counting import (
     resampled_paper_composition,
 )
 from audit.label_noise import Judged, noisy_changes
-from data import Pair
+from data import Packed, Pair
+from labelling.promotes import promoted
 from labels import Labels, categories, explain
 from policy import Policy
 from runtime.tables import Row, percentiles
@@ -45,6 +47,10 @@ TOP = 10  # features in Tables 3 and 4
 EXAMPLES = 4  # pairs that are shown token by token
 EXAMPLE_TOKENS = 400  # of each text, at most
 EXAMPLE_FEATURES = 4  # at each token
+CARDS = 200  # features of the examples and tables that get a card
+CONTEXTS_SHOWN = 3  # on a card
+AROUND = 12  # tokens before the one that is shown in its context
+PROMOTED = 8  # tokens on a card
 
 
 def sides_and_contexts() -> Iterator[tuple[int, str, int, str]]:
@@ -268,10 +274,14 @@ class L0(NamedTuple):
     low: int
     high: int
     positions: int
-    mean: float  # over all positions, as are the percentiles
+    # Of the whole context, the same in each of its rows:
+    mean: float  # over all positions, as are the next three
     p5: int
     p50: int
     p95: int
+    some: float  # share of positions at which any feature is active
+    some_p50: int | None  # over those positions alone
+    some_p95: int | None
 
 
 def l0_rows(counts: Counts, bins: int = 50) -> list[L0]:
@@ -283,12 +293,22 @@ def l0_rows(counts: Counts, bins: int = 50) -> list[L0]:
     for side, of, i, context in sides_and_contexts():
         here = counts.l0[side, i]
         mean = (here * number).sum().item() / here.sum().item()
-        below = here.cumsum(0)
-        spread = [int((below >= here.sum() * q / 100).nonzero()[0]) for q in (5, 50, 95)]
+        spread = [percentile(here, q) for q in (5, 50, 95)]
+        some = here.clone()
+        some[0] = 0
+        share = (some.sum() / here.sum()).item()
+        spread += [share, *(percentile(some, q) for q in (50, 95))]
         for low, end in pairwise(edges):
             positions = int(here[low:end].sum())
             rows.append(L0(of, context, low, end - 1, positions, mean, *spread))
     return rows
+
+
+def percentile(histogram: Tensor, q: float) -> int | None:
+    """The smallest number that q % of the counts do not exceed: int64 [N] of counts by number."""
+    below = histogram.cumsum(0)
+    total = int(below[-1])
+    return int((below >= total * q / 100).nonzero()[0]) if total else None
 
 
 class Place(NamedTuple):
@@ -302,18 +322,34 @@ class Place(NamedTuple):
     mean_l0: float
 
 
-def place_rows(counts: Counts, bins: int = 100) -> list[Place]:
-    """Bins of equal width; empty ones are left out."""
+def place_rows(counts: Counts, bins: int = 100, least: float = 0.005) -> list[Place]:
+    """Bins of equal width, of which those that hold less than the share `least` of the positions
+    are joined with the ones after them: a mean over a few long sequences is noise.
+    """
     L = counts.place.shape[-1]
     width = -(-L // bins)
     rows = []
     for side, of, i, context in sides_and_contexts():
-        for low in range(1, L, width):
-            positions = int(counts.place[i, low : low + width].sum())
-            if positions:
-                total = counts.place_l0[side, i, low : low + width].sum().item()
-                rows.append(Place(of, context, low, low + width - 1, positions, total / positions))
+        places, sums = counts.place[i], counts.place_l0[side, i]
+        for low, end in _joined(places, width, int(least * places.sum())):
+            positions = int(places[low:end].sum())
+            mean = sums[low:end].sum().item() / positions
+            rows.append(Place(of, context, low, end - 1, positions, mean))
     return rows
+
+
+def _joined(places: Tensor, width: int, least: int) -> list[tuple[int, int]]:
+    """(first, end) of bins with more than `least` positions each; the last takes what is left."""
+    found, low = [], 1
+    last = int(places.nonzero().max()) + 1 if places.any() else 1
+    for end in range(1 + width, last + width, width):
+        end = min(end, last)
+        if int(places[low:end].sum()) > least:
+            found.append((low, end))
+            low = end
+    if low < last:
+        found = [*found[:-1], (found[-1][0] if found else 1, last)]
+    return found
 
 
 # --- every feature, and some tokens ---------------------------------------------------------------
@@ -369,8 +405,11 @@ def examples(policy: Policy, pairs: Sequence[Pair], labels: list[Labels]) -> dic
                 v[packed.position[rows] == 0] = 0
                 shown[pair][name] = _example(policy, packed.tokens[rows], v)
     found = [shown[pair] for pair in sorted(shown)]
-    named = {k for pair in found for part in pair.values() for at in part["top"] for k, _ in at}
-    return dict(pairs=found, explanations={str(k): explain(labels, k) for k in sorted(named)})
+    named = Counter(
+        k for pair in found for part in pair.values() for at in part["top"] for k, _ in at
+    )
+    explanations = {str(k): explain(labels, k) for k in sorted(named)}
+    return dict(pairs=found, explanations=explanations, often=[k for k, _ in named.most_common()])
 
 
 def _example(policy: Policy, tokens: Tensor, v: Tensor) -> dict:
@@ -378,7 +417,76 @@ def _example(policy: Policy, tokens: Tensor, v: Tensor) -> dict:
     indices = v.abs().topk(min(EXAMPLE_FEATURES, v.shape[1])).indices
     largest = zip(indices.tolist(), v.gather(1, indices).tolist(), strict=True)
     return dict(
-        tokens=[policy.tokenizer.decode([t], skip_special_tokens=False) for t in tokens.tolist()],
+        tokens=token_texts(policy, tokens),
         l1=[round(size, 4) for size in v.abs().sum(1).tolist()],
         top=[[[k, round(x, 4)] for k, x in zip(*at, strict=True) if x] for at in largest],
     )
+
+
+def token_texts(policy: Policy, tokens: Tensor) -> list[str]:
+    return [policy.tokenizer.decode([t], skip_special_tokens=False) for t in tokens.tolist()]
+
+
+# --- cards ----------------------------------------------------------------------------------------
+
+
+def of_interest(counts: Counts, shown: dict) -> list[int]:
+    """The features that the page's tables of usage show first, then those of the examples."""
+    difference = counts.mean[0] - counts.mean[1]
+    orders = (counts.usage[0], counts.mean[0], difference, -difference, counts.usage[1])
+    n = min(2 * TOP, difference.shape[-1])
+    found = [k for of in orders for k in of[1].topk(n).indices.tolist()]
+    return list(dict.fromkeys([*found, *shown["often"]]))[:CARDS]
+
+
+class Context(NamedTuple):
+    """Where a feature is steered strongly: the token, and those around it in the same text."""
+
+    v: float
+    before: str
+    token: str
+    after: str
+
+
+class Card(NamedTuple):
+    """What the page says of one feature beside its numbers."""
+
+    promotes: list[str]  # tokens whose logits its decoder row raises most, read off the weights
+    contexts: list[Context]
+
+
+@torch.inference_mode()
+def cards(policy: Policy, pairs: list[Pair], which: Sequence[int]) -> dict[str, dict]:
+    """A Card for each of some features, by the feature's number; contexts of different pairs."""
+    which = list(dict.fromkeys(which))
+    steered = policy.steered
+    index = torch.tensor(which, device=policy.device.name)
+    found: dict[int, list[Context]] = {k: [] for k in which}
+    for stream in policy.streams(pairs, "strongest contexts") if which else ():
+        packed = stream.packed
+        with policy.autocast():
+            v = torch.cat([steered.adapter(x)[:, index] for x in steered.pieces(stream.x)]).float()
+        v[packed.position == 0] = 0
+        for tree in range(len(stream.pairs)):
+            rows = (packed.tree == tree).nonzero()[:, 0]
+            at = rows[v[rows].abs().max(0).indices]  # [K], the pair's strongest position of each
+            values = v.gather(0, at[None])[0].tolist()
+            for k, row, value in zip(which, at.tolist(), values, strict=True):
+                known = found[k]
+                if value and (len(known) < CONTEXTS_SHOWN or abs(value) > abs(known[-1].v)):
+                    known.append(_context(policy, packed, row, value))
+                    known.sort(key=lambda context: -abs(context.v))
+                    del known[CONTEXTS_SHOWN:]
+    raised = promoted(policy.base, steered.sae.W_dec[index], PROMOTED) if which else []
+    return {
+        str(k): Card(token_texts(policy, tokens), found[k])._asdict()
+        for k, tokens in zip(which, raised, strict=True)
+    }
+
+
+def _context(policy: Policy, packed: Packed, row: int, v: float) -> Context:
+    same = (packed.tree == packed.tree[row]) & (packed.branch == packed.branch[row])
+    rows = same.nonzero()[:, 0]
+    at = int((rows == row).nonzero()[0])
+    parts = (rows[max(0, at - AROUND) : at], rows[at : at + 1], rows[at + 1 : at + 1 + AROUND // 2])
+    return Context(round(v, 4), *("".join(token_texts(policy, packed.tokens[r])) for r in parts))

@@ -16,21 +16,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import lm_eval.api.task
 import lm_eval.evaluator
 import lm_eval.tasks
 import lm_eval.utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from tqdm import tqdm
 
 from evals.chat_template import ChatTemplate
 from evals.likelihood import Request, likelihoods
 from generation import decode
 from generation.decode import Sampling
 from policy import DEFAULTS, Policy, open_policy
+from runtime.progress import progress_bar
 from runtime.sources import UserError
 
 TASKS = Path(__file__).resolve().parent / "tasks"
+# Its own bar, while it builds prompts, knows no --quiet and shows itself in a log, too.
+lm_eval.api.task.tqdm = progress_bar
 FEWSHOT_SEED = 1234  # the harness's default, for tasks that draw their worked examples
 MAX_NEW_TOKENS = 256  # the harness's default, where a task names no limit
 # Generation keeps keys and values of so many times --tokens-per-microbatch tokens.
@@ -152,8 +155,8 @@ class FSRL(TemplateLM):
             times[context, settings] += 1
 
         texts = [""] * len(requests)
-        look = dict(desc="generating", unit="request", leave=False, disable=disable_tqdm)
-        with tqdm(total=len(requests), **look) as bar:
+        look = dict(desc="generating", unit="request", leave=False, shown=not disable_tqdm)
+        with progress_bar(total=len(requests), **look) as bar:
             for (settings, seed), members in groups.items():
                 wanted = generation(json.loads(settings), seed)
                 contexts = [requests[i].args[0] for i in members]

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from data import Tree, pack
 from fsrl import SteeredModel, Unsteered
 from kernels.logps import token_scores
+from runtime.progress import progress_bar
 
 MOST = 64  # sequences in one tree: what they share then costs little, and the cut stays linear
 
@@ -62,8 +62,8 @@ def likelihoods(
     head, softcap = base.model.embed_tokens.weight, base.config.final_logit_softcapping
     logp = torch.zeros(len(requests), dtype=torch.float64)
     missed = torch.zeros(len(requests), dtype=torch.int64)  # tokens that greedy would not write
-    look = dict(desc="scoring", unit="request", leave=False, disable=not progress)
-    with tqdm(total=len(requests), **look) as bar:
+    look = dict(desc="scoring", unit="request", leave=False, shown=progress)
+    with progress_bar(total=len(requests), **look) as bar:
         for runs in microbatches(sorted(asked), tokens):
             trees, targets = plant(runs, asked, requests)
             source, target, which = torch.tensor(targets).T  # [N, 3] -> three of [N]

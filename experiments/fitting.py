@@ -2,16 +2,16 @@
 many small ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from tqdm import tqdm
 
 import train
 from data import Pair
 from fsrl import Adapter, SteeredModel
 from policy import DEFAULTS, TINY, Policy, new_policy
 from runtime.device import resolve_device
+from runtime.progress import progress_bar
 
 
 def tiny_policy() -> Policy:
@@ -35,15 +35,20 @@ def passes(policy: Policy, s: train.Settings) -> train.Pass:
     return train.Pass(s.beta, s.gamma_ratio, s.tokens_per_microbatch, policy.device)
 
 
-def fit(policy: Policy, pairs: Sequence[Pair], s: train.Settings) -> None:
+def fit(
+    policy: Policy,
+    pairs: Sequence[Pair],
+    s: train.Settings,
+    after_step: Callable[[int], None] | None = None,
+) -> None:
     """Train the adapter of `policy`. Of the settings, those of the optimiser, the loss and the
-    order of the pairs count.
+    order of the pairs count. after_step: called with the number of steps made, after each.
     """
     adapter, how = policy.steered.adapter, passes(policy, s)
     optimizer = train.make_optimizer(adapter, s.lr, s.threshold_lr)
     steps = s.max_steps or s.epochs * (len(pairs) // s.batch_size)
     penalty = train.Penalty(s.l1, s.l0)
-    for step in tqdm(range(steps), desc="training", unit="step", leave=False):
+    for step in progress_bar(range(steps), desc="training", unit="step", leave=False):
         indices = train.batch_indices(step, len(pairs), s.batch_size, s.seed, s.shuffle)
         factor = train.lr_factor(step, steps, s.schedule, s.warmup_ratio)
         train.set_learning_rate(optimizer, factor)
@@ -53,3 +58,5 @@ def fit(policy: Policy, pairs: Sequence[Pair], s: train.Settings) -> None:
         optimizer.step()
         adapter.project()
         optimizer.zero_grad(set_to_none=True)
+        if after_step:
+            after_step(step + 1)

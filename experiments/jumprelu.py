@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 import train
 from experiments.fitting import fit, fresh, passes, tiny_policy
 from policy import load_preferences
@@ -32,6 +30,7 @@ from runtime import cli, rows
 from runtime.cli import flag
 from runtime.messages import brief
 from runtime.output import replacing, writable, write_whole
+from runtime.progress import parts
 from runtime.sources import UserError
 
 STEPS, PAIRS = 48, 16  # optimiser steps, and pairs in each
@@ -172,6 +171,10 @@ def runner() -> Callable[[Plan], Result]:
     return run
 
 
+def name_of(plan: Plan) -> str:
+    return f"{plan.method}, {plan.setting.name}"
+
+
 class Runs:
     """OUT/runs.jsonl: what is there is read, what is missing is made."""
 
@@ -185,7 +188,7 @@ class Runs:
         self.run = None
 
     def __call__(self, plans: Sequence[Plan], what: str) -> list[Result]:
-        return [self.one(plan) for plan in tqdm(plans, desc=what, unit="run")]
+        return [self.one(plan) for plan in parts(plans, what, "runs", name_of)]
 
     def one(self, plan: Plan) -> Result:
         found = next((result for result in self.results if result.of(plan)), None)

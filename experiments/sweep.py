@@ -49,7 +49,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import sae
 import train
@@ -59,6 +58,7 @@ from runtime import cli
 from runtime.cli import flag
 from runtime.device import dtype_on, resolve_device
 from runtime.output import replacing, write_whole
+from runtime.progress import progress_bar
 from runtime.sources import UserError, read_json
 from runtime.tables import csv_text
 
@@ -200,7 +200,7 @@ def execute(runs: list[Run], devices: list[str]) -> list[Run]:
     waiting, free, failed = list(runs), list(devices), []
     under_way: list[Started] = []
     line = "{desc}{n:.1f} of {total} runs, {elapsed} so far, {remaining} to go"
-    with tqdm(total=len(runs), bar_format=line, smoothing=0, mininterval=1) as bar:
+    with progress_bar(total=len(runs), bar_format=line, smoothing=0, mininterval=1) as bar:
         try:
             while waiting or under_way:
                 while waiting and free:

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 from model import Gemma2
@@ -30,6 +29,7 @@ from runtime.cli import flag
 from runtime.device import DTYPES, Device, resolve_device
 from runtime.messages import brief
 from runtime.output import replacing, writable, write_whole
+from runtime.progress import parts, progress_bar, say
 from runtime.sources import UserError, read_json, sha256
 from sae import ARRAYS, JumpReLUSAE
 from tiny.sae_trainer import Trainer
@@ -38,11 +38,13 @@ from tiny.sae_trainer import Trainer
 @dataclass(frozen=True)
 class Settings:
     model: str = flag("", "a Hugging Face model folder, or a Hub id")
-    layer: int = flag(DEFAULTS.layer, "the block whose output is read")
+    layer: int = flag(
+        DEFAULTS.layer, "train on the residual stream after this block, counted from 0"
+    )
     data: str = flag(DEFAULTS.data, "preference pairs: train split to learn from, test to measure")
-    width: int = flag(8192, "features")
+    width: int = flag(8192, "number of features")
     l0: int = flag(40, "features active at a position, on average")
-    passes: int = flag(3, "times that the texts are gone through")
+    passes: int = flag(3, "how often to go through the texts")
     tokens: int = flag(0, "learn from about so many positions, of the first texts; 0: all")
     round_tokens: int = flag(200_000, "positions of a round")
     batch: int = flag(2048, "positions of a step")
@@ -90,7 +92,7 @@ def rounds(texts: list[list[int]], tokens: int) -> list[list[list[int]]]:
 @torch.inference_mode()
 def stream(model: Gemma2, texts: list[list[int]], layer: int, device: Device) -> Iterator[Tensor]:
     """The residual stream after block `layer` of texts, without their first positions: [n, d]."""
-    with tqdm(total=len(texts), desc="stream", unit="text", leave=False) as bar:
+    with progress_bar(total=len(texts), desc="stream", unit="text", leave=False) as bar:
         for first in range(0, len(texts), 8):
             some = texts[first : first + 8]
             packed = data.pack([(text, []) for text in some]).to(device.name)
@@ -130,7 +132,7 @@ def quality(model: Gemma2, sae: JumpReLUSAE, pairs: list[data.Pair], layer: int)
         kept.append(x[packed.position > 0])
     every = torch.cat(kept)
     mean = every.mean(0)
-    for packed, x in zip(tqdm(packs, desc="quality", leave=False), streams, strict=True):
+    for packed, x in zip(progress_bar(packs, desc="quality", leave=False), streams, strict=True):
         first = (packed.position == 0)[:, None]
         f = sae.encode(x)
         fired += (f > 0)[packed.position > 0].sum(0)
@@ -184,12 +186,15 @@ def check_same(s: Settings, out: Path) -> None:
 def train(s: Settings) -> Path:
     """Train, save and measure; returns the SAE's folder."""
     out, device = writable(Path(s.out)), resolve_device(s.device, s.dtype)
-    out.mkdir(parents=True, exist_ok=True)
-    check_same(s, out)
     model, tokenizer = load_base(s.model, device.dtype, device.name)
     limits = dict(max_length=s.max_length, max_prompt_length=s.max_length // 2)
     recorded = DEFAULTS._replace(data=s.data, **limits)
-    plan = rounds(texts(read_pairs(s.data, tokenizer, recorded, "train")), s.round_tokens)
+    splits = [read_pairs(s.data, tokenizer, recorded, split) for split in ("train", "test")]
+    if not all(splits):
+        raise UserError(f"--data {s.data}: a train and a test split were expected.")
+    out.mkdir(parents=True, exist_ok=True)
+    check_same(s, out)
+    plan = rounds(texts(splits[0]), s.round_tokens)
     if s.tokens:
         plan = plan[: max(1, round(s.tokens / s.round_tokens))]
     generator = torch.Generator().manual_seed(s.seed)
@@ -210,18 +215,18 @@ def train(s: Settings) -> Path:
         before = round_of(done - 1)
         print(f"Going on after round {done} of {s.passes * len(plan)}.", file=sys.stderr)
     count = s.passes * len(plan)
-    for number in tqdm(range(done, count), desc="rounds", initial=done, total=count):
+    for number in parts(range(done, count), "SAE", "rounds"):
         now = round_of(number)
         mixed = torch.cat([before, now])
         order = torch.Generator().manual_seed(s.seed * 100_003 + number)
         chosen = torch.randperm(len(mixed), generator=order)[: len(now)]
         steps = max(1, len(now) // s.batch)
-        bar = tqdm(chosen[: steps * s.batch].split(s.batch), desc="steps", leave=False)
+        bar = progress_bar(chosen[: steps * s.batch].split(s.batch), desc="steps", leave=False)
         for i, rows in enumerate(bar):
             share = (number + i / steps) / count
             found = trainer.step(mixed[rows], share, (number * steps + i + 1) / 200)
             bar.set_postfix(unexplained=f"{found.unexplained:.4f}", l0=f"{found.l0:.1f}")
-        tqdm.write(f"round {number + 1}: {found}", file=sys.stderr)
+        say(f"round {number + 1}: {found}", sys.stderr)
         with replacing(state) as part:
             save_file(trainer.state() | {"rounds": torch.tensor(number + 1)}, part)
         before = now
@@ -231,9 +236,8 @@ def train(s: Settings) -> Path:
     with replacing(folder) as part:
         save_gemmascope2(part, arrays, str(s.model), s.layer)
     sae = JumpReLUSAE.from_pretrained(out, f"resid_post/{name}", device=device.name)
-    pairs = read_pairs(s.data, tokenizer, recorded, "test")[: s.test_pairs]
     report = dict(settings=asdict(s), sha256=sha256(folder / "params.safetensors"))
-    report |= quality(model, sae, pairs, s.layer)
+    report |= quality(model, sae, splits[1][: s.test_pairs], s.layer)
     write_whole(folder / "quality.json", json.dumps(report, indent=1) + "\n")
     for key, value in report.items():
         if isinstance(value, int | float):

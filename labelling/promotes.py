@@ -18,7 +18,6 @@ from datetime import UTC, datetime
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from labels import write_labels
 from model import Gemma2
@@ -27,6 +26,7 @@ from runtime import cli
 from runtime.cli import at_least, flag
 from runtime.device import resolve_device
 from runtime.output import writable_file
+from runtime.progress import progress_bar
 from runtime.sources import UserError
 
 LOGITS = 1 << 24  # at once: 64 MB in float32
@@ -36,9 +36,9 @@ LOGITS = 1 << 24  # at once: 64 MB in float32
 class Settings:
     model: str = flag(DEFAULTS.model, "tiny, a Hugging Face model folder, or a Hub id")
     sae: str = flag(DEFAULTS.sae, "tiny, a params.npz, a folder, or a Hub id")
-    sae_id: str | None = flag(None, "folder within --sae; unset: the layer's 65k SAE of lowest L0")
-    layer: int = flag(DEFAULTS.layer, "the block whose SAE is meant, where --sae-id does not say")
-    tokens: int = flag(10, "tokens named for each feature")
+    sae_id: str | None = flag(None, "folder in --sae (default: the layer's 65k SAE of lowest L0)")
+    layer: int = flag(DEFAULTS.layer, "layer of the SAE, if --sae-id does not say it")
+    tokens: int = flag(10, "number of tokens to name for each feature")
     device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
     out: str | None = flag(None, "the jsonl file to write")
 
@@ -51,7 +51,7 @@ def promoted(model: Gemma2, W_dec: Tensor, n: int) -> Tensor:
     """The n tokens whose logits each decoder row raises most, the first the most: [F, n], int64."""
     E, scale = model.model.embed_tokens.weight.float(), 1 + model.model.norm.weight.float()
     rows = max(1, LOGITS // len(E))
-    pieces = tqdm(W_dec.float().split(rows), desc="projecting", leave=False, disable=None)
+    pieces = progress_bar(W_dec.float().split(rows), desc="projecting", leave=False)
     return torch.cat([((piece * scale) @ E.T).topk(min(n, len(E))).indices for piece in pieces])
 
 

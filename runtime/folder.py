@@ -3,7 +3,6 @@
     OUT/config.json      settings, versions, hardware, source revision, sha256 of inputs
     OUT/metrics.jsonl    one object per optimiser step and per evaluation
     OUT/checkpoints/     see checkpoint.py
-    OUT/loss.png
 
 A Run is given plain values and the module that trains; it knows neither train.Settings nor the
 model.
@@ -24,13 +23,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from runtime import checkpoint
 from runtime.messages import brief
-from runtime.output import replacing, writable, write_whole, writing
+from runtime.output import writable, write_whole, writing
+from runtime.progress import progress_bar
 from runtime.ranks import Interrupts, Ranks
-from runtime.sources import UserError, read_json
+from runtime.sources import UserError, read_json, upload
 
 FORMAT = "fsrl-run-2"  # of config.json; runs without a format are of an earlier version
 PACKAGES = ("torch", "safetensors", "huggingface-hub", "tokenizers", "numpy", "pyarrow")
@@ -173,8 +172,8 @@ class Run:
                 print(f"--resume: going on after step {step} of {self.steps}.", file=sys.stderr)
         self.saved = step
         self._keep_rows(step)
-        how = dict(total=self.steps, initial=step, unit="step", disable=not self.ranks.first)
-        self.bar = tqdm(desc="training", **how)
+        how = dict(total=self.steps, initial=step, unit="step", shown=self.ranks.first)
+        self.bar = progress_bar(desc="training", **how)
         return step
 
     def _keep_rows(self, step: int) -> None:
@@ -294,45 +293,18 @@ def _check_same_run(out: Path, config: dict, free: Collection[str]) -> None:
         raise UserError(f"--resume: {out} was started with {len(hashes)} input files.")
 
 
-# --- what a run shows -----------------------------------------------------------------------------
+# --- a finished run -----------------------------------------------------------------------------
 
 
-AXES = dict(loss="SimPO loss", l0="L0: features steered per position", accuracy="accuracy")
+def push(out: Path, repo: str) -> None:
+    """Upload a run's adapter, its card and its report to the Hub, in one commit.
 
-
-def draw_loss(rows: list[dict], path: Path, lower: str) -> None:
-    """loss.png: SimPO loss and, below, the metric `lower` against steps, train and eval."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
-    for axes, key in zip(panels, ("loss", lower), strict=True):
-        styles = dict(train=dict(color="C0", alpha=0.5), eval=dict(color="C1", marker="o"))
-        for split, style in styles.items():
-            of = [row for row in rows if row["split"] == split]
-            axes.plot([row["step"] for row in of], [row[key] for row in of], label=split, **style)
-        axes.set(ylim=(0, None), ylabel=AXES[key])
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False)
-    panels[1].set_xlabel("optimiser step")
-    with replacing(path) as part:
-        figure.savefig(part, dpi=150, format="png")
-    plt.close(figure)
-
-
-def print_table(
-    rows: list[dict], names: Mapping[str, str], seconds: float, peak_bytes: int
-) -> None:
-    """Print metrics before and after training: of the evaluations or, without any, of the steps.
-
-    names: key of a row -> what the table calls it.
+    Where the run has not been audited, `python -m audit` makes card and report first.
     """
-    evals = [row for row in rows if row["split"] == "eval"]
-    where, measured = ("eval", evals) if evals else ("train", rows)
-    print(f"\n{'':24}{'before':>9} {'after':>9}")
-    for key, name in names.items():
-        print(f"{f'{where} {name}':<24}{measured[0][key]:9.3f} {measured[-1][key]:9.3f}")
-    print(f"{'seconds':<33}{seconds:10.1f}")
-    print(f"{'peak memory (MiB)':<33}{peak_bytes / 2**20:10.0f}")
+    card, page = out / "adapter" / "README.md", out / "report.html"
+    if not (card.is_file() and page.is_file()):
+        audit = [sys.executable, "-m", "audit", "--run", str(out.resolve())]
+        if subprocess.run(audit, cwd=Path(__file__).resolve().parents[1]).returncode:
+            raise UserError(f"--push-to {repo}: nothing was uploaded, because the audit failed.")
+    files = {path.name: path for path in (*sorted((out / "adapter").iterdir()), page)}
+    print(f"Uploaded to {upload(files, repo, 'FSRL adapter, its card and its report')}")

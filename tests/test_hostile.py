@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -83,9 +84,12 @@ SCRIPTS = {
         f"--model {GOLDEN}/model --layer 1 --data {GOLDEN}/dataset --width 64 --l0 4 --passes 1"
         " --round-tokens 3000 --batch 64 --max-length 100 --test-pairs 2 --out o"
     ),
+    "generation.export": Row(f"--run {{x}}/run {MODEL} --to o"),
     "benchmarks.compare": Row("--shape tiny --pairs 2 --steps 1", runs=False, needs="transformers"),
     "benchmarks.decode": Row("--shape tiny --tokens 2 --rounds 1", runs=False),
     "benchmarks.evals": Row("--shape tiny --limit 2 --rounds 1", runs=False, needs="lm_eval"),
+    "benchmarks.first_step": Row("--shape mid", runs=False),
+    "benchmarks.gpu": Row("--device cpu --shape tiny --pairs 2 --steps 1 --out o.json", runs=False),
     "benchmarks.labels": Row("--what tiny", runs=False, needs="sklearn"),
     "benchmarks.throughput": Row("--shape tiny --pairs 2 --steps 1"),
     "tiny.build": Row("--sae-layers 1 --sae-out o", make_short="with_few_steps"),
@@ -126,7 +130,8 @@ def with_finished_run(script: dict) -> None:
     def execute(runs, devices):
         for run in runs:
             source = Path(os.environ["FSRL_CACHE"]) / "hostile-run"
-            shutil.copytree(source, run.out, dirs_exist_ok=True)
+            run.out.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run(["cp", "-r", source, run.out], check=True)
         return []
 
     script["execute"] = execute
@@ -155,7 +160,7 @@ BAD = {  # kind of input -> names in {x}/bad, beside NAMES
 BAD["model"] += ("model-nan", "model-int", "model-short", "model-tokenizer")
 BAD["run"] += ("run-activation", "run-settings", "run-pipe")
 VALUES = {  # kind of value -> what no flag of the kind takes
-    "int": ("x", "", "1.5", "nan", "\x1b[31m", "9" * 5000, "\udcff"),
+    "int": ("x", "", "1.5", "nan", "\x1b[31m", "9" * 30, "9" * 5000),
     "float": ("x", "", "nan", "inf", "1e999", "\x1b[31m"),
     "choice": ("x", "", "\x1b[31m"),
     "device": ("x", "", "cuda:99", "cpu:1", "cuda:\x1b[31m"),
@@ -196,18 +201,20 @@ FLAGS = {  # flag -> what it names, in every script that has it
     "--trace": "file out",
     "--out": "folder out",
     "--sae-out": "folder out",
+    "--to": "folder out",
+    "--folder": "folder out",
     "--journal": "file out",
 }
 # Free text, or what only a server is asked for: nothing that it says is bad by itself.
 FREE = {"--prompt", "--rest", "--source", "--endpoint", "--judge-model", "--key-env", "--embedder"}
 # What can be meant, and is work: a script need not refuse it.
 MEANT = {
-    ("generation", "--labels", "nothing.jsonl"),
+    ("train", "--init-adapter", "run-settings"),
+    ("labelling", "--human", "labels-index.jsonl"),
     ("labelling", "--sae"),
     ("labelling", "--train"),
     ("labelling", "--journal"),
     ("labelling", "--extra", "y" * 5000),
-    ("experiments.train_sae", "--data", "empty"),
 }
 
 

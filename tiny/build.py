@@ -24,13 +24,12 @@ import pyarrow.parquet as pq
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from tqdm import tqdm
 
 import labels
 from data import Packed, pack
 from model import Gemma2, Gemma2Config
 from policy import load_base
-from runtime import cli
+from runtime import cli, progress
 from runtime.cli import flag
 from runtime.output import publish, writable
 from runtime.sources import UserError, sha256
@@ -69,6 +68,7 @@ CONFIG = Gemma2Config(
 MODEL_STEPS, TEXTS_PER_STEP, MODEL_LR = 2800, 32, 3e-3
 SAE_TOKENS, SAE_STEPS, SAE_BATCH, SAE_LR, L0 = 1_000_000, 6000, 2048, 2e-3, 8
 CHECK_TEXTS = LABEL_TEXTS = 2000
+WORK = {"model": 69, "activations": 3, "SAE": 26, "labels": 2}  # % of build's time, about
 SEEDS = {
     "tokenizer": 1,
     "model": 2,
@@ -175,7 +175,7 @@ def train_model(tokenizer: Tokenizer, steps: int) -> Gemma2:
         betas=(0.9, 0.98),
     )
     corpus = batches(tokenizer, SEEDS["model corpus"], steps)
-    bar = tqdm(corpus, total=steps, desc="model", mininterval=5)
+    bar = progress.progress_bar(corpus, total=steps, desc="model", mininterval=5)
     for step, packed in enumerate(bar):
         warm_up = min(1.0, (step + 1) / 100)
         decay = 0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -200,7 +200,7 @@ def activations(model: Gemma2, tokenizer: Tokenizer, layer: int, tokens: int, se
     out: [N, d].
     """
     rows, n = [], 0
-    bar = tqdm(total=tokens, desc=f"activations, layer {layer}", mininterval=5, unit="token")
+    bar = progress.progress_bar(total=tokens, desc="activations", mininterval=5, unit="token")
     while n < tokens:
         for s in measure.streams(tokenizer, world.corpus(500, seed * 100_003 + n)):
             rows.append(measure.residual(model, s.packed, layer)[s.real])
@@ -213,7 +213,7 @@ def train_sae(x: Tensor, steps: int, seed: int) -> dict[str, Tensor]:
     """Train a JumpReLU SAE on activations x [N, d]; returns GemmaScope's five arrays."""
     generator = torch.Generator().manual_seed(seed)
     trainer = Trainer(x, WIDTH, L0, SAE_LR, generator)
-    bar = tqdm(range(steps), desc="SAE", mininterval=5)
+    bar = progress.progress_bar(range(steps), desc="SAE", mininterval=5)
     for step in bar:
         rows = torch.randint(len(x), (SAE_BATCH,), generator=generator)
         found = trainer.step(x[rows], step / steps, (step + 1) / 200)
@@ -361,21 +361,25 @@ def build() -> None:
     start = time.time()
 
     def say(what):
-        print(f"[{(time.time() - start) / 60:5.1f} min] {what}", flush=True)
+        progress.say(f"[{(time.time() - start) / 60:5.1f} min] {what}")
 
-    tokenizer = train_tokenizer()
-    model = train_model(tokenizer, MODEL_STEPS).to(torch.bfloat16)
-    with publish(MODEL_DIR) as part:
-        save_tokenizer(tokenizer, part)
-        model.save_pretrained(part)
-    model, tokenizer = load()
-    say(f"model written to {MODEL_DIR.relative_to(ROOT.parent)}")
-    sae = build_sae(model, tokenizer, LAYER, SAE_DIR, SAE_STEPS, SAE_TOKENS)
-    say(f"SAE written to {sae_path(LAYER, SAE_DIR).relative_to(ROOT.parent)}")
-    write_labels(model, tokenizer, sae, LABELS_DIR)
-    with publish(DATA_DIR) as part:
-        write_pairs(part)
-    say("labels and preference pairs written")
+    with progress.Line("tiny.build", sum(WORK.values()), "%") as line:
+        with line.part("model", WORK["model"], WORK):
+            tokenizer = train_tokenizer()
+            model = train_model(tokenizer, MODEL_STEPS).to(torch.bfloat16)
+        with publish(MODEL_DIR) as part:
+            save_tokenizer(tokenizer, part)
+            model.save_pretrained(part)
+        model, tokenizer = load()
+        say(f"model written to {MODEL_DIR.relative_to(ROOT.parent)}")
+        with line.part("SAE", WORK["activations"] + WORK["SAE"], WORK):
+            sae = build_sae(model, tokenizer, LAYER, SAE_DIR, SAE_STEPS, SAE_TOKENS)
+        say(f"SAE written to {sae_path(LAYER, SAE_DIR).relative_to(ROOT.parent)}")
+        with line.part("labels", WORK["labels"]):
+            write_labels(model, tokenizer, sae, LABELS_DIR)
+        with publish(DATA_DIR) as part:
+            write_pairs(part)
+        say("labels and preference pairs written")
     check()
 
 
