@@ -315,7 +315,8 @@ def ask(s: Settings, group: str, names: list[str], seconds: float) -> Iterator[d
                 yield json.loads(line)
             else:
                 print(line, end="", file=sys.stderr)
-        process.wait()
+        if process.wait() == 2:
+            raise SystemExit(2)  # a person's mistake, which the process has named
     finally:
         late.cancel()
         if process.poll() is None:
