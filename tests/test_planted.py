@@ -141,7 +141,7 @@ def bold(start, tables_of, tmp_path_factory):
 def test_the_planted_cause_is_named(bold, tables_of):
     policy, pairs, names = bold
     ground = planted.Ground(planted.Settings(), 7, policy, tables_of)
-    answers = planted.on_pairs(policy, pairs, ground.partitions(pairs, names))
+    answers = planted.on_pairs(policy, pairs, ground.partitions(pairs, names, fine=True))
     for kind, expected in (
         ("fires", "style"),
         ("true spans", "style"),
