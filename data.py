@@ -40,7 +40,7 @@ from torch import Tensor
 
 from kernels.attention import Bucket, Stretch, buckets
 from runtime.messages import brief
-from runtime.progress import progress_bar
+from runtime.progress import progress_bar, say
 from runtime.sources import Arrays, UserError, cached_arrays, fetch, sha256
 
 ROLES = {"system": "system", "user": "user", "assistant": "model", "model": "model"}
@@ -408,13 +408,13 @@ def _report(source: str | Path, stored: Arrays, split: str | None) -> None:
     left = [f"{n:,} {name}" for name, n in splits.items() if name not in used]
     said = ", ".join(f"{n:,} {name}" for name, n in used.items()) or f"0 {split or ''}".strip()
     others = f"; left out: {', '.join(left)}" if left else ""
-    print(f"{source}: rows used: {said}{others}.", file=sys.stderr)
+    say(f"{source}: rows used: {said}{others}.", sys.stderr)
     if stored["empty"]:
         markup = "responses are empty; their markup alone is scored"
-        print(f"{source}: {stored['empty']} {markup}.", file=sys.stderr)
+        say(f"{source}: {stored['empty']} {markup}.", sys.stderr)
     if len(bad := stored["bad"]):
         where = ", ".join(bad[:10].tolist()) + (", ..." if len(bad) > 10 else "")
-        print(f"{source}: {len(bad)} malformed rows are left out: {where}.", file=sys.stderr)
+        say(f"{source}: {len(bad)} malformed rows are left out: {where}.", sys.stderr)
 
 
 # --- batches --------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from runtime.output import write_whole
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "card.md"
 TAGS = ("fsrl", "sparse-autoencoder", "feature-steering", "simpo", "preference-optimization")
 TAGS += ("interpretability",)
+# Gemma's terms cover what is derived from it; what else a base model's would, its author must say.
+LICENCES = {"google/gemma": "gemma"}
 SETTINGS = ("l1", "beta", "gamma_ratio", "lr", "schedule", "warmup_ratio", "batch_size", "epochs")
 SETTINGS += ("max_steps", "seed")
 OF_VARIANTS = ("l0", "threshold_lr")  # not of a relu adapter
@@ -73,6 +75,7 @@ def card(run: RunFiles) -> str:
         # Only what is on the Hub goes into its metadata.
         base_on_hub=base if own.get("base_model_revision") else None,
         data_on_hub=trained_on if run.data_revision else None,
+        licence=LICENCES.get(str(base).split("-")[0]) if own.get("base_model_revision") else None,
         tags=TAGS,
         base=public_name(base),
         layer=own.get("layer"),

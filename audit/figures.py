@@ -380,6 +380,90 @@ def choices(rows: list[Row], about: dict) -> Figure:
     return finish(figure)
 
 
+def shift(rows: list[Row], about: dict) -> Figure:
+    """Divergence between policy and base model by kinds of tokens, a panel for each set of texts;
+    beside it, what permuted steering of equal KL moves.
+    """
+    kinds, texts = distinct(rows, "labels", "tokens"), distinct(rows, "texts")
+    size = (3.2 * len(texts), 1.4 + 0.3 * len(kinds))
+    options = dict(sharey=True, sharex=True, layout="constrained", squeeze=False)
+    figure, (panels,) = plt.subplots(1, len(texts), figsize=size, **options)
+    for axes, name in zip(panels, texts, strict=True):
+        for row in where(rows, texts=name):
+            y = kinds.index((row["labels"], row["tokens"]))
+            colour = COLOUR["named" if row["named"] else "other"]
+            axes.barh(y, row["divergence"], height=0.6, color=colour)
+            axes.plot(
+                [row["divergence_low"], row["divergence_high"]], [y, y], color="black", lw=1.5
+            )
+            if row["null_divergence"] is not None:
+                label = None if axes.get_legend_handles_labels()[1] else "permuted, equal KL"
+                axes.plot(row["null_divergence"], y, "D", color="black", ms=4, label=label)
+        axes.set_title(name, fontsize=9, loc="left")
+        axes.set_xlabel("nats per position", fontsize=8)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False, fontsize=8)
+    horizontal(panels[0], [f"{labels}: {tokens}" for labels, tokens in kinds])
+    return finish(figure)
+
+
+def behaviour(rows: list[Row], about: dict) -> Figure:
+    """Change of the number of tokens in an answer, by kinds; and what was gained and lost of it."""
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + 0.3 * len(rows)), layout="constrained")
+    for y, row in enumerate(rows):
+        if row["gained"] is not None:
+            axes.barh(y, row["gained"], height=0.6, color=COLOUR["other"], alpha=0.5)
+            axes.barh(y, -row["lost"], height=0.6, color=COLOUR["other"], alpha=0.5)
+        axes.plot([row["low"], row["high"]], [y, y], color="black", lw=1.5)
+        style = dict(color=COLOUR["named"] if row["named"] else "black", ms=5)
+        axes.plot(row["change"], y, "o", **style)
+    horizontal(axes, ["{labels}: {tokens}".format(**row) for row in rows])
+    axes.set_xlabel(
+        "tokens an answer, policy less base model\n"
+        "(dot: change, 95 % over prompts; bars: gains and losses by token)"
+    )
+    return finish(figure)
+
+
+def carriers(rows: list[Row], about: dict) -> Figure:
+    """Share of the shift in a category that the first n features of each ranking keep alone."""
+    figure, axes = plt.subplots(figsize=(WIDTH, 4), layout="constrained")
+    for ranking in distinct(rows, "ranking"):
+        here = where(rows, ranking=ranking)
+        n, kept = ([row[key] for row in here] for key in ("n", "kept"))
+        style = dict(
+            lw=2.5 if here[0]["wins"] else 1.2, ls=":" if ranking == "random" else "-", marker="o"
+        )
+        (line,) = axes.plot(n, kept, ms=4, label=f"{ranking} ({here[0]['area']:.2f})", **style)
+        ends = [row["low"] for row in here], [row["high"] for row in here]
+        axes.fill_between(n, *ends, alpha=0.1, color=line.get_color())
+    axes.set_xscale("log", base=2)
+    ticks = distinct(rows, "n")
+    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.minorticks_off()
+    axes.axhline(1, color="black", lw=0.8)
+    axes.set_xlabel("features kept")
+    axes.set_ylabel("share of the shift kept\n(band: 95 % over texts)")
+    axes.legend(frameon=False, fontsize=8, title="ranking (area)", title_fontsize=8)
+    return finish(figure)
+
+
+def carried_by(rows: list[Row], about: dict) -> Figure:
+    """The features that the best ranking names first: their usage, and what the labels say."""
+    options = dict(sharey=True, layout="constrained", width_ratios=(2, 3))
+    size = (11, 1.2 + 0.22 * len(rows))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, **options)
+    left.barh(range(len(rows)), [percent(row["usage"]) for row in rows], color=COLOUR["adapter"])
+    horizontal(left, [str(row["feature"]) for row in rows], 0.6)
+    left.tick_params(axis="y", labelsize=7)
+    left.set_xlabel("% of positions at which it steers", fontsize=8)
+    for y, row in enumerate(rows):
+        text = " | ".join(filter(None, (row["categories"], row["explanation"])))
+        right.text(0, y, textwrap.shorten(text, 110, placeholder="…"), va="center", fontsize=7)
+    right.set_axis_off()
+    return finish(figure)
+
+
 WHERE_COLOUR = {  # where a feature steered
     "first": "#444444",
     "prompt": COLOUR["prompt"],
@@ -448,6 +532,10 @@ DRAW: dict[str, Callable[[list[Row], dict], Figure]] = {  # table -> its picture
     "ablation": ablation,
     "static": static,
     "choices": choices,
+    "shift": shift,
+    "behaviour": behaviour,
+    "carriers": carriers,
+    "carried_by": carried_by,
     "attribution": attribution,
     "attribution_features": attribution_features,
 }

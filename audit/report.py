@@ -6,7 +6,6 @@ else is folded. templates/report.html is the page; here its values are read and 
 """
 
 import base64
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from audit.published import published
 from audit.verdict import nats, p_value, percent, readings, shortened, verdict
 from policy import adapter_sha256
 from runtime import page
+from runtime.folder import read_log
 from runtime.neuronpedia import page_of
 from runtime.outcome import Sample, before_after, measured, outcome
 from runtime.output import write_whole
@@ -66,7 +66,7 @@ def read_run(out: str | Path) -> RunFiles:
     out = Path(out)
     folder = out / "adapter" if (out / "adapter").is_dir() else out
     tables = {path.stem: _json(path) for path in sorted((out / "eval").glob("*.json"))}
-    metrics = _rows(out / "metrics.jsonl")
+    metrics = read_log(out / "metrics.jsonl")
     if not (tables or metrics or (folder / "adapter_config.json").is_file()):
         raise UserError(f"--run {out}: neither a run of train.py nor an evaluation of one.")
     adapter, config = _json(folder / "adapter_config.json"), _json(out / "config.json")
@@ -86,16 +86,6 @@ def _samples(path: Path) -> list[Sample]:
         return [Sample(*(str(row[key]) for key in Sample._fields)) for row in _json(path, list)]
     except (KeyError, TypeError) as e:
         raise UserError(f"{path}: prompts with answers were expected ({e!r}).") from e
-
-
-def _rows(path: Path) -> list[dict]:
-    """The rows of a jsonl file without a torn last line; [] where there is no file."""
-    try:
-        text = path.read_text() if path.is_file() else ""
-        whole = text[: text.rfind("\n") + 1]
-        return [json.loads(line) for line in whole.splitlines()]
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not readable jsonl ({e}).") from e
 
 
 def stale(run: RunFiles) -> list[str]:

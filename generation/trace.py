@@ -111,7 +111,7 @@ def table(positions: Iterable[Position], settings: dict[str, str]) -> str:
 def write(path: Path, traces: list[list[Position]], title: str, settings: dict[str, str]) -> None:
     """path.jsonl: one object a token. path.html: a page that shades each token by ‖v‖₁.
 
-    Written whole or not at all. Raises UserError where it cannot be written.
+    After a failure there is no new file. Raises UserError where it cannot be written.
     """
     try:
         html = path.suffix == ".html"

@@ -29,7 +29,7 @@ from runtime.messages import brief
 from runtime.output import writable, write_whole, writing
 from runtime.progress import progress_bar
 from runtime.ranks import Interrupts, Ranks
-from runtime.sources import UserError, read_json
+from runtime.sources import UserError, read_json, upload
 
 FORMAT = "fsrl-run-2"  # of config.json; runs without a format are of an earlier version
 PACKAGES = ("torch", "safetensors", "huggingface-hub", "tokenizers", "numpy", "pyarrow")
@@ -253,10 +253,31 @@ def _row(line: bytes) -> dict | None:
     """A line of metrics.jsonl as a row; None for a torn line."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = isinstance(row, dict) and isinstance(row.get("step"), int) and "split" in row
     return row if whole else None
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, without a torn last line; [] where there is no file.
+
+    Raises UserError naming a row that is none: split and step, and numbers under other names.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}).") from e
+    found = []
+    for number, line in enumerate(lines, start=1):
+        row = _row(line)
+        if row is None and number == len(lines) and not line.endswith(b"\n"):
+            break
+        values = [value for name, value in (row or {}).items() if name != "split"]
+        if row is None or not all(isinstance(value, int | float) for value in values):
+            raise UserError(f"{path}: row {number} is not what a run logs.")
+        found.append(row)
+    return found
 
 
 def _lock(file, out: Path) -> None:
@@ -291,3 +312,20 @@ def _check_same_run(out: Path, config: dict, free: Collection[str]) -> None:
             raise UserError(f"--resume: {path} is not the file that {out} was started with.")
     if len(config["sha256"]) != len(hashes):
         raise UserError(f"--resume: {out} was started with {len(hashes)} input files.")
+
+
+# --- a finished run -----------------------------------------------------------------------------
+
+
+def push(out: Path, repo: str) -> None:
+    """Upload a run's adapter, its card and its report to the Hub, in one commit.
+
+    Where the run has not been audited, `python -m audit` makes card and report first.
+    """
+    card, page = out / "adapter" / "README.md", out / "report.html"
+    if not (card.is_file() and page.is_file()):
+        audit = [sys.executable, "-m", "audit", "--run", str(out.resolve())]
+        if subprocess.run(audit, cwd=Path(__file__).resolve().parents[1]).returncode:
+            raise UserError(f"--push-to {repo}: nothing was uploaded, because the audit failed.")
+    files = {path.name: path for path in (*sorted((out / "adapter").iterdir()), page)}
+    print(f"Uploaded to {upload(files, repo, 'FSRL adapter, its card and its report')}")

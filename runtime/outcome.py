@@ -1,8 +1,9 @@
-"""What training did: the closing table, loss.png, and in words what the loss alone does not say.
+"""Summarise a training run: a table, loss.png, and sentences on what the loss does not show.
 
-The words come from the rows of metrics.jsonl and from the answers before and after training
-(samples.json): which of the two responses moved, whether both became less likely (displacement),
-whether the answers broke (collapse), and whether an earlier step was better (over-training).
+The sentences are made from the rows of metrics.jsonl and from the answers before and after training
+(samples.json). They say which of the two responses became more or less likely, and warn where both
+became less likely (displacement), where answers repeat themselves (collapse), and where an earlier
+step was better (over-training).
 """
 
 import json
@@ -14,14 +15,15 @@ from runtime.colours import COLOUR
 from runtime.output import replacing, write_whole
 
 GRAM = 4  # words in the sequences whose repetition is counted
-BROKEN = 0.25  # an answer repeats so much more of itself than the one before training
-LONGER = 3.0  # or is so many times as long, or as short
-BETTER = 0.9  # an earlier evaluation has less than this share of the last one's loss
-DISPLACED = 0.05  # the chosen response fell by more than this share of the widened gap
+# Limits beyond which a sentence warns.
+BROKEN = 0.25  # increase of an answer's repetition by training
+LONGER = 3.0  # factor by which an answer became longer or shorter
+BETTER = 0.9  # loss of the best evaluation, as a share of the last one's
+DISPLACED = 0.05  # fall of the chosen response's log p, as a share of the widened gap
 
 
 class Sample(NamedTuple):
-    """A prompt, and what was answered to it before and after training."""
+    """A prompt, and its answers before and after training."""
 
     prompt: str
     before: str
@@ -34,7 +36,7 @@ def write_samples(out: Path, samples: Sequence[Sample]) -> None:
 
 
 class Measured(NamedTuple):
-    """Where a run was measured: on evaluation pairs or, without any, on the pairs of its steps."""
+    """The rows that a summary is made of: of the evaluations or, without any, of the steps."""
 
     split: str  # "eval" or "train"
     rows: list[dict]  # in order; at least one
@@ -45,7 +47,7 @@ class Measured(NamedTuple):
 
 
 def measured(rows: Sequence[dict]) -> Measured | None:
-    """None for a run without any row."""
+    """The rows to summarise; None where there are none."""
     for split in ("eval", "train"):
         of = [row for row in rows if row.get("split") == split]
         if of:
@@ -86,7 +88,7 @@ def print_table(rows: Sequence[dict], steered: bool, seconds: float, peak_bytes:
 
 
 def outcome(rows: Sequence[dict], samples: Sequence[Sample]) -> list[str]:
-    """Sentences; those that warn begin with "Warning:"."""
+    """The sentences on a run; those that warn begin with "Warning:"."""
     found = measured(rows)
     if found is None:
         return []
@@ -106,11 +108,11 @@ def outcome(rows: Sequence[dict], samples: Sequence[Sample]) -> list[str]:
 
 
 def moved(found: Measured) -> list[str]:
-    """Which of the two responses moved, by their mean log-probabilities per token."""
+    """How the mean log-probabilities per token of the two responses changed."""
     first, last = found.rows[0], found.rows[-1]
     keys = ("logp_chosen", "logp_rejected")
     if not all(key in row for key in keys for row in (first, last)):
-        return []  # of an earlier version
+        return []  # written by an earlier version
     chosen, rejected = (last[key] - first[key] for key in keys)
     widened = chosen - rejected
     moves = " and ".join(
@@ -134,9 +136,9 @@ def moved(found: Measured) -> list[str]:
 
 
 def broken(samples: Sequence[Sample]) -> list[str]:
-    """Whether answers after training repeat themselves, or changed their length, beside the base's.
+    """Warnings of answers that repeat themselves, or whose length changed, by training.
 
-    A loss of 0.000 and an accuracy of 1.000 do not exclude it.
+    Neither loss nor accuracy shows this.
     """
     loops, lengths = [], []
     for _, before, after in samples:
@@ -161,7 +163,7 @@ def broken(samples: Sequence[Sample]) -> list[str]:
 
 
 def repetition(text: str) -> float:
-    """The share of a text's sequences of GRAM words that stand in it already."""
+    """The share of a text's sequences of GRAM words that occur earlier in it."""
     words = text.split()
     grams = [tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

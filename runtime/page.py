@@ -1,7 +1,7 @@
 """Render pages for a browser with jinja2, which escapes all text, and shade tokens by steering.
 
-A page stands alone: its policy (templates/page.html) forbids requests and every script but the
-page's own, which it knows by hash. Styles are inline and pictures are data URLs.
+A page is one file: its content security policy (templates/page.html) forbids requests and all
+scripts but the page's own, which it names by hash. Styles are inline and pictures are data URLs.
 """
 
 import base64
@@ -30,7 +30,7 @@ class Token(NamedTuple):
     shade: int  # 0 to SHADES - 1
     note: str  # shown when the token is pointed at or tapped; may have several lines
     part: str = ""  # a CSS class
-    features: Sequence[int] = ()  # that have a card on the page
+    features: Sequence[int] = ()  # its features that have a card on the page
 
 
 def darkest(sizes: Sequence[float]) -> float:
@@ -44,7 +44,7 @@ def shade(size: float, full: float) -> int:
 
 
 def named(feature: int, value: float, explanation: str | None) -> str:
-    """A feature and the v that was added there, by its explanation where it has one."""
+    """A feature, its value v, and its explanation where there is one, as text."""
     name = f"feature {feature}"
     if explanation:
         name = f"{textwrap.shorten(explanation, LONGEST, placeholder='…')} ({name})"
@@ -52,7 +52,7 @@ def named(feature: int, value: float, explanation: str | None) -> str:
 
 
 def note(size: float, features: Iterable[tuple[int, float, str | None]]) -> str:
-    """What is shown of a token: ‖v‖₁ there, then its strongest features, a line each."""
+    """A token's note: its ‖v‖₁, and below it its features (feature, v, explanation), one a line."""
     return "\n".join([f"steered by {size:.3g} (‖v‖₁)", *(named(*each) for each in features)])
 
 
@@ -60,7 +60,7 @@ def render(template: Path, script: str = "", **values) -> str:
     """Fill in a template, which may extend and import those in runtime/templates.
 
     Every value is escaped, also in markdown. Raises jinja2.UndefinedError for a missing value.
-    script: the page's own, a file of this project.
+    script: content of the page's own script.
     """
     hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = jinja2.Environment(

@@ -95,6 +95,38 @@ def _download(name: str, kind: str, patterns: list[str]) -> Source:
     return Source(Path(folder), Path(folder).name)  # snapshots are stored under their commit hash
 
 
+def check_upload(repo: str) -> None:
+    """Raises UserError for a name that is not OWNER/NAME, and where there is no token."""
+    from huggingface_hub import get_token
+
+    if not HUB_ID.fullmatch(repo) or repo.count("/") != 1 or "@" in repo:
+        raise UserError(f"--push-to {brief(repo)}: OWNER/NAME on the Hub was expected.")
+    if not get_token():
+        raise UserError(f"--push-to {repo}: needs a token that may write; run `hf auth login`.")
+
+
+def upload(files: dict[str, Path], repo: str, message: str) -> str:
+    """Upload files in one commit to a model repository, which is created if needed.
+
+    files: path in the repository -> local file. Returns the commit's address. Raises UserError
+    where the Hub refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, errors
+
+    added = [CommitOperationAdd(path, str(file)) for path, file in files.items()]
+    try:
+        HfApi().create_repo(repo, exist_ok=True)
+        return HfApi().create_commit(repo, added, commit_message=message).commit_url
+    except (
+        errors.HTTPError,
+        OSError,
+        ValueError,
+        LookupError,
+    ) as e:  # the last: not a Hub's answer
+        why = brief(_first_line(e))
+        raise UserError(f"--push-to {repo}: the Hub did not take it ({why}).") from e
+
+
 def list_files(name: str, kind: str) -> list[str]:
     """Paths of all files in a Hub repository, from its cache if the Hub does not answer.
 

@@ -31,10 +31,12 @@ command = importlib.import_module("audit.__main__")
 HOSTILE = "<script>alert('x')</script> & \"$x^{2$ \u202e"
 USAGE = ("top_usage", "top_value", "value_difference", "usage_rank", "l0", "l0_by_position")
 EFFECTS = ("topk", "ablation", "static", "choices", "attribution", "attribution_features")
+CHANGES = ("shift", "behaviour", "carriers", "carried_by")
 COMPOSITIONS = ("composition_paper", "composition")
-TABLES = (*COMPOSITIONS, *USAGE, *EFFECTS)
+TABLES = (*COMPOSITIONS, *USAGE, *EFFECTS, *CHANGES)
 SMALL = ("--pairs", 12, "--bootstrap", 40, "--random-sets", 1, "--keep", 1, "--nodes", 2)
 SMALL += ("--static-pairs", 16, "--coefficients", 1, 2, "--top-features", 4, 8)
+SMALL += ("--shift-pairs", 4, "--prompts", 4, "--answer-tokens", 8, "--carrier-pairs", 2)
 
 
 def run(*flags) -> None:
@@ -110,6 +112,9 @@ def drawn(name: str, rows: list[dict], about: dict) -> set[float]:
     ("ablation", ("delta", "low", "high")),
     ("static", ("loss",)),
     ("choices", ("share", "low", "high")),
+    ("shift", ("divergence", "divergence_low", "divergence_high", "null_divergence")),
+    ("behaviour", ("change", "low", "high", "gained")),
+    ("carriers", ("n", "kept")),
     ("attribution", ("low", "high")),
     ("attribution_features", ("share",)),
 ])  # fmt: skip
@@ -324,7 +329,7 @@ def test_an_adapter_folder_without_labels(tmp_path, monkeypatch):
     flags = [word for name, folder in where.items() for word in (f"--{name}", GOLDEN / folder)]
     run(*flags, "--sae-id", SAE_ID, *SMALL, "--device", "cpu", "--out", tmp_path / "out")
     files = {path.stem for path in (tmp_path / "out" / "eval").iterdir()}
-    without = {*COMPOSITIONS, "ablation", "choices"}
+    without = {*COMPOSITIONS, "ablation", "choices", *CHANGES}
     others = {"features", "examples", "attribution_cards", "masks"}
     assert files == {*TABLES, *others} - without
     rows = read(tmp_path / "out", "top_usage")["rows"]

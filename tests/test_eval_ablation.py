@@ -3,7 +3,6 @@
 import csv
 import importlib
 import json
-import re
 
 import numpy as np
 import pyarrow.parquet as pq

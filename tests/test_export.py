@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDEN, script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fsrl import Adapter, SteeredModel, Unsteered
 from generation import decode
@@ -18,7 +18,7 @@ from model import Gemma2
 from policy import DEFAULTS, Policy
 from runtime.device import resolve_device
 from runtime.sources import UserError
-from sae import JumpReLUSAE
+from sae import ARRAYS, JumpReLUSAE, save_gemmascope
 
 KINDS = ("relu", "jumprelu", "soft-threshold")
 
@@ -132,6 +132,41 @@ def test_what_vllm_asks_of_a_model_of_transformers_holds(family, tmp_path, monke
     assert seen == [*instances.values()]
     want = policy.model.states(decode.pack([(ids.tolist(), [])])).hidden
     torch.testing.assert_close(hidden, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "sae"),
+    [
+        ("relu", "language_model.model.", "params.npz"),
+        ("soft-threshold", "model.language_model.", "params.safetensors"),
+        ("jumprelu", "model.", "params.npz"),
+    ],
+)
+def test_a_reference_reads_base_and_sae_where_they_are(kind, prefix, sae, tmp_path):
+    """Here from folders; tests/test_hub.py has the Hub. Multimodal checkpoints name their text part
+    so, and have more in them.
+    """
+    policy, ids, base = policy_of("gemma3", kind), tokens(30), tmp_path / "base"
+    given = policy.steered.sae
+    arrays = {name: getattr(given, name) for name in ARRAYS}
+    save_gemmascope(tmp_path / "sae" / "params.npz", arrays)
+    if sae != "params.npz":
+        save_file({name.lower(): array for name, array in arrays.items()}, tmp_path / "sae" / sae)
+    policy.base.save_pretrained(base)
+    state = load_file(base / "model.safetensors")
+    named = {name.replace("model.", prefix, 1): tensor for name, tensor in state.items()}
+    if prefix != "model.":
+        named["vision_tower.vision_model.embeddings.weight"] = torch.zeros(2)
+    save_file(named, base / "model.safetensors", metadata={"format": "pt"})
+    policy.base.revision = given.revision = "0" * 40
+    given.file = sae
+    export(policy, tmp_path / "hf", reference=True)
+    assert not (tmp_path / "hf" / "model.safetensors").exists()
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config |= dict(base_model=str(base), sae=str(tmp_path / "sae"))
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    found = logits(opened(tmp_path / "hf"), ids)
+    torch.testing.assert_close(found, ours(policy, ids), atol=1e-4, rtol=0)
 
 
 def test_in_bfloat16_biases_and_thresholds_stay_float32(tmp_path):

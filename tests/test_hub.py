@@ -5,21 +5,29 @@ commits (branch main, tag v1) and beside files that nobody should ask for. Runs 
 their own, because the client reads HF_ENDPOINT and HF_HOME when it is imported.
 """
 
+import base64
 import hashlib
 import json
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
 import pytest
-from conftest import GOLDEN, SAE_ID, metrics, script
+from conftest import GOLDEN, SAE_ID, metrics, script, small_gemma3
 from forked import Run, golden
 from safetensors.torch import load, save
 
 import sae as saes
+import train
+from audit import card
+from experiments.train_sae import save_gemmascope2
+from runtime import folder as run_folder
+from runtime.sources import UserError
 
 MODEL, SAE = "google/gemma-2-2b-it", "google/gemma-scope-2b-pt-res"
 DATA = "princeton-nlp/llama3-ultrafeedback-armorm"
@@ -58,6 +66,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, repos: dict[str, Repo]):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos, self.asked, self.fault = repos, [], None
+        self.commits, self.cards = [], []  # (repository, its files) of each, and cards to validate
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(
             target=self.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True
@@ -102,6 +111,33 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self):
+        """The four questions of an upload. A commit is lines of json, each file in base64."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        url, repos = urlsplit(self.path), self.server.repos
+        name = self.API.match(url.path)
+        if url.path == "/api/repos/create":
+            name = "models/{organization}/{name}".format(**json.loads(body))
+            repos.setdefault(name, Repo({}))
+            return self.answer(200, json.dumps(dict(url=f"{self.server.endpoint}/{name}")).encode())
+        if url.path == "/api/validate-yaml":
+            self.server.cards.append(json.loads(body)["content"])
+            return self.answer(200, json.dumps(dict(errors=[], warnings=[])).encode())
+        if name[1].endswith("/forbidden"):
+            return self.answer(403)
+        if url.path.endswith("/preupload/main"):
+            files = [
+                dict(f, uploadMode="regular", shouldIgnore=False) for f in json.loads(body)["files"]
+            ]
+            return self.answer(200, json.dumps(dict(files=files)).encode())
+        rows = [json.loads(line) for line in body.splitlines()]
+        added = [row["value"] for row in rows if row["key"] == "file"]
+        files = {f["path"]: base64.b64decode(f["content"]) for f in added}
+        repos[name[1]] = Repo(files)
+        self.server.commits.append((name[1], sorted(files)))
+        done = dict(commitUrl=f"{self.server.endpoint}/commit", commitOid="0" * 40, success=True)
+        self.answer(200, json.dumps(done).encode())
+
     def with_commit(self, name: str, revision: str, then) -> None:
         repo = self.server.repos.get(name)
         if repo is None:
@@ -135,7 +171,10 @@ class Handler(BaseHTTPRequestHandler):
         if path not in repo.commits[commit]:
             return self.refuse(404, "EntryNotFound")
         body = repo.commits[commit][path]
-        self.answer(200, body, **{"ETag": f'"{etag(body)}"', "X-Repo-Commit": commit})
+        about = {"ETag": f'"{etag(body)}"', "X-Repo-Commit": commit}
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            return self.answer(206, body[int(asked[1]) : int(asked[2]) + 1], **about)
+        self.answer(200, body, **about)
 
     def refuse(self, status: int, code: str) -> None:
         self.answer(status, json.dumps(dict(error=code)).encode(), **{"X-Error-Code": code})
@@ -474,3 +513,152 @@ def test_a_published_adapter_is_opened_and_trained_on_by_its_id(hub, first, tmp_
     assert result.returncode == 2 and result.stderr.startswith(
         "--run owner/nothing: no such model on the Hub"
     )
+
+
+def test_push_to_uploads_adapter_card_and_report_in_one_commit(hub, first, tmp_path):
+    """A run that is finished is not trained again, and one that was audited keeps its report."""
+    out = shutil.copytree(first.out, tmp_path / "out")
+    card.write_card(out)
+    (out / "report.html").write_text("a report")
+    user = client(hub, first.home) | dict(HF_TOKEN="hf_writes")
+    flags = ("--out", out, "--resume", "--push-to", "owner/pushed")
+    result = script("train.py", *BRIEF, *flags, env=user)
+    assert result.returncode == 0, result.stderr
+    files = ["README.md", "adapter.safetensors", "adapter_config.json", "report.html"]
+    assert hub.commits == [("models/owner/pushed", files)] and "Uploaded to" in result.stdout
+    held = next(iter(hub.repos["models/owner/pushed"].commits.values()))
+    assert held["adapter.safetensors"] == first.weights and held["report.html"] == b"a report"
+
+    text = held["README.md"].decode()
+    assert hub.cards == [text]  # which the Hub was asked to validate
+    data = huggingface_hub.ModelCard(text).data  # raises for metadata that are none
+    for name in (data.base_model, *data.datasets):
+        huggingface_hub.utils.validate_repo_id(name)
+    wanted = dict(base_model=MODEL, base_model_relation="adapter", license="gemma")
+    wanted |= dict(datasets=[DATA], library_name="fsrl")
+    assert {k: v for k, v in data.to_dict().items() if k != "tags"} == wanted
+    assert "fsrl" in data.tags and len(data.tags) == len(set(data.tags))
+    before, after = (row["loss"] for row in metrics(out, "eval"))
+    assert f"| SimPO loss | {before:.3f} | {after:.3f} |" in text
+
+    asked = [("upload", {}, "owner/forbidden", "no")]
+    ((kind, sentence),) = ask(hub, first.home, *asked)
+    assert kind == "error" and "\n" not in sentence
+    assert (
+        sentence.startswith("--push-to owner/forbidden: the Hub did not take it (")
+        and "403" in sentence
+    )
+
+
+def test_push_to_audits_first_and_refuses_early(first, tmp_path, monkeypatch):
+    commands = []
+
+    def run(command, cwd):
+        commands.append(command[1:])
+        return SimpleNamespace(returncode=2)
+
+    out = shutil.copytree(first.out, tmp_path / "out")
+    monkeypatch.setattr(run_folder.subprocess, "run", run)
+    with pytest.raises(UserError, match="--push-to owner/name: nothing was uploaded"):
+        run_folder.push(out, "owner/name")
+    assert commands == [["-m", "audit", "--run", str(out)]]
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    for name, sentence in {
+        "owner": "OWNER/NAME on the Hub was expected",
+        "owner/name@v1": "OWNER/NAME on the Hub was expected",
+        "owner/name": "needs a token that may write; run `hf auth login`",
+    }.items():
+        with pytest.raises(UserError, match=f"--push-to {name}: {sentence}"):
+            train.Settings(model="tiny", sae="tiny", push_to=name)
+
+
+def test_a_reference_is_small_and_loads_base_and_sae_by_their_commits(hub, first, tmp_path):
+    pytest.importorskip("transformers", reason="exports are for transformers")
+    flags = ("--run", first.out, "--to", tmp_path / "hf", "--reference")
+    result = script("-m", "generation.export", *flags, env=client(hub, first.home))
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    main = {name: repo.refs["main"] for name, repo in hub.repos.items()}
+    named = dict(base_model=MODEL, base_model_revision=main[f"models/{MODEL}"], sae=SAE)
+    named |= dict(sae_file=f"{LOWEST}/params.npz", sae_revision=main[f"models/{SAE}"])
+    assert named.items() <= config.items()
+    shapes = {
+        n: list(t.shape)
+        for n, t in load((tmp_path / "hf" / "steering.safetensors").read_bytes()).items()
+    }
+    assert shapes == {"weight": [256, 64], "bias": [256], "threshold": [256]}
+
+    full = ("--run", first.out, "--to", tmp_path / "full")
+    result = script("-m", "generation.export", *full, env=client(hub, first.home))
+    assert result.returncode == 0, result.stderr
+    compare = f"""
+import torch, transformers
+ids = torch.arange(4, 40)[None]
+for cls in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+    by_name, whole = (
+        cls.from_pretrained("{tmp_path}/" + folder, trust_remote_code=True).eval()
+        for folder in ("hf", "full")
+    )
+    state = whole.state_dict()
+    assert by_name.state_dict().keys() == state.keys()
+    assert all(torch.equal(t, state[name]) for name, t in by_name.state_dict().items())
+    assert torch.equal(by_name(ids)[0], whole(ids)[0])
+"""
+    result = script("-c", compare, env=client(hub, tmp_path / "home"))
+    assert result.returncode == 0, result.stderr
+    assert "newly initialized" not in result.stderr
+
+
+# --- Gemma 3 --------------------------------------------------------------------------------------
+
+GEMMA3, SCOPE2 = "google/gemma-3-270m-it", "google/gemma-scope-2-270m-it"
+SMALL = "resid_post/layer_1_width_65k_l0_small"
+SCOPE2_LOADED = """
+import sys, torch
+from sae_lens.loading.pretrained_sae_loaders import gemma_3_sae_huggingface_loader
+from sae import JumpReLUSAE
+repo, sae_id = sys.argv[1:]
+cfg, theirs, _ = gemma_3_sae_huggingface_loader(repo, sae_id)
+ours = JumpReLUSAE.from_pretrained(repo, sae_id)
+assert not cfg["apply_b_dec_to_input"] and cfg["architecture"] == "jumprelu"
+print(all(torch.equal(getattr(ours, name), array) for name, array in theirs.items()), len(theirs))
+"""
+
+
+@pytest.fixture(scope="module")
+def gemma3(hub, tmp_path_factory):
+    """The same Hub with a small Gemma 3 under the 270m's name, and SAEs beside it."""
+    place = tmp_path_factory.mktemp("gemma3")
+    small_gemma3(place / "model")
+    golden_sae = saes.JumpReLUSAE.from_pretrained(GOLDEN / "sae" / SAE_ID)
+    arrays = {name: getattr(golden_sae, name) for name in saes.ARRAYS}
+    save_gemmascope2(place / "sae", arrays, GEMMA3, 1)
+    sae = {}
+    others = ("width_65k_l0_medium", "width_65k_l0_small_seed_1", "width_16k_l0_small")
+    for name in (SMALL, *(f"resid_post/layer_1_{other}" for other in others)):
+        sae |= {f"{name}/{path}": body for path, body in folder(place / "sae").items()}
+    sae |= {f"transcoder/{SMALL.split('/')[1]}/params.safetensors": b"unread"}
+    hub.repos[f"models/{GEMMA3}"] = Repo(folder(place / "model") | UNWANTED)
+    hub.repos[f"models/{SCOPE2}"] = Repo(sae | UNWANTED)
+    return hub
+
+
+def test_a_gemma_3_by_name_and_layer_trains_with_its_gemma_scope_2(gemma3, tmp_path):
+    gemma3.asked.clear()
+    out = tmp_path / "out"
+    run = succeeded(hub_run(gemma3, tmp_path / "home", out, "--model", GEMMA3), out)
+    assert (run.adapter["sae"], run.adapter["sae_id"]) == (SCOPE2, SMALL)
+    assert run.adapter["base_model"] == GEMMA3
+    assert run.config["unit"] != 1  # of the stream's norm
+    commit = gemma3.repos[f"models/{SCOPE2}"].refs["main"]
+    asked = {file.split("@")[1] for file in gemma3.downloads() if SCOPE2 in file}
+    assert asked == {f"{commit}/{SMALL}/{name}" for name in ("params.safetensors", "config.json")}
+
+
+def test_gemma_scope_2_equals_sae_lens_over_the_hub(gemma3, tmp_path):
+    pytest.importorskip("sae_lens", reason="compared where it is installed")
+    environment = client(gemma3, tmp_path) | dict(HF_HUB_DISABLE_XET="1")
+    result = script("-c", SCOPE2_LOADED, SCOPE2, SMALL, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["True", "5"]

@@ -45,7 +45,7 @@ class Served:
         with open(self.log, "a") as log:
             env = os.environ | home
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
-        for _ in range(600):
+        for _ in range(2400):
             if self.process.poll() is not None:
                 break
             try:
@@ -110,13 +110,13 @@ def test_a_model_judges_and_a_killed_server_costs_no_answer(serve, tmp_path):
     first = subprocess.Popen(
         [sys.executable, *map(str, flags)], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
-    while first.poll() is None and (not journal.exists() or journal.read_text().count("\n") < 3):
-        time.sleep(0.2)
+    while first.poll() is None and (not journal.exists() or not journal.read_text()):
+        time.sleep(0.05)
     server.kill()
     _, said = first.communicate(timeout=120)
     assert first.returncode == 2 and "questions in a row unanswered" in said, said
     kept = journal.read_text().count("\n")
-    assert 3 <= kept < 16 and not out.exists()
+    assert 1 <= kept < 16 and not out.exists()
 
     server.start()
     result = script(*flags, timeout=1200)
