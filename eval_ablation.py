@@ -51,12 +51,14 @@ from runtime import cli
 from runtime.cli import flag
 from runtime.device import DTYPES
 from runtime.folder import code_revision
+from runtime.messages import shown
 from runtime.output import publish, writable
 from runtime.sources import TINY, UserError
 from runtime.tables import interval, write_table
 from simpo import preference_losses
 
 TINY_LABELS = tuple(str(TINY / "labels" / name) for name in ("fires.jsonl", "promotes.jsonl"))
+MOST = 0.9  # of the gain, for the summary
 MASKS_AT_ONCE = 8  # steered streams [T, d] that are in memory together
 
 
@@ -464,19 +466,25 @@ def write_mask(folder: Path, x: FeatureSet) -> None:
 
 
 def summary(found: Results) -> str:
-    """Both tables in short, for the terminal."""
-    base, policy = found.topk[0], found.topk[-1]
-    lines = [f"{'SimPO loss':<34}{'base':>9} {'policy':>9}"]
-    lines.append(f"{'':34}{base.loss:9.3f} {policy.loss:9.3f}")
-    if found.ablation:
-        lines += ["", f"{'loss added by zeroing':<34}{'itself':>9} {'matched':>9} {'random':>9}"]
-    for name, category in dict.fromkeys((row.labels, row.category) for row in found.ablation):
-        rows = [row for row in found.ablation if (row.labels, row.category) == (name, category)]
-        shown = []
-        for kind in ("category", "matched", "random"):
-            deltas = [row.delta for row in rows if row.set.startswith(kind)]
-            shown.append(f"{np.mean(deltas):9.3f}" if deltas else f"{'–':>9}")
-        lines.append(f"{f'{name}: {category}':<34}{' '.join(shown)}")
+    """Three lines for the terminal: the gain, how few features carry it, the costliest category."""
+    base, *curve, policy = found.topk
+    lines = [f"SimPO loss {base.loss:.3f} with the base model, {policy.loss:.3f} with the policy."]
+    enough = next((row for row in curve if row.recovered >= MOST), None)
+    if enough:
+        lines.append(
+            f"With only the {enough.features:,} strongest features at each position (of the rows "
+            f"of topk) it keeps {enough.recovered:.0%} of that gain."
+        )
+    own = [row for row in found.ablation if row.set == "category"]
+    if own:
+        top = max(own, key=lambda row: row.delta)
+        here = [r for r in found.ablation if (r.labels, r.category) == (top.labels, top.category)]
+        control = next((row for row in here if row.set == "matched"), None)
+        beside = f"; as many others of like usage cost {control.delta:+.3f}" if control else ""
+        lines.append(
+            f"Of {len(own)} categories, {top.labels}: {top.category} costs most when its features "
+            f"are zeroed, {top.delta:+.3f}{beside}."
+        )
     return "\n".join(lines)
 
 
@@ -490,7 +498,7 @@ def main() -> None:
     eval_folder = evaluation.out / "eval"
     with publish(eval_folder) as folder, publish(eval_folder / "masks") as masks:
         write(evaluation, found, folder, masks)
-    print(f"\n{summary(found)}\n\nWritten to {eval_folder}: topk, ablation, masks/")
+    print(f"\n{shown(summary(found))}\nThe rest: topk, ablation and masks/ in {eval_folder}.")
 
 
 if __name__ == "__main__":

@@ -84,6 +84,8 @@ def load_labels(path: str | Path, sae: JumpReLUSAE, assume_match: bool = False) 
     stated = stated_sae(path, header, found)
     matched = _matches(path, stated, sae, assume_match)
     given = _given(path, header, found)
+    if not given.texts and not given.labels:
+        raise UserError(f"{path}: holds neither a label nor an explanation.")
     for k in given.texts:
         if k >= sae.d_sae:
             raise UserError(f"{path}: feature {k}; the SAE has features 0 to {sae.d_sae - 1}.")

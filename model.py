@@ -312,7 +312,8 @@ class Attention(nn.Module):
         if self.qk_norm:  # Gemma 3
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = plan.angles[self.layer_type]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        # Under autocast, float32 norms of queries and keys leave them float32, v is bfloat16.
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         # softmax(c tanh(s q kᵀ / c)) v over the keys that a position may see, where c is softcap
         # and s is scale. Each key head serves H / KV query heads.
         out = plan.attend(self, q, k, v)  # [T, H, hd]

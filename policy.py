@@ -253,6 +253,8 @@ def load_preferences(run: Recorded, tokenizer: Tokenizer, progress: bool = True)
     else:
         files += data.data_files(run.eval_data)[0]
         eval_pairs = split_or_all(run.eval_data, tokenizer, run, "test", progress)
+        if not eval_pairs:
+            raise UserError(f"--eval-data {run.eval_data}: holds no pair to evaluate on.")
     return Preferences(pairs, eval_pairs, files, commit)
 
 

@@ -226,7 +226,7 @@ def save_gemmascope(path: Path, arrays: dict[str, Tensor]) -> None:
 
 PAPER_REPO = "google/gemma-scope-2b-pt-res"
 PAPER_L0 = {6: 17, 12: 21, 18: 21, 24: 19}  # layer -> average L0 of the paper's SAE, of width 65k
-L0_NAMES = ("small", "medium", "big")  # in Gemma Scope 2: average L0 of about 20, 60 and 150
+L0_NAMES = {"small": 20, "medium": 60, "big": 150}  # in Gemma Scope 2, about
 
 
 def default_source(model: str) -> str:
@@ -260,10 +260,10 @@ def default_id(source: str | Path, layer: int, width: str | None = None) -> str 
     return found
 
 
-SAE_FILE = re.compile(  # GemmaScope's, or Gemma Scope 2's
+SAE_FILE = re.compile(  # GemmaScope's, or Gemma Scope 2's, in which train_sae states L0 itself
     r"(?P<id>layer_(?P<layer>\d+)/width_(?P<width>\w+)/average_l0_(?P<l0>\d+))/params\.npz"
-    r"|(?P<id2>resid_post(_all)?/layer_(?P<layer2>\d+)_width_(?P<width2>[^_]+)_l0_(?P<l02>[a-z]+))"
-    r"/params\.safetensors"
+    r"|(?P<id2>resid_post(_all)?/layer_(?P<layer2>\d+)_width_(?P<width2>[^_]+)"
+    r"_l0_(?P<l02>small|medium|big|\d+))/params\.safetensors"
 )
 
 
@@ -274,7 +274,8 @@ def lowest_l0(files: list[str], layer: int, width: str | None) -> str | None:
         scope2 = m["id2"] is not None
         its_layer, its_width = (m["layer2"], m["width2"]) if scope2 else (m["layer"], m["width"])
         if int(its_layer) == layer and width in (None, its_width):
-            l0 = L0_NAMES.index(m["l02"]) if scope2 else int(m["l0"])
+            l0 = m["l02"] if scope2 else m["l0"]
+            l0 = L0_NAMES[l0] if l0 in L0_NAMES else int(l0)
             found.append((l0, m["id2"] or m["id"]))
     return min(found)[1] if found else None
 

@@ -24,7 +24,6 @@ The main deviations from the paper and the authors' code (docs/paper.md lists al
    out of it; shuffling makes them others in each epoch.
 """
 
-import functools
 import math
 import os
 import sys
@@ -50,8 +49,9 @@ from policy import DEFAULTS, TINY, Policy, greedy, identity, load_preferences, n
 from runtime import cli, ranks
 from runtime.cli import flag
 from runtime.device import DTYPES, Device, peak_memory, resolve_device
-from runtime.folder import Run, choose_out, describe, draw_loss, finished, print_table, push
+from runtime.folder import Run, choose_out, describe, finished, push
 from runtime.messages import shown
+from runtime.outcome import Sample, draw_loss, outcome, print_table, write_samples
 from runtime.progress import progress_bar
 from runtime.ranks import ALONE, Ranks
 from runtime.sources import UserError, check_upload, sha256
@@ -88,9 +88,7 @@ class Settings:
     lr: float | None = flag(None, "peak learning rate (default: 5e-7; with --full 2e-7)")
     threshold_lr: float | None = flag(None, "peak rate of thresholds (default: 1000 times --lr)")
     warmup_ratio: float = flag(0.1, "share of the steps in which the learning rate rises from 0")
-    schedule: str = flag(
-        "cosine", "shape of the learning rate; only constant has no warm-up", SCHEDULES
-    )
+    schedule: str = flag("cosine", "of the learning rate; constant has no warm-up", SCHEDULES)
     max_grad_norm: float = flag(1.0, "clip the gradient's norm at this value; 0: do not clip")
     batch_size: int = flag(32, "pairs in each optimiser step")
     tokens_per_microbatch: int = flag(8192, "tokens in a forward pass; changes memory only")
@@ -112,7 +110,7 @@ class Settings:
     timeout: float = flag(30.0, "under torchrun: minutes after which a process gives up waiting")
     on_bad_row: str = flag("error", "end the run on a malformed row, or skip it", ("error", "skip"))
     out: str | None = flag(None, "folder to write (default: runs/NAME, with a number if taken)")
-    push_to: str | None = flag(None, "audit, and upload to OWNER/NAME: adapter, card and report")
+    push_to: str | None = flag(None, "audit, then upload adapter, card and report to OWNER/NAME")
 
     def __post_init__(self):
         """Fill in defaults that depend on other settings. Raises UserError for impossible ones."""
@@ -170,7 +168,7 @@ class Penalty(NamedTuple):
     l0: float = 0.0  # λ, weight of the mean over positions of ‖v‖₀
 
     def added(self, found: dict[str, float]) -> dict[str, float]:
-        """Metrics with penalty and total, as metrics.jsonl has them."""
+        """Metrics with the columns `penalty` and `total` of metrics.jsonl added."""
         penalty = self.l1 * found["l1"] + self.l0 * found["l0"]
         return found | dict(penalty=penalty, total=found["loss"] + penalty)
 
@@ -267,14 +265,13 @@ def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> floa
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """factor: of each group's peak learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
 
 
 def clip(trained: nn.Module, most: float) -> float:
-    """Scale the gradients so that their norm is at most `most` (0: leave them); returns their norm
-    before.
-    """
+    """Clip the norm of the gradients at `most` (0: do not); returns the norm before clipping."""
     norm = nn.utils.clip_grad_norm_(trained.parameters(), most or math.inf)
     if hasattr(norm, "full_tensor"):  # under --shard each process holds a slice
         norm = norm.full_tensor()
@@ -290,15 +287,15 @@ def make_optimizer(
     proportional to it, and so are their learning rates.
     """
     named = dict(trained.named_parameters())
-    own = {"bias": lr * unit, "raw_threshold": threshold_lr * unit}
-    groups = [dict(params=[p for name, p in named.items() if name not in own], peak_lr=lr)]
-    groups += [dict(params=[named[name]], peak_lr=own[name]) for name in own if name in named]
-    how = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
-    return torch.optim.AdamW(groups, lr=lr, **how)
+    rates = {"bias": lr * unit, "raw_threshold": threshold_lr * unit}
+    groups = [dict(params=[p for name, p in named.items() if name not in rates], peak_lr=lr)]
+    groups += [dict(params=[named[name]], peak_lr=rates[name]) for name in rates if name in named]
+    adam = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, **adam)
 
 
 def throughput(batch: Sequence[Pair], seconds: float) -> dict[str, float]:
-    """The columns of metrics.jsonl that say how much a step took in, and how fast."""
+    """The columns of metrics.jsonl on the size and the speed of a step."""
     tokens = sum(pair.tokens for pair in batch)
     speed = dict(tokens_per_second=tokens / seconds, seconds=seconds)
     return dict(pairs=len(batch), tokens=tokens, **speed)
@@ -353,7 +350,8 @@ def prepare(s: Settings, device: Device, who: Ranks) -> Job:
 
     if not eval_pairs:
         source = s.eval_data or s.data
-        print(f"{source} has no test split: no evaluation (give --eval-data).", file=sys.stderr)
+        follows = "no evaluation, and no warning of over-training; --eval-data names pairs for both"
+        print(f"{source} has no test split: {follows}.", file=sys.stderr)
     read = [*sorted(policy.base.folder.glob("*.safetensors")), *(file.path for file in files)]
     read += [Path(s.mask_features)] if s.mask_features else []
     digests = {str(path): sha256(path) for path in read}
@@ -399,12 +397,15 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
     prompts = [list(prompt) for prompt in distinct][: s.samples]
     before = samples(policy, prompts, who)
 
+    def evaluate_at(step: int) -> None:
+        if eval_pairs:
+            metrics = evaluate(wrapped, eval_pairs, how, lambda: run.checkpoint(step))
+            run.log("eval", step, whole_penalty.added(metrics))
+
     step = run.resume(s.resume or who.restarts > 0)
     while step < steps:
-        if eval_pairs and run.evaluates(step):
-            pause = functools.partial(run.checkpoint, step)
-            measured = evaluate(wrapped, eval_pairs, how, pause)
-            run.log("eval", step, whole_penalty.added(measured))
+        if run.evaluates(step):
+            evaluate_at(step)
 
         step_started = time.perf_counter()
         indices = batch_indices(step, len(pairs), s.batch_size, s.seed, s.shuffle)
@@ -416,8 +417,8 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
 
         sums = backward(wrapped, batch, penalty, how)
         grad_norm = clip(trained, s.max_grad_norm)
-        found = simpo.means(sums, len(batch), data.positions(batch), s.beta)
-        run.stop_unless_finite(step, found.loss, grad_norm, indices)
+        metrics = simpo.means(sums, len(batch), data.positions(batch), s.beta)
+        run.stop_unless_finite(step, metrics.loss, grad_norm, indices)
 
         optimizer.step()
         if adapter is not None:
@@ -426,22 +427,23 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
         step += 1
 
         seconds = time.perf_counter() - step_started
-        row = dict(epoch=step / per_epoch, **penalty.added(found._asdict()))
+        row = dict(epoch=step / per_epoch, **penalty.added(metrics._asdict()))
         row |= dict(lr=s.lr * factor, grad_norm=grad_norm, **throughput(batch, seconds))
         run.log("train", step, row)
         run.checkpoint(step)
 
-    if eval_pairs:
-        pause = functools.partial(run.checkpoint, steps)
-        measured = evaluate(wrapped, eval_pairs, how, pause)
-        run.log("eval", steps, whole_penalty.added(measured))
+    evaluate_at(steps)
     run.close()
     if who.first:
         draw_loss(run.rows, out / "loss.png", "accuracy" if s.full else "l0")
-    ranks.together(who, lambda: save(out, policy, who))  # last: it says that the run is finished
     after = samples(policy, prompts, who)
+    asked = [policy.tokenizer.decode(prompt) for prompt in prompts]
+    answers = [Sample(*texts) for texts in zip(asked, before, after, strict=True)]
     if who.first:
-        show(run, policy, prompts, before, after, time.perf_counter() - started)
+        write_samples(out, answers)
+    ranks.together(who, lambda: save(out, policy, who))  # last: it says that the run is finished
+    if who.first:
+        show(run, policy, answers, time.perf_counter() - started)
     return out
 
 
@@ -453,24 +455,15 @@ def samples(policy: Policy, prompts: list[list[int]], who: Ranks) -> list[str]:
         return [greedy(policy, prompt, SAMPLE_TOKENS, bar.update) for prompt in prompts]
 
 
-def show(
-    run: Run,
-    policy: Policy,
-    prompts: list[list[int]],
-    before: list[str],
-    after: list[str],
-    seconds: float,
-) -> None:
-    """The samples and the metrics before and after."""
-    names, what = {"loss": "SimPO loss", "accuracy": "accuracy"}, "model"
-    if not isinstance(policy.model, Unsteered):
-        names |= {"l0": "L0 per position", "l1": "L1 per position"}
-        what = "adapter"
-    for prompt, *answers in zip(prompts, before, after, strict=False):
-        texts = [policy.tokenizer.decode(prompt), *answers]
-        print("\n--- prompt\n{}\n--- before\n{}\n--- after\n{}".format(*map(shown, texts)))
-    print_table(run.rows, names, seconds, peak_memory(policy.device.name))
-    print(f"Written to {run.out}: {what}/, metrics.jsonl, config.json, loss.png")
+def show(run: Run, policy: Policy, answers: list[Sample], seconds: float) -> None:
+    """Print the answers and metrics before and after training, and what they say of it."""
+    what = "model" if isinstance(policy.model, Unsteered) else "adapter"
+    for sample in answers:
+        print("\n--- prompt\n{}\n--- before\n{}\n--- after\n{}".format(*map(shown, sample)))
+    print_table(run.rows, what == "adapter", seconds, peak_memory(policy.device.name))
+    print("", *outcome(run.rows, answers), "", sep="\n")
+    written = "metrics.jsonl, config.json, samples.json, loss.png"
+    print(f"Written to {run.out}: {what}/, {written}")
 
 
 def main() -> None:

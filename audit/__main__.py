@@ -11,13 +11,19 @@ labels or settings. --only makes the parts that it names again, and no other.
     usage        which features are active where (features.py): composition_paper (Table 2) and
                  composition, which pools positions; top_usage, top_value (Tables 3 and 4),
                  value_difference (Figure 3), usage_rank (Figure 5), l0, l0_by_position,
-                 features.parquet, examples.json
+                 features.parquet, examples.json (with what the page says of single features)
     ablation     topk (Figure 2), ablation and masks/, as eval_ablation.py makes them
     static       steering that does not read its context (static.py)
-    choices      the widened preference gap by kinds of tokens (choices.py); it names the category
-                 that the data taught
+    choices      the widened preference gap by kinds of tokens, which features' labels or
+                 --token-rules tell apart (choices.py, rules.py), beside what the pairs alone show
+    shift        how the distribution over the next token moved, by kinds of tokens, on the pairs'
+                 responses and on texts that both models sample (shift.py)
+    behaviour    what differs between the two models' answers to the same prompts (behaviour.py)
+    carriers     which features carry the category that changed most, by keeping few of them
+                 (ranking.py): carriers, carried_by
     attribution  integrated gradients (attribution.py): attribution by category and by where the
-                 steering acts, attribution_features, attribution_features.parquet
+                 steering acts, attribution_features, attribution_features.parquet,
+                 attribution_cards.json
 
 Everything is measured on the evaluation pairs. Intervals are 95 % percentile intervals over pairs,
 which are drawn with replacement.
@@ -38,24 +44,33 @@ import pyarrow.parquet as pq
 import torch
 
 import eval_ablation
-from audit import card, effect_tables, features, figures, report, static
+from audit import card, change_tables, effect_tables, features, figures, ranking, report, static
 from audit.attribution import attribute
-from audit.choices import choices, classes
+from audit.behaviour import answered, answers_of, compare
+from audit.choices import Classes, choices, classes, data_alone
 from audit.counting import CONTEXTS, FIRST, Counts, count
+from audit.feature_cards import cards, of_interest
 from audit.label_noise import read_human
 from audit.published import beside
-from audit.rules import by_rules, read_rules
+from audit.ranking import gradient_scores, rankings
+from audit.rules import Rules, by_rules, read_rules
+from audit.shift import null, shift
+from audit.verdict import verdict
+from data import Pair
 from eval_ablation import Evaluation, open_evaluation, seconds_per_condition
 from labels import Labels
 from runtime import cli
 from runtime.cli import flag
+from runtime.messages import shown
 from runtime.output import publish
 from runtime.progress import Line, say
 from runtime.sources import UserError, read_json, sha256
-from runtime.tables import write_table
+from runtime.tables import interval, write_table
 
-PARTS = ("usage", "ablation", "static", "choices", "attribution")
+PARTS = ("usage", "ablation", "static", "choices", "shift", "behaviour", "attribution", "carriers")
 DRAWING = 0.7  # seconds that a figure takes, about
+ANSWERED = 64  # features that carriers keeps alone while prompts are answered
+VERSION = 2  # of the columns of the tables of usage, choices and attribution
 
 
 @dataclass(frozen=True)
@@ -64,27 +79,36 @@ class Settings(eval_ablation.Settings):
         None, "a person's labels of some features, csv or jsonl: feature, category, label"
     )
     count_first: bool = flag(
-        False, "composition_paper is shown with the first position, <bos>, as the authors count it"
+        False, "include the first position, <bos>, in composition_paper, as the authors do"
     )
     token_rules: str | None = flag(
         None, "regular expressions for choices to tell tokens apart by, as audit/token_rules.json"
     )
-    coefficients: tuple[float, ...] = flag((1, 2, 4), "c of static steering")
+    coefficients: tuple[float, ...] = flag((1, 2, 4), "coefficients c of static steering")
     top_features: tuple[int, ...] = flag(
-        (1, 16, 256), "m of static steering by the top mean features"
+        (1, 16, 256), "numbers m of top mean features to steer with in static steering"
     )
     static_pairs: int = flag(
-        256, "training pairs behind static steering, the first ones; 0: no static steering"
+        256, "number of training pairs that static steering is made from; 0: no static steering"
     )
-    rest: tuple[str, ...] = flag(("content", "chat"), "categories that choices counts as the rest")
+    rest: tuple[str, ...] = flag(("content", "chat"), "categories that choices sums up as the rest")
     nodes: int = flag(
-        8, "nodes of attribution's integral, a forward and a backward pass each; 0: no attribution"
+        8, "nodes of attribution's integral, each a forward and a backward pass; 0: no attribution"
     )
-    only: tuple[str, ...] = flag((), f"make these parts again and no other: {', '.join(PARTS)}")
+    only: tuple[str, ...] = flag(
+        (), f"compute only these parts, even if they exist: {', '.join(PARTS)}"
+    )
+    shift_pairs: int = flag(64, "pairs whose responses shift reads, the first ones")
+    prompts: int = flag(
+        64, "prompts that both models answer, the first ones; 0: no behaviour, no shift of answers"
+    )
+    answer_tokens: int = flag(96, "tokens of such an answer, at most")
+    carrier_pairs: int = flag(16, "pairs that carriers measures on; 0: no carriers")
 
     def __post_init__(self):
         super().__post_init__()
-        cli.at_least(self, 0, "static_pairs", "nodes")
+        cli.at_least(self, 0, "static_pairs", "nodes", "prompts", "carrier_pairs")
+        cli.at_least(self, 1, "shift_pairs", "answer_tokens")
         if not np.isfinite(self.coefficients).all() or not all(m >= 1 for m in self.top_features):
             raise UserError(
                 "--coefficients and --top-features: finite numbers, and whole ones from 1, were "
@@ -135,14 +159,18 @@ class Audit:
         """Those that the settings and the labels allow."""
         found = [self.usage_part(), self.ablation_part()]
         found += [self.static_part()] if self.s.static_pairs else []
-        found += [self.choices_part()] if self.rules or self.interesting() else []
+        told_apart = bool(self.rules or self.interesting())
+        if told_apart:
+            found += [self.choices_part(), self.shift_part()]
+            found += [self.behaviour_part()] if self.s.prompts else []
         found += [self.attribution_part()] if self.s.nodes else []
+        found += [self.carriers_part()] if told_apart and self.s.carrier_pairs else []
         return found
 
     def usage_part(self) -> Part:
         e, s = self.e, self.s
         about = e.about | dict(human=sha256(Path(s.human)) if s.human else None)
-        about |= dict(first=FIRST[s.count_first])
+        about |= dict(first=FIRST[s.count_first], version=VERSION)
         names = ("top_usage", "top_value", "value_difference", "usage_rank", "l0", "l0_by_position")
         names = ("composition_paper", "composition", *names) if self.masks else names
 
@@ -159,10 +187,12 @@ class Audit:
                 save(folder, name, found, rows)
             pq.write_table(features.feature_table(counts, e.labels), folder / "features.parquet")
             shown = dict(about=found) | features.examples(e.policy, e.pairs, e.labels)
+            shown["cards"] = cards(e.policy, e.pairs, of_interest(counts, shown))
             (folder / "examples.json").write_text(json.dumps(shown) + "\n")
 
         files = ("features.parquet", "examples.json")
-        return Part("usage", names, files, about, dict(usage=2), make)
+        work = {"usage": 2, "strongest contexts": 1}
+        return Part("usage", names, files, about, work, make)
 
     def ablation_part(self) -> Part:
         e, s = self.e, self.s
@@ -207,32 +237,96 @@ class Audit:
             found += [(table, masks)] if masks else []
         return found
 
+    @property
+    def told_apart(self) -> dict:
+        """What says which classes tokens are divided into."""
+        return dict(rest=self.s.rest, token_rules=self.rules.described() if self.rules else None)
+
+    @functools.cached_property
+    def partitions(self) -> list[tuple[Labels | Rules, Classes]]:
+        """The vocabulary under each label file, and under the rules."""
+        policy, pairs = self.e.policy, self.e.pairs
+        found = [
+            (table, classes(policy, pairs, categories, table.kind))
+            for table, categories in self.interesting()
+        ]
+        return found + ([(self.rules, by_rules(self.rules, policy, pairs))] if self.rules else [])
+
+    @functools.cached_property
+    def answers(self) -> list[Pair]:
+        """Prompts, each with the base model's and the policy's answer."""
+        s, prompts = self.s, [pair.prompt for pair in self.e.pairs[: self.s.prompts]]
+        return answered(self.e.policy, prompts, s.answer_tokens, s.seed)
+
     def choices_part(self) -> Part:
         e, s = self.e, self.s
-        rules = self.rules
-        said = rules.described() if rules else None
-        about = e.about | dict(rest=s.rest, token_rules=said)
+        about = e.about | self.told_apart | dict(version=VERSION)
 
         def make(folder: Path) -> None:
-            divided = [
-                (table, classes(e.policy, e.pairs, categories, table.kind))
-                for table, categories in self.interesting()
-            ]
-            divided += [(rules, by_rules(rules, e.policy, e.pairs))] if rules else []
-            tables, partitions = zip(*divided, strict=True)
+            tables, partitions = zip(*self.partitions, strict=True)
             rows = []
             results = choices(e.policy, e.pairs, partitions, "choices")
-            for table, found in zip(tables, results, strict=True):
-                rows += effect_tables.choice_rows(found, table, s.bootstrap, s.seed)
-            save(folder, "choices", about, rows)
+            for table, partition, found in zip(tables, partitions, results, strict=True):
+                alone = data_alone(e.pairs, partition)
+                rows += effect_tables.choice_rows(found, alone, table, s.bootstrap, s.seed)
+            change = results[0].change[None]
+            low, high = (end.item() for end in interval(change, s.bootstrap, s.seed))
+            gap = dict(change=change.mean().item(), change_low=low, change_high=high)
+            save(folder, "choices", about | gap, rows)
 
         work = {f"classes of tokens, {table.kind}": 1 for table in e.labels} | dict(choices=4)
         return Part("choices", ("choices",), (), about, work, make)
 
+    def shift_part(self) -> Part:
+        e, s = self.e, self.s
+        sizes = dict(shift_pairs=s.shift_pairs, prompts=s.prompts, answer_tokens=s.answer_tokens)
+        about = e.about | self.told_apart | sizes
+
+        def make(folder: Path) -> None:
+            tables, partitions = zip(*self.partitions, strict=True)
+            pairs = e.pairs[: s.shift_pairs]
+            own = shift(e.policy, pairs, partitions, "shift")
+            permuted = null(e.policy, pairs, partitions, s.seed, "shift: null")
+            measured = [("responses", own, permuted)]
+            if s.prompts:
+                found = shift(e.policy, self.answers, partitions, "shift of answers")
+                nothing = [None] * len(found)
+                for i, name in enumerate(("base model's answers", "policy's answers")):
+                    texts = [of.of(slice(i, None, 2)) for of in found]
+                    measured.append((name, texts, nothing))
+            rows = []
+            for name, found, nulls in measured:
+                for table, of, of_null in zip(tables, found, nulls, strict=True):
+                    given = (table, s.bootstrap, s.seed)
+                    rows += change_tables.shift_rows(name, of, of_null, *given)
+            save(folder, "shift", about, rows)
+
+        texts, prompts = s.shift_pairs / len(e.pairs), s.prompts / len(e.pairs)
+        work = {"shift": 3 * texts, "shift: null": 3 * texts + 80 / len(e.pairs)}
+        work |= {"shift of answers": 6 * prompts} if s.prompts else {}
+        return Part("shift", ("shift",), (), about, work, make)
+
+    def behaviour_part(self) -> Part:
+        e, s = self.e, self.s
+        about = e.about | self.told_apart | dict(prompts=s.prompts, answer_tokens=s.answer_tokens)
+
+        def make(folder: Path) -> None:
+            rows, tokenizer = [], e.policy.tokenizer
+            for table, divided in self.partitions:
+                if isinstance(table, Rules):
+                    divided = by_rules(table, e.policy, self.answers)
+                (found,) = compare(self.answers, [divided], seed=s.seed)
+                given = (table, tokenizer, s.bootstrap, s.seed)
+                rows += change_tables.behaviour_rows(found, *given)
+            save(folder, "behaviour", about, rows)
+
+        work = dict(answers=4 * s.prompts / len(e.pairs))
+        return Part("behaviour", ("behaviour",), (), about, work, make)
+
     def attribution_part(self) -> Part:
         e, s = self.e, self.s
-        about = e.about | dict(nodes=s.nodes)
-        parquet = "attribution_features.parquet"
+        about = e.about | dict(nodes=s.nodes, version=VERSION)
+        files = ("attribution_features.parquet", "attribution_cards.json")
 
         def make(folder: Path) -> None:
             masks = [torch.from_numpy(x.mask) for x in effect_tables.category_masks(e.labels)]
@@ -245,11 +339,62 @@ class Audit:
             columns = effect_tables.feature_columns(found, e.labels, usage, mean_v)
             rows = effect_tables.earned_by_rows(columns, e.labels)
             save(folder, "attribution_features", said, rows)
-            pq.write_table(pa.table(columns), folder / parquet)
+            pq.write_table(pa.table(columns), folder / files[0])
+            shown = dict(about=said, cards=cards(e.policy, e.pairs, [row.feature for row in rows]))
+            (folder / files[1]).write_text(json.dumps(shown) + "\n")
 
         names = ("attribution", "attribution_features")
-        work = dict(attribution=3 + 3 * s.nodes)
-        return Part("attribution", names, (parquet,), about, work, make)
+        work = {"attribution": 3 + 3 * s.nodes, "strongest contexts": 1}
+        return Part("attribution", names, files, about, work, make)
+
+    def carriers_part(self) -> Part:
+        e, s = self.e, self.s
+        about = e.about | self.told_apart | dict(carrier_pairs=s.carrier_pairs, prompts=s.prompts)
+        about |= dict(answer_tokens=s.answer_tokens, nodes=s.nodes)
+
+        def make(folder: Path) -> None:
+            (table, divided), pairs = self.partitions[0], e.pairs[: s.carrier_pairs]
+            (whole,) = shift(e.policy, pairs, [divided])
+            category = divided.names[int(whole.divergence[:, :-2].mean(0).argmax())]
+            usage, mean_v = over_both_responses(self.counts)
+            # On the same few pairs, so that the part can be made again without the other.
+            earned = attribute(e.policy, pairs, s.nodes, None, "carriers") if s.nodes else None
+            gradient = gradient_scores(e.policy, pairs, divided, category, "carriers")
+            orders = rankings(category, e.labels, usage, mean_v, earned, gradient, s.seed)
+            curves = ranking.curves(e.policy, pairs, divided, category, orders, what="carriers")
+            in_answers = self.kept_in_answers(curves, divided, category) if s.prompts else {}
+            given = (ranking.NUMBERS, table, category, in_answers, s.prompts, s.bootstrap, s.seed)
+            save(folder, "carriers", about, change_tables.carrier_rows(curves, *given))
+            best = max(curves, key=lambda curve: curve.area)
+            rows = change_tables.carried_rows(best.order, usage, mean_v, e.labels)
+            save(folder, "carried_by", about | dict(ranking=best.ranking, category=category), rows)
+
+        conditions = (7 * len(ranking.NUMBERS) + 3 * s.nodes + 6) * s.carrier_pairs + 6 * s.prompts
+        work = dict(carriers=conditions / len(e.pairs))
+        return Part("carriers", ("carriers", "carried_by"), (), about, work, make)
+
+    def kept_in_answers(
+        self, curves: list[ranking.Curve], divided: Classes, category: str
+    ) -> dict[tuple[str, int], float]:
+        """(ranking, n) -> share of the change in the category's tokens that answers still show, for
+        the best ranking, usage and random features, ANSWERED of them.
+        """
+        e, s, c = self.e, self.s, divided.names.index(category)
+        divided = divided._replace(own=None)  # those of the pairs' responses, not of answers
+        prompts = [pair.prompt for pair in self.answers]
+        (whole,) = compare(self.answers, [divided], seed=s.seed)
+        best = max(curves, key=lambda curve: curve.area).ranking
+        found = {}
+        for curve in curves:
+            if curve.ranking in (best, "usage", "random"):
+                mask = ranking.kept(curve.order, ANSWERED).to(e.policy.device.name)
+                given = (e.policy, e.policy.steered, prompts, s.answer_tokens, s.seed)
+                kept = answers_of(*given, change=functools.partial(torch.mul, mask))
+                pairs = [p._replace(rejected=a) for p, a in zip(self.answers, kept, strict=True)]
+                (part,) = compare(pairs, [divided], seed=s.seed)
+                share = part.excess[c] / whole.excess[c].clamp(min=1e-30)
+                found[curve.ranking, ANSWERED] = share.item()
+        return found
 
 
 def labelled(table: Labels, category: str) -> np.ndarray:
@@ -340,55 +485,16 @@ def main() -> None:
     if (e.out / "adapter").is_dir() or (e.out / "adapter_config.json").is_file():
         card.write_card(e.out)
     print(summary(report.read_run(e.out).tables))
-    print(f"Written to {folder}, and {page}")
-
-
-def composition_lines(name: str, table: dict) -> list[str]:
-    titles = f"{'category':<24}{'context':<17}{'SAE':>8}{'adapter':>9}{'change':>10}"
-    lines = ["", name.replace("_", ", as the ") + ":", f"{titles}  95 % over pairs"]
-    for row in report.shown_rows(table):
-        category = f"{row['labels']}: {row['category']}"
-        shares = f"{report.percent(row['sae']):>9}{report.percent(row['adapter']):>9}"
-        line = (
-            f"{category:<24}{row['context']:<16}{shares}{report.percent(row['change'], True):>10}"
-        )
-        line += f"  {report.between(row, 'low', 'high')}"
-        if row.get("noisy_low") is not None:
-            line += f"; with label noise {report.between(row, 'noisy_low', 'noisy_high')}"
-        lines.append(line)
-    return lines
+    print(f"The rest: {page}, and the tables in {folder}.")
 
 
 def summary(tables: dict[str, dict]) -> str:
-    """The tables' main numbers, for the terminal."""
-    lines = []
-    for name in ("composition_paper", "composition"):
-        table = tables.get(name)
-        lines += composition_lines(name, table) if table else []
-
-    rows = tables.get("choices", {}).get("rows", ())
-    for labels in dict.fromkeys(row["labels"] for row in rows):
-        here = [row for row in rows if row["labels"] == labels]
-        named = next((row["tokens"] for row in here if row["named"]), "no category")
-        shares = ", ".join(f"{row['tokens']} {row['part_of_change'] or 0:.0%}" for row in here)
-        said = f"by {labels}, name: {named} (shares of the widened gap: {shares})"
-        lines += ["", f"The policy's choices, {said}"]
-
-    best = min(tables.get("static", {}).get("rows", ())[2:], key=lambda r: r["loss"], default=None)
-    if best:
-        lines += ["", f"Best static steering: {best['steering']}, loss {best['loss']:.3f}"]
-    if "attribution" in tables:
-        about, rows = tables["attribution"]["about"], tables["attribution"]["rows"]
-        said = (
-            f"shares sum to the change of {about['change']:.4f}, residual {about['residual']:.2g}"
-        )
-        lines += ["", f"Attribution: {said}"]
-        lines += [
-            f"{row['labels']}: {row['category']:<24}{row['share']:9.3f}"
-            for row in rows
-            if row["where"] == "(all)" and row["labels"]
-        ]
-    return "\n".join([*lines, ""])
+    """What was learned, in three lines for the terminal; "" where choices was not measured."""
+    found = verdict(tables)
+    if found is None:
+        return ""
+    learned, sure, features, _ = (shown(answer.text) for answer in found.answers)
+    return "\n".join(["", f"{shown(found.headline)} {learned}", sure, features, ""])
 
 
 if __name__ == "__main__":

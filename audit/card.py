@@ -1,4 +1,4 @@
-"""An adapter's model card: what it is, what it was trained on, how well, and how to load it.
+"""An adapter's model card: what it learned and how sure that is, what it is, and how to load it.
 
 write_card(OUT) writes OUT/adapter/README.md with the Hub's metadata, so that the folder can be
 uploaded as it is. templates/card.md is the text.
@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from audit.report import RunFiles, before_after, between, percent, read_run, shown_rows
+from audit.report import RunFiles, between, read_run, shown_rows, tenths
+from audit.verdict import verdict
 from runtime import page
+from runtime.outcome import before_after, measured, outcome
 from runtime.output import write_whole
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "card.md"
@@ -42,8 +44,8 @@ KINDS = {
 def write_card(out: str | Path) -> Path:
     """Write the card of a run's adapter, or of a bare adapter folder, whole; returns its path.
 
-    Reads config.json, metrics.jsonl, adapter_config.json and eval/composition.json, as far as they
-    are there. Local paths are named by their last part alone, because a card is for other people.
+    Reads what report.html reads, as far as it is there. Local paths are named by their last part
+    alone, because a card is for other people.
     """
     out = Path(out)
     folder = out / "adapter" if (out / "adapter").is_dir() else out
@@ -79,9 +81,10 @@ def card(run: RunFiles) -> str:
         layer=own.get("layer"),
         kind=KINDS.get(activation, KINDS["relu"]),
         about=[(name, value) for name, value in about if value is not None],
-        losses=losses(run),
+        verdict=verdict(run.tables),
+        training=training(run),
         composition=composition(run),
-        percent=percent,
+        percent=tenths,
         between=between,
         public_name=public_name,
         plain=plain,
@@ -98,19 +101,12 @@ def composition(run: RunFiles) -> dict | None:
     return None
 
 
-def losses(run: RunFiles) -> dict | None:
-    measured = before_after(run)
-    if measured is None:
+def training(run: RunFiles) -> dict | None:
+    found = measured(run.metrics)
+    if found is None:
         return None
-    where, first, last = measured
-    names = {"loss": "SimPO loss", "accuracy": "accuracy"}
-    names |= {"l0": "L0 per position", "l1": "L1 per position"}
-    rows = [
-        (name, f"{first[key]:.3f}", f"{last[key]:.3f}")
-        for key, name in names.items()
-        if key in first
-    ]
-    return dict(where=where, step=last["step"], rows=rows)
+    step, rows = found.rows[-1]["step"], before_after(found)
+    return dict(where=found.split, step=step, rows=rows, said=outcome(run.metrics, run.samples))
 
 
 def revised(name: str | None, revision: str | None) -> str | Markup | None:

@@ -24,7 +24,8 @@ pairs that were not trained on. experiments/PLANTED.md says how often the class 
 share is the cause that was planted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -32,12 +33,14 @@ import torch
 from torch import Tensor
 
 from audit.attribution import KINDS, position_kinds
-from data import Packed, Pair
+from data import Packed, Pair, pack_pairs
 from kernels.logps import CHUNK_ELEMENTS
 from policy import Policy, Stream
 
 END = "end"  # the class of <end_of_turn>: how long a response is
 REST = "rest"  # the class of the tokens of no category
+LEVEL = 0.01  # of the test, over all classes together
+AT_ONCE = 8  # conditions whose final states [N, d] are in memory together
 AVERAGE = 2.0  # each token's evidence counts so many average tokens more, against single sightings
 
 
@@ -48,11 +51,12 @@ class Classes(NamedTuple):
     of_token: Tensor  # int64 [V]
     own: list[Tensor] | None = None  # int64 [targets] of each pair; None: those of their tokens
 
-    def of_targets(self, stream: Stream) -> Tensor:
-        """The class of each target of a stream of pairs: int64 [N]."""
+    def of_targets(self, pair: Tensor, place: Tensor, target: Tensor) -> Tensor:
+        """The class of targets [n], each at its place among those of its pair: int64 [n]."""
         if self.own is None:
-            return self.of_token[stream.packed.target.cpu()]
-        return torch.cat([self.own[i] for i in stream.pairs])
+            return self.of_token[target]
+        ends = torch.tensor([0, *(len(of) for of in self.own)]).cumsum(0)
+        return torch.cat(self.own)[ends[pair] + place]
 
 
 class Choices(NamedTuple):
@@ -66,7 +70,13 @@ class Choices(NamedTuple):
         """sign_flip of each class, times the number of classes (Bonferroni): [C]."""
         return (sign_flip(self.shares, draws, seed) * len(self.names)).clamp(max=1)
 
-    def named(self, level: float = 0.01) -> str | None:
+    def chance(self, draws: int = 9999, seed: int = 0) -> Tensor:
+        """What the mean share of each class must exceed to be named, [C]: the one-sided bound that
+        belongs to p_values at LEVEL.
+        """
+        return flipped_means(self.shares, draws, seed).quantile(1 - LEVEL / len(self.names), dim=0)
+
+    def named(self, level: float = LEVEL) -> str | None:
         """The category that earned most of the gap; None where its p-value is above `level`.
 
         It is never END or REST. Where REST has the largest share of all, most of what the policy
@@ -130,7 +140,93 @@ def partition(policy: Policy, names: tuple[str, ...], total: Tensor, count: Tens
     return Classes(names, of_token)
 
 
+# --- both models at every response position -------------------------------------------------------
+
+# x' [T, d] of each condition, in the same order for every stream
+Conditions = Callable[[Stream], Iterable[Tensor]]
+
+
+class Compared(NamedTuple):
+    """Some of the response positions of a few pairs, under one condition."""
+
+    condition: int
+    pair: Tensor  # int64 [n], on the CPU; in the order of the pairs given
+    text: Tensor  # int64 [n], on the CPU: 2 pair for chosen responses, 2 pair + 1 for rejected ones
+    place: Tensor  # int64 [n], on the CPU: which of its pair's targets
+    weight: Tensor  # float64 [n], on the CPU: token_weight
+    target: Tensor  # int64 [n], on the CPU
+    logp: tuple[Tensor, Tensor]  # [n, V], base model and condition
+    p: tuple[Tensor, Tensor]  # [n, V], their exponentials
+
+
+def as_trained(policy: Policy) -> Conditions:
+    """The policy as it is."""
+    return lambda stream: [policy.steered.steer(stream.x)[0]]
+
+
 @torch.inference_mode()
+def compared(
+    policy: Policy, pairs: Sequence[Pair], conditions: Conditions, what: str | None = None
+) -> Iterator[Compared]:
+    """The base model's distributions beside those of each condition, exact over the vocabulary, a
+    chunk of positions at a time. Nothing of size [T, V] is kept.
+    """
+    head, above = policy.base.head, policy.steered.above
+    for stream in policy.streams(pairs, what):
+        packed = stream.packed
+        sequence, target = packed.sequence.cpu(), packed.target.cpu()
+        pair, weight = torch.tensor(stream.pairs)[sequence // 2], token_weight(packed).cpu()
+        of_target = (pair, 2 * pair + sequence % 2, places(sequence // 2), weight, target)
+        with policy.autocast():  # not below: it would round sums of probabilities to bfloat16
+            base = above(stream.x, stream.plan)[packed.source]  # [N, d]
+        changed, first = iter(conditions(stream)), 0
+        while group := list(islice(changed, AT_ONCE)):
+            with policy.autocast():
+                states = [above(x, stream.plan)[packed.source] for x in group]
+            for rows in torch.arange(len(pair)).split(rows_at_once(policy)):
+                here = rows.to(policy.device.name)
+                logp0 = head(base[here]).log_softmax(-1)  # [n, d] -> [n, V]
+                p0, of = logp0.exp(), [column[rows] for column in of_target]
+                for i, hidden in enumerate(states, start=first):
+                    logp1 = head(hidden[here]).log_softmax(-1)
+                    yield Compared(i, *of, (logp0, logp1), (p0, logp1.exp()))
+            first += len(states)
+
+
+# --- choices --------------------------------------------------------------------------------------
+
+
+class ChoiceSums:
+    """Adds up Choices of P pairs under each partition."""
+
+    def __init__(self, policy: Policy, pairs: int, partitions: Sequence[Classes]):
+        self.partitions, device = partitions, policy.device.name
+        eyes = [torch.eye(len(c.names))[c.of_token].to(device) for c in partitions]
+        self.member = eyes  # [V, C] each
+        self.shares = [torch.zeros(pairs, e.shape[1], dtype=torch.float64) for e in eyes]
+        self.change = torch.zeros(pairs, dtype=torch.float64)
+
+    def add(self, c: Compared) -> None:
+        target = c.target[:, None].to(c.logp[0].device)
+        own = [logp.gather(1, target)[:, 0].double().cpu() for logp in c.logp]
+        change = own[1] - own[0]
+        self.change.index_add_(0, c.pair, c.weight * change)
+        for share, classes, member in zip(self.shares, self.partitions, self.member, strict=True):
+            mass = [(p @ member.to(p.dtype)).double().cpu() for p in c.p]  # [n, V] -> [n, C]
+            usual = classes.of_token[c.target]
+            of_target = classes.of_targets(c.pair, c.place, c.target)
+            for m, logp in zip(mass, own, strict=True):
+                moved = torch.where(usual == of_target, 0.0, logp.exp())[:, None]
+                m.scatter_add_(1, usual[:, None], -moved)
+                m.scatter_add_(1, of_target[:, None], moved)
+            terms = token_shares(change, *mass, of_target)
+            share.index_add_(0, c.pair, c.weight[:, None] * terms)
+
+    def result(self) -> list[Choices]:
+        found = zip(self.partitions, self.shares, strict=True)
+        return [Choices(c.names, share, self.change) for c, share in found]
+
+
 def choices(
     policy: Policy,
     pairs: Sequence[Pair],
@@ -142,35 +238,16 @@ def choices(
 
     Where a target's own class is another than its token's, its probability moves there with it.
     """
-    steered, head, device = policy.steered, policy.base.head, policy.device.name
-    member = [torch.eye(len(c.names))[c.of_token].to(device) for c in partitions]  # [V, C] each
-    shares = [torch.zeros(len(pairs), len(c.names), dtype=torch.float64) for c in partitions]
-    change = torch.zeros(len(pairs), dtype=torch.float64)
-    for stream in policy.streams(pairs, what):
-        packed = stream.packed
-        with policy.autocast():  # not below: it would round sums of probabilities to bfloat16
-            streams = (stream.x, steered.steer(stream.x)[0])
-            states = [steered.above(x, stream.plan)[packed.source] for x in streams]  # [N, d] each
-        pair = torch.tensor(stream.pairs)[packed.sequence.cpu() // 2]
-        weight = token_weight(packed).cpu()
-        own = [c.of_targets(stream) for c in partitions]
-        for rows in torch.arange(len(pair)).split(rows_at_once(policy)):
-            here = rows.to(device)
-            target = packed.target[here]
-            logp = [head(h[here]).log_softmax(-1) for h in states]  # [n, V] each
-            chosen = [lp.gather(1, target[:, None])[:, 0].double().cpu() for lp in logp]
-            change.index_add_(0, pair[rows], weight[rows] * (chosen[1] - chosen[0]))
-            p = [lp.exp_() for lp in logp]
-            for share, c, columns, of_target in zip(shares, partitions, member, own, strict=True):
-                mass = [(prob @ columns).double().cpu() for prob in p]  # [n, V] -> [n, C]
-                usual, of_target = c.of_token[target.cpu()], of_target[rows]
-                for m, logp_target in zip(mass, chosen, strict=True):
-                    moved = torch.where(usual == of_target, 0.0, logp_target.exp())[:, None]
-                    m.scatter_add_(1, usual[:, None], -moved)
-                    m.scatter_add_(1, of_target[:, None], moved)
-                terms = token_shares(chosen[1] - chosen[0], *mass, of_target)
-                share.index_add_(0, pair[rows], weight[rows, None] * terms)
-    return [Choices(c.names, share, change) for c, share in zip(partitions, shares, strict=True)]
+    sums = ChoiceSums(policy, len(pairs), partitions)
+    for some in compared(policy, pairs, as_trained(policy), what):
+        sums.add(some)
+    return sums.result()
+
+
+def places(pair: Tensor) -> Tensor:
+    """Of each target, how many of the same pair come before it: int64 [N], the pairs in order."""
+    counts = torch.bincount(pair)
+    return torch.arange(len(pair)) - (counts.cumsum(0) - counts)[pair]
 
 
 def token_weight(packed: Packed) -> Tensor:
@@ -207,13 +284,34 @@ def token_shares(change: Tensor, p0: Tensor, p1: Tensor, own: Tensor) -> Tensor:
     return terms
 
 
-def sign_flip(shares: Tensor, draws: int = 9999, seed: int = 0) -> Tensor:
-    """p-value of each class: how often its mean is as large when every pair's sign is drawn, [P, C]
-    -> [C].
-    """
+def flipped_means(shares: Tensor, draws: int, seed: int) -> Tensor:
+    """Means over pairs when every pair's sign is drawn: [P, C] -> [draws, C]."""
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], (draws, len(shares)))
-    drawn = torch.from_numpy(signs) @ shares / len(shares)  # [draws, C]
-    mean = shares.mean(0)
+    return torch.from_numpy(signs) @ shares / len(shares)
+
+
+def sign_flip(shares: Tensor, draws: int = 9999, seed: int = 0) -> Tensor:
+    """One-sided p-value of each class: how often its mean is as large when every pair's sign is
+    drawn, [P, C] -> [C].
+    """
+    drawn, mean = flipped_means(shares, draws, seed), shares.mean(0)
     # Equal draws may differ by the order of their sum.
     tie = 1e-12 * shares.abs().mean(0)
     return (1 + (drawn >= mean - tie).sum(0)) / (1 + draws)
+
+
+def data_alone(pairs: Sequence[Pair], partition: Classes) -> Tensor:
+    """No policy: of each pair the share of the chosen response's tokens that are of a class, less
+    that of the rejected one's. Float64 [P, C].
+    """
+    packed = pack_pairs(pairs)
+    pair = packed.sequence // 2
+    of_target = partition.of_targets(pair, places(pair), packed.target)
+    difference = torch.zeros(len(pairs), len(partition.names), dtype=torch.float64)
+    return difference.index_put_((pair, of_target), token_weight(packed), accumulate=True)
+
+
+def data_p_values(difference: Tensor) -> Tensor:
+    """Two-sided sign-flip test of data_alone, corrected as p_values are: [P, C] -> [C]."""
+    sided = difference * difference.mean(0).sign()
+    return (2 * sign_flip(sided) * difference.shape[1]).clamp(max=1)

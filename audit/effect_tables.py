@@ -4,13 +4,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from audit.attribution import KINDS, Attribution
-from audit.choices import Choices
+from audit.choices import LEVEL, Choices, data_p_values
 from audit.features import label_columns
 from audit.rules import Rules
 from labels import Labels, categories, explain
-from runtime.tables import interval
+from runtime.tables import interval, percentiles, resampled
 
 TOP = 30  # features in attribution_features
 
@@ -25,20 +26,36 @@ class Choice(NamedTuple):
     share: float  # nats per token, mean over pairs
     low: float  # 95 % over pairs
     high: float
-    part_of_change: float | None
-    p_value: float  # sign-flip test over pairs, corrected for the number of kinds
+    part_of_change: float | None  # the share divided by the whole change, with its interval
+    part_low: float | None
+    part_high: float | None
+    chance: float  # the share that swapping chosen and rejected exceeds with probability LEVEL
+    p_value: float  # of that test, one-sided, corrected for the number of kinds
     named: bool  # the category that the measure names
+    data: float  # without a policy: share of the chosen response's tokens less the rejected one's
+    data_p: float  # sign-flip test of that, two-sided, corrected likewise
+    data_named: bool  # the category that the data alone would name
 
 
-def choice_rows(found: Choices, table: Labels | Rules, resamples: int, seed: int) -> list[Choice]:
-    columns = (found.shares.mean(0), *interval(found.shares.T, resamples, seed), found.p_values())
-    change, named = found.change.mean().item(), found.named()
+def choice_rows(
+    found: Choices, data: Tensor, table: Labels | Rules, resamples: int, seed: int
+) -> list[Choice]:
+    """data: data_alone of the same pairs and classes, [P, C]."""
+    shares, change, named = found.shares, found.change.mean().item(), found.named()
+    drawn = resampled(torch.cat([shares.T, found.change[None]]), resamples, seed)  # [B, C + 1]
+    parts = percentiles(drawn[:, :-1] / drawn[:, -1:])
+    columns = (shares.mean(0), *percentiles(drawn[:, :-1]), shares.mean(0) / change, *parts)
+    columns += (found.chance(), found.p_values())
+    data_mean, data_p = data.mean(0), data_p_values(data)
+    top = int(data_mean[:-2].abs().argmax())
+    data_named = found.names[top] if data_p[top] <= LEVEL else None
+
     rows = []
     numbers = torch.stack(columns, 1).tolist()
-    for name, (share, low, high, p_value) in zip(found.names, numbers, strict=True):
+    of_data = zip(data_mean.tolist(), data_p.tolist(), strict=True)
+    for name, policy, alone in zip(found.names, numbers, of_data, strict=True):
         about = (table.name, table.kind, table.matched, name)
-        part = share / change if change else None
-        rows.append(Choice(*about, share, low, high, part, p_value, name == named))
+        rows.append(Choice(*about, *policy, name == named, *alone, name == data_named))
     return rows
 
 

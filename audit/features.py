@@ -9,12 +9,13 @@ Written to OUT/eval/ from one pass over the evaluation pairs (counting.py):
     value_difference     how many features have which mean v - f (Figure 3)
     usage_rank           usage against rank, with a log-linear fit (Figure 5)
     l0, l0_by_position   how many features are active at a position, in all and by place
-    examples.json        the first pairs, token by token, for report.html
+    examples.json        the first pairs, token by token, and cards of features, for report.html
 
 "Promoted" and "suppressed" order features by mean v - f, as the paper does. An adapter with a ReLU
 turns nothing down: a suppressed feature is one to which the adapter adds less than the SAE finds.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -268,10 +269,14 @@ class L0(NamedTuple):
     low: int
     high: int
     positions: int
-    mean: float  # over all positions, as are the percentiles
+    # Of the whole context, the same in each of its rows:
+    mean: float  # over all positions, as are the next three
     p5: int
     p50: int
     p95: int
+    some: float  # share of positions at which any feature is active
+    some_p50: int | None  # over those positions alone
+    some_p95: int | None
 
 
 def l0_rows(counts: Counts, bins: int = 50) -> list[L0]:
@@ -283,12 +288,22 @@ def l0_rows(counts: Counts, bins: int = 50) -> list[L0]:
     for side, of, i, context in sides_and_contexts():
         here = counts.l0[side, i]
         mean = (here * number).sum().item() / here.sum().item()
-        below = here.cumsum(0)
-        spread = [int((below >= here.sum() * q / 100).nonzero()[0]) for q in (5, 50, 95)]
+        spread = [percentile(here, q) for q in (5, 50, 95)]
+        some = here.clone()
+        some[0] = 0
+        share = (some.sum() / here.sum()).item()
+        spread += [share, *(percentile(some, q) for q in (50, 95))]
         for low, end in pairwise(edges):
             positions = int(here[low:end].sum())
             rows.append(L0(of, context, low, end - 1, positions, mean, *spread))
     return rows
+
+
+def percentile(histogram: Tensor, q: float) -> int | None:
+    """The smallest number that q % of the counts do not exceed: int64 [N] of counts by number."""
+    below = histogram.cumsum(0)
+    total = int(below[-1])
+    return int((below >= total * q / 100).nonzero()[0]) if total else None
 
 
 class Place(NamedTuple):
@@ -302,18 +317,34 @@ class Place(NamedTuple):
     mean_l0: float
 
 
-def place_rows(counts: Counts, bins: int = 100) -> list[Place]:
-    """Bins of equal width; empty ones are left out."""
+def place_rows(counts: Counts, bins: int = 100, least: float = 0.005) -> list[Place]:
+    """Bins of equal width, of which those that hold less than the share `least` of the positions
+    are joined with the ones after them: a mean over a few long sequences is noise.
+    """
     L = counts.place.shape[-1]
     width = -(-L // bins)
     rows = []
     for side, of, i, context in sides_and_contexts():
-        for low in range(1, L, width):
-            positions = int(counts.place[i, low : low + width].sum())
-            if positions:
-                total = counts.place_l0[side, i, low : low + width].sum().item()
-                rows.append(Place(of, context, low, low + width - 1, positions, total / positions))
+        places, sums = counts.place[i], counts.place_l0[side, i]
+        for low, end in _joined(places, width, int(least * places.sum())):
+            positions = int(places[low:end].sum())
+            mean = sums[low:end].sum().item() / positions
+            rows.append(Place(of, context, low, end - 1, positions, mean))
     return rows
+
+
+def _joined(places: Tensor, width: int, least: int) -> list[tuple[int, int]]:
+    """(first, end) of bins with more than `least` positions each; the last takes what is left."""
+    found, low = [], 1
+    last = int(places.nonzero().max()) + 1 if places.any() else 1
+    for end in range(1 + width, last + width, width):
+        end = min(end, last)
+        if int(places[low:end].sum()) > least:
+            found.append((low, end))
+            low = end
+    if low < last:
+        found = [*found[:-1], (found[-1][0] if found else 1, last)]
+    return found
 
 
 # --- every feature, and some tokens ---------------------------------------------------------------
@@ -369,8 +400,11 @@ def examples(policy: Policy, pairs: Sequence[Pair], labels: list[Labels]) -> dic
                 v[packed.position[rows] == 0] = 0
                 shown[pair][name] = _example(policy, packed.tokens[rows], v)
     found = [shown[pair] for pair in sorted(shown)]
-    named = {k for pair in found for part in pair.values() for at in part["top"] for k, _ in at}
-    return dict(pairs=found, explanations={str(k): explain(labels, k) for k in sorted(named)})
+    named = Counter(
+        k for pair in found for part in pair.values() for at in part["top"] for k, _ in at
+    )
+    explanations = {str(k): explain(labels, k) for k in sorted(named)}
+    return dict(pairs=found, explanations=explanations, often=[k for k, _ in named.most_common()])
 
 
 def _example(policy: Policy, tokens: Tensor, v: Tensor) -> dict:
@@ -378,7 +412,11 @@ def _example(policy: Policy, tokens: Tensor, v: Tensor) -> dict:
     indices = v.abs().topk(min(EXAMPLE_FEATURES, v.shape[1])).indices
     largest = zip(indices.tolist(), v.gather(1, indices).tolist(), strict=True)
     return dict(
-        tokens=[policy.tokenizer.decode([t], skip_special_tokens=False) for t in tokens.tolist()],
+        tokens=token_texts(policy, tokens),
         l1=[round(size, 4) for size in v.abs().sum(1).tolist()],
         top=[[[k, round(x, 4)] for k, x in zip(*at, strict=True) if x] for at in largest],
     )
+
+
+def token_texts(policy: Policy, tokens: Tensor) -> list[str]:
+    return [policy.tokenizer.decode([t], skip_special_tokens=False) for t in tokens.tolist()]

@@ -1,102 +1,40 @@
-"""report.html: what a run learned, on one page that needs no network and no script.
+"""report.html: what a run learned, on one page that loads nothing from elsewhere.
 
 Made of what train.py, eval_ablation.py and the other parts of the audit left in OUT; what is
-missing is left out. templates/report.html is the page; here its values are read and put in order.
+missing is left out. It leads with the sentences of verdict.py; evidence follows, and everything
+else is folded. templates/report.html is the page; here its values are read and put in order.
 """
 
 import base64
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from markupsafe import Markup
 
 from audit.features import EXAMPLE_TOKENS
+from audit.page_tables import ROWS, Table, ablation, attribution, plain, small, static, topk
 from audit.published import published
+from audit.verdict import nats, p_value, percent, readings, shortened, verdict
 from policy import adapter_sha256
 from runtime import page
+from runtime.folder import read_log
 from runtime.neuronpedia import page_of
+from runtime.outcome import Sample, before_after, measured, outcome
 from runtime.output import write_whole
-from runtime.sources import UserError
+from runtime.sources import UserError, read_json
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "report.html"
-FEATURES = 15  # promoted, and suppressed, that are shown; features.parquet has them all
-ROWS = 40  # of a table that the page shows; its csv has them all
-SETTINGS = ("l1", "beta", "gamma_ratio", "lr", "batch_size", "epochs", "max_steps", "seed")
+SCRIPT = TEMPLATE.with_name("report.js").read_text()
+IN_SIGHT = 6  # features that earned the gain
+FEATURES = 10  # of each other order of features; the parquet files have them all
+CONTEXT = "prompt_chosen"  # of the features' numbers on the page
 TABLE_3 = published()["table_3"]["rows"][0]["usage"]
-USAGE = {  # tables of features.py -> heading, and how to read the picture
-    "value_difference": (
-        "Steering against activation (Figure 3)",
-        "How many features have which mean v − f: right of 0 the adapter adds more than the SAE "
-        "finds.",
-    ),
-    "top_usage": (
-        "Most used features (Table 3)",
-        "Share of positions at which a feature is active; eval/top_usage.csv has its share of all "
-        f"events, too. The paper's Table 3 prints neither: its {TABLE_3} % is the share of events "
-        f"as a percentage, {TABLE_3 / 100:.4f} %, formatted as a percentage once more; that "
-        "feature is active at about 44 % of the positions.",
-    ),
-    "top_value": (
-        "Features of largest mean value (Table 4)",
-        "Mean over all positions, active or not.",
-    ),
-    "usage_rank": (
-        "Usage against rank (Figure 5)",
-        "Dotted: least-squares line of log usage on rank over all active features; R² by category "
-        "in the legend.",
-    ),
-    "l0": (
-        "How many features are active at a position",
-        "Each context's positions by L0; bins widen to the right.",
-    ),
-    "l0_by_position": (
-        "L0 along the sequence",
-        "Mean over the positions at the same distance from <bos>.",
-    ),
-}
-EFFECTS = {  # tables of eval_ablation.py, static.py and effect_tables.py
-    "topk": (
-        "Only the strongest features kept (Figure 2)",
-        "SimPO loss with k % of the dictionary at each position.",
-    ),
-    "ablation": (
-        "Categories taken away",
-        "Loss added by zeroing a category, beside as many other features.",
-    ),
-    "static": (
-        "Steering that does not read its context",
-        "What one and the same vector at every position recovers.",
-    ),
-    "attribution": (
-        "Where the gain comes from",
-        "Integrated gradients: shares of the change of the loss.",
-    ),
-    "attribution_features": (
-        "Features that earned the gain",
-        "The largest shares; the parquet file has them all.",
-    ),
-    "beside_published": (
-        "Beside the published figures",
-        "The paper's and its authors' numbers (docs/published.json) and this run's, in one unit. "
-        "Shares of Table 2 count the first position, as theirs do.",
-    ),
-}
-COMPOSITION = {  # tables of features.py -> heading, and what the share is
-    "composition_paper": (
-        "What it uses (Table 2)",
-        "At each position, the share of each category among the active labelled features, averaged "
-        "over positions:",
-    ),
-    "composition": (
-        "What it uses, pooled over positions",
-        "Of all active features at all positions, the share in each category:",
-    ),
-}
-ELSEWHERE = ("choices", *COMPOSITION, "examples")  # tables that have a section of their own
+SETTINGS = ("l1", "beta", "gamma_ratio", "lr", "batch_size", "epochs", "max_steps", "seed")
 
 
 # --- what lies in OUT -----------------------------------------------------------------------------
@@ -107,6 +45,7 @@ class RunFiles(NamedTuple):
     config: dict  # {} where there is none, as in a bare adapter folder
     adapter: dict  # adapter_config.json
     metrics: list[dict]
+    samples: list[Sample]
     tables: dict[str, dict]  # of eval/NAME.json: about, rows
 
     @property
@@ -118,49 +57,35 @@ class RunFiles(NamedTuple):
         """Of the base model, or of the folder where that is not known."""
         return short(self.adapter.get("base_model") or self.folder.name)
 
+    def rows(self, name: str) -> list[dict]:
+        return self.tables.get(name, {}).get("rows") or []
+
 
 def read_run(out: str | Path) -> RunFiles:
     """Raises UserError naming a file that cannot be read."""
     out = Path(out)
     folder = out / "adapter" if (out / "adapter").is_dir() else out
-    tables = {path.stem: _object(path) for path in sorted((out / "eval").glob("*.json"))}
-    metrics = _rows(out / "metrics.jsonl")
+    tables = {path.stem: _json(path) for path in sorted((out / "eval").glob("*.json"))}
+    metrics = read_log(out / "metrics.jsonl")
     if not (tables or metrics or (folder / "adapter_config.json").is_file()):
         raise UserError(f"--run {out}: neither a run of train.py nor an evaluation of one.")
-    adapter = _object(folder / "adapter_config.json")
-    return RunFiles(out, _object(out / "config.json"), adapter, metrics, tables)
+    adapter, config = _json(folder / "adapter_config.json"), _json(out / "config.json")
+    return RunFiles(out, config, adapter, metrics, _samples(out / "samples.json"), tables)
 
 
-def _object(path: Path) -> dict:
-    """The object in a json file; {} where there is no file."""
+def _json(path: Path, kind: type = dict):
+    """What a json file holds; empty where there is no file."""
     try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as e:
+        return read_json(path, kind) if path.exists() else kind()
+    except (OSError, ValueError) as e:
         raise UserError(f"{path}: not readable json ({e}).") from e
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: an object was expected.")
-    return found
 
 
-def _rows(path: Path) -> list[dict]:
-    """The rows of a jsonl file without a torn last line; [] where there is no file."""
+def _samples(path: Path) -> list[Sample]:
     try:
-        text = path.read_text() if path.is_file() else ""
-        whole = text[: text.rfind("\n") + 1]
-        return [json.loads(line) for line in whole.splitlines()]
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not readable jsonl ({e}).") from e
-
-
-def before_after(run: RunFiles) -> tuple[str, dict, dict] | None:
-    """("eval" or "train", first row, last row) of metrics.jsonl; None without any."""
-    for split in ("eval", "train"):
-        rows = [row for row in run.metrics if row.get("split") == split]
-        if rows:
-            return split, rows[0], rows[-1]
-    return None
+        return [Sample(*(str(row[key]) for key in Sample._fields)) for row in _json(path, list)]
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{path}: prompts with answers were expected ({e!r}).") from e
 
 
 def stale(run: RunFiles) -> list[str]:
@@ -172,12 +97,12 @@ def stale(run: RunFiles) -> list[str]:
     return [name for name, sha in made_with.items() if here and sha and sha != here]
 
 
-def percent(share: float | None, sign: bool = False) -> str:
-    return "–" if share is None else f"{100 * share:{'+' if sign else ''}.2f} %"
+def tenths(share: float | None, sign: bool = False) -> str:
+    return percent(share, digits=1, sign=sign)
 
 
 def between(row: dict, low: str, high: str) -> str:
-    return f"{percent(row[low], sign=True)} to {percent(row[high], sign=True)}"
+    return f"{tenths(row[low], True)} to {tenths(row[high], True)}"
 
 
 def short(name: str) -> str:
@@ -194,24 +119,31 @@ def write_report(out: str | Path) -> Path:
     """
     run = read_run(out)
     try:
+        known = Known(run)
         text = page.render(
             TEMPLATE,
+            script=SCRIPT,
             title=f"What {run.name} learned",
             name=run.name,
             facts=facts(run),
-            training=training(run),
+            verdict=verdict(run.tables),
             choices=choices(run),
+            training=training(run),
+            l0=l0(run),
             compositions=list(compositions(run)),
-            features=features(run),
-            examples=examples(run),
-            figures=figures(run),
+            features=list(features(run, known)),
+            examples=examples(run, known),
             effects=list(effects(run)),
+            figures=figures(run),
             provenance=provenance(run),
+            labels=labels(run),
+            cards=known.cards(),
             stale=stale(run),
-            percent=percent,
+            percent=tenths,
+            whole=percent,
             between=between,
         )
-    except (KeyError, TypeError, AttributeError, jinja2.UndefinedError) as e:
+    except (KeyError, TypeError, AttributeError, IndexError, jinja2.UndefinedError) as e:
         raise UserError(
             f"--run {out}: a file in it was not written by this project's scripts ({e!r})."
         ) from e
@@ -219,75 +151,125 @@ def write_report(out: str | Path) -> Path:
     return run.folder / "report.html"
 
 
-def facts(run: RunFiles) -> dict:
-    own, settings = run.adapter, run.config.get("settings", {})
-    set_to = {name: settings.get(name) for name in SETTINGS}
-    shown = {
-        "model": own.get("base_model"),
-        "steered after block": own.get("layer"),
-        "SAE": " ".join(filter(None, (own.get("sae"), own.get("sae_id")))),
-        "features": f"{own['d_sae']:,}" if "d_sae" in own else None,
-        "trained on": settings.get("data"),
-        "settings": ", ".join(
-            f"{name.replace('_', ' ')} {value}"
-            for name, value in set_to.items()
-            if value is not None
-        ),
-    }
-    return known(shown)
-
-
-def known(shown: dict) -> dict:
-    return {name: value for name, value in shown.items() if value not in (None, "")}
-
-
-class Table(NamedTuple):
-    """As the template's macro shows it."""
-
-    titles: list[str]
-    rows: list[list[str]]
-    numbers: int = 0  # so many last columns are set to the right
+def facts(run: RunFiles) -> str:
+    """What was trained on what, in a line."""
+    settings, own = run.config.get("settings", {}), run.adapter
+    parts = [
+        run.name,
+        f"layer {own['layer']}" if "layer" in own else None,
+        f"SAE {short(own['sae'])} {own.get('sae_id') or ''}".strip() if own.get("sae") else None,
+        f"trained on {short(settings['data'])}" if settings.get("data") else None,
+    ]
+    return " · ".join(part for part in parts if part)
 
 
 def training(run: RunFiles) -> dict | None:
-    measured = before_after(run)
-    if measured is None:
+    found = measured(run.metrics)
+    if found is None:
         return None
-    where, first, last = measured
-    names = {
-        "loss": "SimPO loss",
-        "accuracy": "accuracy (chosen the more probable)",
-        "l0": "features steered at a position (L0)",
-        "l1": "size of the steering (L1)",
-    }
-    rows = [
-        [name, f"{first[key]:.3f}", f"{last[key]:.3f}"]
-        for key, name in names.items()
-        if key in first
-    ]
-    titles = [f"{where} means", "before", f"after step {last.get('step')}"]
-    return dict(table=Table(titles, rows, 2), image=image(run.folder / "loss.png"))
+    titles = [f"{found.split} means", "before", f"after step {found.rows[-1].get('step')}"]
+    table = Table(titles, [list(row) for row in before_after(found)], 2)
+    return dict(
+        said=outcome(run.metrics, run.samples),
+        table=table,
+        image=image(run.folder / "loss.png"),
+        samples=run.samples,
+    )
+
+
+# --- the verdict's numbers ------------------------------------------------------------------------
+
+
+class Scale(NamedTuple):
+    """Where a value stands in a drawn field 200 wide."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> "Scale":
+        known = [value for value in values if value is not None]
+        return cls(min([0.0, *known]), max([0.01, *known]))
+
+    def x(self, value: float) -> str:
+        return f"{5 + 190 * (value - self.low) / (self.high - self.low):.1f}"
 
 
 def choices(run: RunFiles) -> dict | None:
-    """The verdict: what the widened gap between the responses is made of."""
-    table = run.tables.get("choices")
-    if not table:
+    """The shares of the widened gap: bars under the leading labels, numbers under all."""
+    rows = run.rows("choices")
+    if not rows:
         return None
-    verdicts, cells = [], []
-    for name in dict.fromkeys(row["labels"] for row in table["rows"]):
-        here = [row for row in table["rows"] if row["labels"] == name]
-        named = next((row["tokens"] for row in here if row["named"]), "no category")
-        verdicts.append((name, named, percent(here[-1]["part_of_change"])))
-    for row in table["rows"]:
-        share, interval = f"{row['share']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}"
-        part = percent(row["part_of_change"], sign=True)
-        p_value = f"{row['p_value']:.2g}"
-        cells.append([row["labels"], row["tokens"], part, share, interval, p_value])
-    titles = ["labels", "tokens", "part of the gap's change", "nats per token"]
-    shown = Table([*titles, "95 % over pairs", "p"], cells, 4)
-    picture = image(run.folder / "eval" / "choices.png")
-    return dict(verdicts=verdicts, table=shown, image=picture, labels=label_notes(table))
+    lead = readings(rows)[0].rows
+    bars = sorted(lead, key=lambda row: -row["share"])
+    scale = Scale.of([row[key] for row in bars for key in ("low", "high", "share")])
+    cells = []
+    for row in sorted(rows, key=lambda row: (row["labels"] != lead[0]["labels"], -row["share"])):
+        interval = f"{nats(row['low'])} to {nats(row['high'])}"
+        chance = (nats(row["chance"]), p_value(row["p_value"])) if "chance" in row else ("–", "–")
+        data = f"{100 * row['data']:+.1f}" if "data" in row else "–"
+        part = percent(row["part_of_change"])
+        cells.append([row["labels"], row["tokens"], part, nats(row["share"]), interval])
+        cells[-1] += [*chance, data]
+    titles = ["labels", "tokens", "part of the gap", "nats per token", "95 % interval"]
+    titles += ["chance, at most", "p, one-sided", "data alone, points"]
+    caption = (
+        "Large: much of the widened gap was earned by choices of such tokens. Chance: what "
+        "swapping chosen and rejected exceeds once in 100 draws, all kinds of tokens together; p "
+        "is of the same test. Data alone: the share of such tokens in chosen responses less that "
+        "in rejected ones, which no policy enters."
+    )
+    return dict(bars=bars, scale=scale, table=Table(titles, cells, 6, caption))
+
+
+# --- L0 -------------------------------------------------------------------------------------------
+
+
+def l0(run: RunFiles) -> dict | None:
+    found = {(row["of"], row["context"]): row for row in run.rows("l0") if "some" in row}
+    if not found:
+        return None
+    cells = [
+        [
+            "adapter" if of == "adapter" else "SAE",
+            context,
+            percent(row["some"]),
+            f"{row['some_p50'] or 0:,}",
+            f"{row['some_p95'] or 0:,}",
+            f"{row['mean']:.1f}",
+        ]
+        for (of, context), row in found.items()
+    ]
+    titles = ["", "positions of", "with any feature", "median there", "95th percentile there"]
+    titles.append("mean of all")
+    caption = (
+        "Of the evaluation pairs, <bos> left out. Median and percentile are over the positions "
+        "with any feature; the mean is over all positions."
+    )
+    row = found.get(("adapter", "prompt+chosen"))
+    said = row and (
+        f"At {percent(row['some'])} of the positions of prompt and chosen response the adapter "
+        f"steers at all; there it turns up a median of {row['some_p50'] or 0:,} features (95th "
+        f"percentile {row['some_p95'] or 0:,}). The mean over all positions, {row['mean']:.1f}, "
+        "describes neither."
+    )
+    image_of = image(run.folder / "eval" / "l0.png")
+    return dict(said=said, table=Table(titles, cells, 4, caption), image=image_of)
+
+
+# --- composition ----------------------------------------------------------------------------------
+
+COMPOSITION = {  # tables of features.py -> heading, and what the share is
+    "composition_paper": (
+        "Averaged over positions (Table 2)",
+        "At each position, the share of each category among the active labelled features, averaged "
+        "over positions:",
+    ),
+    "composition": (
+        "Pooled over positions",
+        "Of all active features at all positions, the share in each category:",
+    ),
+}
 
 
 class Forest(NamedTuple):
@@ -298,13 +280,7 @@ class Forest(NamedTuple):
     first: str | None  # whether the first position counts, where that was a choice
     groups: list[list[dict]]  # rows of a category
     noise: bool  # whether a row has an interval with label noise
-    edges: tuple[float, float]  # of the drawn field
-    labels: list[dict]
-
-    def x(self, value: float) -> str:
-        """Where a relative change stands in a field 200 wide."""
-        left, right = self.edges
-        return f"{5 + 190 * (value - left) / (right - left):.1f}"
+    scale: Scale
 
 
 def compositions(run: RunFiles) -> Iterator[Forest]:
@@ -319,16 +295,13 @@ def compositions(run: RunFiles) -> Iterator[Forest]:
             empty = dict.fromkeys(("noisy_low", "noisy_high", "mcc"))
             groups.setdefault((row["labels"], row["category"]), []).append(empty | row)
         numbers = ("change", "low", "high", "noisy_low", "noisy_high")
-        ends = [row.get(key) for row in rows for key in numbers]
-        ends = [end for end in ends if end is not None]
         yield Forest(
             heading=heading,
             note=note,
             first=table["about"]["first"] if name == "composition_paper" else None,
             groups=list(groups.values()),
             noise=any(row.get("noisy_low") is not None for row in rows),
-            edges=(min([0.0, *ends]), max([0.01, *ends])),
-            labels=label_notes(table),
+            scale=Scale.of([row.get(key) for row in rows for key in numbers]),
         )
 
 
@@ -338,58 +311,164 @@ def shown_rows(table: dict) -> list[dict]:
     return [row for row in table.get("rows") or () if row.get("first") in (None, first)]
 
 
-def label_notes(table: dict) -> list[dict]:
-    """Which labels a table was made with: entries with `text` and `matched`."""
-    found = (table.get("about") or {}).get("labels")
-    well_formed = isinstance(found, list) and all(
-        isinstance(entry, dict) and "text" in entry for entry in found
-    )
-    return [{"matched": False} | entry for entry in found] if well_formed else []
+def labels(run: RunFiles) -> list[dict]:
+    """The label files behind the page's tables: entries with `text` and `matched`."""
+    found = {}
+    for table in run.tables.values():
+        entries = (table.get("about") or {}).get("labels")
+        for entry in entries if isinstance(entries, list) else ():
+            if isinstance(entry, dict) and "text" in entry:
+                found[entry["text"]] = {"matched": False} | entry
+    return list(found.values())
 
 
-class Feature(NamedTuple):
+# --- features -------------------------------------------------------------------------------------
+
+
+class Card(NamedTuple):
     index: int
-    link: str | None
+    link: str | None  # to Neuronpedia
     explanations: list[str]
     tags: list[str]
-    numbers: list[str]
+    numbers: dict[str, str]
+    promotes: list[str]
+    contexts: list[list]  # v, the text before, the token, the text after
 
 
-def features(run: RunFiles) -> dict | None:
-    """The features that v - f puts first and last, in the context prompt+chosen."""
-    path = run.folder / "eval" / "features.parquet"
+class Known:
+    """What features.parquet and the cards say of features; a link asks for the feature's card."""
+
+    def __init__(self, run: RunFiles):
+        self.table = _parquet(run.folder / "eval" / "features.parquet")
+        self.extra = {}
+        for name in ("examples", "attribution_cards"):
+            self.extra |= run.tables.get(name, {}).get("cards") or {}
+        self.place = page_of(run.adapter.get("sae") or "", run.adapter.get("sae_id"))
+        names = self.table.column_names if self.table else []
+        self.explained = [name for name in names if name.startswith("explanation_")]
+        fields = self.table.schema if self.table else ()
+        self.tagged = [field.name for field in fields if pa.types.is_boolean(field.type)]
+        self.linked: set[int] = set()
+
+    def link(self, k: int) -> Markup | str:
+        if not self.table or not 0 <= k < self.table.num_rows:
+            return str(k)
+        self.linked.add(k)
+        return Markup('<a class="f" href="#f{0}">{0}</a>').format(int(k))
+
+    def column(self, name: str) -> np.ndarray:
+        return self.table[f"{name}_{CONTEXT}"].to_numpy()
+
+    def named(self, k: int) -> tuple[Markup | str, str]:
+        """A link, and what the labels say: explanations, then categories."""
+        card = self.card(k)
+        said = shortened(card.explanations[0]) if card.explanations else "no explanation"
+        said = f"{said} [{'; '.join(card.tags) or 'no category'}]"
+        return self.link(k), said
+
+    def card(self, k: int) -> Card:
+        (row,) = self.table.slice(k, 1).to_pylist()
+        more = self.extra.get(str(k), {})
+        numbers = {
+            "steered at": f"{tenths(row[f'adapter_usage_{CONTEXT}'])} of positions",
+            "mean v": small(row[f"adapter_mean_{CONTEXT}"]),
+            "found by the SAE at": f"{tenths(row[f'sae_usage_{CONTEXT}'])} of positions",
+            "mean f": small(row[f"sae_mean_{CONTEXT}"]),
+        }
+        url = "https://www.neuronpedia.org/{}/{}/{}".format(*self.place, k) if self.place else None
+        return Card(
+            index=k,
+            link=url,
+            explanations=[row[name] for name in self.explained if row[name]],
+            tags=[tag.replace(":", ": ", 1) for tag in self.tagged if row[tag]],
+            numbers=numbers,
+            promotes=more.get("promotes", []),
+            contexts=more.get("contexts", []),
+        )
+
+    def cards(self) -> list[Card]:
+        return [self.card(k) for k in sorted(self.linked)]
+
+
+def _parquet(path: Path) -> pa.Table | None:
     if not path.is_file():
         return None
     try:
-        table = pq.read_table(path)
+        return pq.read_table(path)
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"{path}: not a readable parquet file ({e}).") from e
-    explained = [name for name in table.column_names if name.startswith("explanation_")]
-    tagged = [field.name for field in table.schema if pa.types.is_boolean(field.type)]
-    place = page_of(run.adapter.get("sae") or "", run.adapter.get("sae_id"))
-    sections = {}
-    for name, heading in (("promoted", "Promoted most"), ("suppressed", "Promoted least")):
-        rank = table[f"{name}_rank_prompt_chosen"].to_numpy()
-        rows = table.take(rank.argsort()[:FEATURES]).to_pylist()
-        sections[heading] = [_feature(row, place, explained, tagged) for row in rows]
-    return dict(sections=sections, count=table.num_rows)
 
 
-def _feature(row: dict, place: tuple | None, explained: list[str], tagged: list[str]) -> Feature:
-    """place: where Neuronpedia has the SAE's features, if it does."""
-    columns = ("adapter_usage", "adapter_mean", "sae_usage", "sae_mean", "difference")
-    v_used, v, f_used, f, difference = (row[f"{name}_prompt_chosen"] for name in columns)
-    index = row["feature"]
-    return Feature(
-        index=index,
-        link="https://www.neuronpedia.org/{}/{}/{}".format(*place, index) if place else None,
-        explanations=[row[name] for name in explained if row[name]],
-        tags=[tag.replace(":", ": ", 1) for tag in tagged if row[tag]],
-        numbers=[percent(v_used), f"{v:.4f}", percent(f_used), f"{f:.4f}", f"{difference:+.4f}"],
-    )
+class Section(NamedTuple):
+    """A heading, what stands below it, a picture, a table."""
+
+    heading: str
+    note: str
+    table: Table | None = None
+    image: str | None = None
+    more: str = ""  # what the page leaves out, and where it is
 
 
-def examples(run: RunFiles) -> dict | None:
+def features(run: RunFiles, known: Known) -> Iterator[Section]:
+    """The features by what they earned, where attribution was made; then by how they are used."""
+    about = run.tables.get("attribution_features", {}).get("about") or {}
+    change = about.get("change") or 0.0
+    earned = [r for r in run.rows("attribution_features") if change < 0 and r["share"] < 0]
+    earned = sorted(earned, key=lambda row: row["share"])
+    if earned and known.table:
+        cells = [
+            [
+                *known.named(r["feature"]),
+                percent(r["share"] / change),
+                tenths(r["usage"]),
+                small(r["mean_v"]),
+            ]
+            for r in earned[:IN_SIGHT]
+        ]
+        titles = ["feature", "what it is", "of the gain", "steered at", "mean v"]
+        caption = (
+            "Large: much of the lower loss is due to turning this feature up (integrated "
+            "gradients; the shares of all features sum to 100 %). Steered at: share of positions."
+        )
+        more = "The largest 30 are in eval/attribution_features.csv, all in the parquet beside it."
+        yield Section(
+            "Features that earned the gain", "", Table(titles, cells, 3, caption), None, more
+        )
+    if known.table is None:
+        return
+
+    used, mean, difference = map(known.column, ("adapter_usage", "adapter_mean", "difference"))
+    found, f = known.column("sae_usage"), known.column("sae_mean")
+    orders = {
+        "Steered most": (
+            np.argsort(-difference, kind="stable"),
+            "The order of the paper's Figure 3, mean v − f. Size is not effect: a feature here may "
+            "change nothing when it is kept alone.",
+        ),
+        "Found in the text and not turned up": (
+            [k for k in np.argsort(-f, kind="stable") if not used[k] and f[k] > 0],
+            "Features that the SAE finds and the adapter never adds to, by mean f.",
+        ),
+        "Most used (Table 3)": (
+            np.argsort(-used, kind="stable"),
+            f"By share of positions. The paper's Table 3 prints neither that nor a percentage of "
+            f"events: its {TABLE_3} % is the share of events formatted as a percentage twice; "
+            "that feature is active at about 44 % of the positions.",
+        ),
+        "Largest mean value (Table 4)": (np.argsort(-mean, kind="stable"), "Over all positions."),
+    }
+    titles = ["feature", "what it is", "steered at", "mean v", "found at", "mean f"]
+    for heading, (order, note) in orders.items():
+        cells = [
+            [*known.named(k), tenths(used[k]), small(mean[k]), tenths(found[k]), small(f[k])]
+            for k in map(int, order[:FEATURES])
+        ]
+        more = f"All {known.table.num_rows:,} features are in eval/features.parquet."
+        if cells:
+            yield Section(heading, note, Table(titles, cells, 4), None, more)
+
+
+def examples(run: RunFiles, known: Known) -> dict | None:
     """Pairs with each token shaded by ‖v‖₁, and its top features in its note."""
     found = run.tables.get("examples")
     if not found or not found.get("pairs"):
@@ -402,64 +481,87 @@ def examples(run: RunFiles) -> dict | None:
         for name, part in pair.items():
             tokens = []
             for text, size, top in zip(part["tokens"], part["l1"], part["top"], strict=True):
-                said = (f"{v:+.3g}  {k}  {explanations.get(str(k), '')}"[:160] for k, v in top)
-                note = "\n".join([f"steered by {size:.3g}", *said])
-                tokens.append(page.Token(text, page.shade(size, full), note))
+                note = page.note(size, ((k, v, explanations.get(str(k), "")) for k, v in top))
+                carded = [k for k, _ in top if str(k) in known.extra and known.link(k)]
+                tokens.append(page.Token(text, page.shade(size, full), note, features=carded))
             cut = " (cut)" if len(tokens) >= EXAMPLE_TOKENS else ""
             texts.append((f"Pair {number}, {name}{cut}", tokens))
     return dict(texts=texts, pairs=len(found["pairs"]), full=full)
 
 
-class Picture(NamedTuple):
-    heading: str
-    note: str
-    image: str | None
-    table: Table | None = None
-    more: int = 0  # rows that the page leaves out
-    file: str = ""  # in eval/, where they are
-    labels: list[dict] = []  # noqa: RUF012 (never changed)
+# --- other tables ---------------------------------------------------------------------------------
 
 
-def figures(run: RunFiles) -> list[Picture]:
-    pictures = []
-    for name, (heading, note) in USAGE.items():
-        found = image(run.folder / "eval" / f"{name}.png")
-        pictures += [Picture(heading, note, found)] if found else []
-    return pictures
+EFFECTS: dict[str, tuple[str, str, Callable[[list[dict]], Table]]] = {
+    "topk": (
+        "Only the strongest features kept (Figure 2)",
+        "At each position only the features with the largest |v| steer.",
+        topk,
+    ),
+    "attribution": (
+        "What each category's features earned",
+        "The change of the loss, divided among features by integrated gradients.",
+        attribution,
+    ),
+    "ablation": (
+        "Categories taken away",
+        "The loss added by zeroing a category's features, beside as many others.",
+        ablation,
+    ),
+    "static": (
+        "Steering that does not read its context",
+        "What one and the same vector at every position regains of the policy's gain.",
+        static,
+    ),
+    "beside_published": (
+        "Beside the published figures",
+        "The paper's and its authors' numbers (docs/published.json) and this run's, in one unit. "
+        "Shares of Table 2 count the first position, as theirs do.",
+        plain,
+    ),
+}
+USAGE = {  # tables of features.py whose pictures the page has -> heading, and how to read them
+    "l0_by_position": (
+        "Features turned up, along the sequence",
+        "Mean over the positions at about the same distance from <bos>; where few positions are "
+        "left, more of them share a mean. Below: how many positions a mean is over.",
+    ),
+    "value_difference": (
+        "Steering against activation (Figure 3)",
+        "How many features have which mean v − f: right of 0 the adapter adds more than the SAE "
+        "finds.",
+    ),
+    "usage_rank": (
+        "Usage against rank (Figure 5)",
+        "Dotted: least-squares line of log usage on rank over all active features; R² by category "
+        "in the legend.",
+    ),
+}
+# Tables that have a section of their own, or none.
+ELSEWHERE = ("choices", *COMPOSITION, "examples", "attribution_features", "attribution_cards")
+ELSEWHERE += ("l0", "top_usage", "top_value")
 
 
-def effects(run: RunFiles) -> Iterator[Picture]:
+def effects(run: RunFiles) -> Iterator[Section]:
     """What other evaluations left in eval/: their pictures and their tables."""
     others = [name for name in run.tables if name not in {*USAGE, *EFFECTS, *ELSEWHERE}]
     for name in [*EFFECTS, *others]:
-        table = run.tables.get(name, {})
-        rows = table.get("rows")
+        rows = run.tables.get(name, {}).get("rows")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             continue
-        heading, note = EFFECTS.get(name, (name.replace("_", " "), ""))
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        # What kind of labels they are stands once below the table.
-        columns = [column for column in columns if column not in ("kind", "matched")]
-        cells = [[cell(row.get(column)) for column in columns] for row in rows[:ROWS]]
-        titles = [column.replace("_", " ") for column in columns]
-        yield Picture(
-            heading=heading,
-            note=note,
-            image=image(run.folder / "eval" / f"{name}.png"),
-            table=Table(titles, cells),
-            more=max(0, len(rows) - ROWS),
-            file=f"{name}.json",
-            labels=label_notes(table),
-        )
+        heading, note, make = EFFECTS.get(name, (name.replace("_", " "), "", plain))
+        left_out = len(rows) - ROWS if make is plain else 0
+        more = f"{left_out:,} more rows in eval/{name}.json." if left_out > 0 else ""
+        yield Section(heading, note, make(rows), image(run.folder / "eval" / f"{name}.png"), more)
 
 
-def cell(value: object) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def figures(run: RunFiles) -> list[Section]:
+    pictures = {name: image(run.folder / "eval" / f"{name}.png") for name in USAGE}
+    return [Section(*USAGE[name], image=found) for name, found in pictures.items() if found]
 
 
 def provenance(run: RunFiles) -> dict:
+    settings, own = run.config.get("settings", {}), run.adapter
     abouts = [
         table["about"] for table in run.tables.values() if isinstance(table.get("about"), dict)
     ]
@@ -468,17 +570,25 @@ def provenance(run: RunFiles) -> dict:
         for about in abouts
         if {"data", "pairs"} <= set(about)
     )
+    trained = {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
     shown = {
+        "base model": own.get("base_model"),
+        "model revision": own.get("base_model_revision"),
+        "layer": own.get("layer"),
+        "SAE": own.get("sae"),
+        "SAE id": own.get("sae_id"),
+        "SAE sha256": own.get("sae_sha256"),
+        "adapter": own.get("activation"),
+        "trained on": settings.get("data"),
+        "data revision": run.data_revision,
+        "settings": ", ".join(f"{name} {value}" for name, value in trained.items()) or None,
         "code": run.config.get("code"),
         "hardware": run.config.get("hardware"),
         "trained": run.config.get("started"),
-        "model revision": run.adapter.get("base_model_revision"),
-        "SAE sha256": run.adapter.get("sae_sha256"),
-        "data revision": run.data_revision,
         "evaluated on": "; ".join(sets) or None,
         "evaluated in": next(iter(abouts), {}).get("dtype"),
     }
-    return known(shown)
+    return {name: value for name, value in shown.items() if value is not None}
 
 
 def image(path: Path) -> str | None:

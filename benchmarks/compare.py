@@ -224,6 +224,7 @@ def main() -> None:
     if s.role:
         worker(s)
     else:
+        resolve_device(s.device)
         print(json.dumps(result(s)))
 
 

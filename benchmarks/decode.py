@@ -32,6 +32,7 @@ from fsrl import SteeredModel, Unsteered
 from generation.decode import decode
 from runtime import cli
 from runtime.cli import flag
+from runtime.device import resolve_device
 
 L0 = 0.0142  # share of the features steered at a position: the paper's 930 of 65,536
 RATIOS = (("ours", "theirs"), ("ours_steered", "theirs"), ("ours_steered", "theirs_steered"))
@@ -149,6 +150,7 @@ def result(s: Settings, rounds: list[dict[str, Decoded]]) -> dict:
 
 def main() -> None:
     s = cli.parse(Settings, doc=__doc__)
+    resolve_device(s.device)
     steered = build(s.shape, getattr(torch, s.dtype), s.device, s.seed)
     hooked, _ = plain_model(steered, s)
     hooked.generation_config.eos_token_id = None

@@ -34,6 +34,7 @@ from benchmarks.throughput import SHAPES, synchronise
 from model import Gemma2
 from runtime import cli
 from runtime.cli import flag
+from runtime.device import resolve_device
 from runtime.sources import UserError
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
@@ -145,6 +146,7 @@ def differences(ours: list[Document], theirs: list[Document]) -> dict:
 
 def main() -> None:
     s = cli.parse(Settings, doc=__doc__)
+    resolve_device(s.device)
     from evals import harness  # needs lm_eval, which --help does not
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

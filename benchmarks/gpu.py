@@ -168,7 +168,7 @@ class Parts:
         passes = dict(
             usage=lambda: count(policy, pairs, categories),
             ablation=lambda: all_losses(policy, pairs, kept, categories),
-            attribution=lambda: attribute(policy, pairs, 4, categories),
+            attribution=lambda: attribute(policy, pairs, 2, categories),
         )
         throughput.forget_peak(self.s.device)
         seconds = {name: timed(self.s.device, one, times=2) for name, one in passes.items()}
@@ -177,7 +177,7 @@ class Parts:
         return dict(pairs=len(pairs), seconds=seconds, **named)
 
     def decode(self, batch: int) -> dict:
-        sizes = dict(batch=batch, tokens=64, rounds=3)
+        sizes = dict(batch=batch, tokens=64, rounds=2)
         s = decode.Settings(self.s.shape, self.device.dtype_name, self.s.device, **sizes)
         found = decode.result(s, decode.measure(s, self.steered))
         self.steered.adapter.bias.zero_()  # as it was: decoding sets how many features are steered
@@ -315,7 +315,8 @@ def ask(s: Settings, group: str, names: list[str], seconds: float) -> Iterator[d
                 yield json.loads(line)
             else:
                 print(line, end="", file=sys.stderr)
-        process.wait()
+        if process.wait() == 2:
+            raise SystemExit(2)  # a person's mistake, which the process has named
     finally:
         late.cancel()
         if process.poll() is None:

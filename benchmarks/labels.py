@@ -117,7 +117,7 @@ class Settings:
     concurrency: int = flag(64, "requests in flight")
 
     def __post_init__(self):
-        cli.at_least_one(self, "features", "concurrency")
+        cli.at_least(self, 1, "features", "concurrency")
 
 
 def main() -> None:

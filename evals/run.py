@@ -1,4 +1,4 @@
-"""What a model still knows: MMLU, TruthfulQA, GSM8K and any other task of EleutherAI's
+"""Measure what a model still knows: MMLU, TruthfulQA, GSM8K and any other task of EleutherAI's
 lm-evaluation-harness.
 
     pip install -r requirements-eval.txt
@@ -33,6 +33,7 @@ from policy import DEFAULTS, Policy
 from runtime import cli
 from runtime.cli import flag
 from runtime.device import DTYPES
+from runtime.folder import read_log
 from runtime.output import write_whole, writing
 from runtime.progress import parts
 from runtime.sources import UserError, read_json, sha256
@@ -45,38 +46,38 @@ SAME = ("num_fewshot", "limit", "chat_template", "max_length", "data_sha256", "l
 @dataclass(frozen=True)
 class Settings:
     run: str | None = flag(
-        None, "OUT of train.py, an adapter folder or its Hub id; unset: --model as it is"
+        None, "run folder written by train.py, adapter folder, or Hub id; without it: --model alone"
     )
     model: str | None = flag(
-        None, "tiny, a model folder or a Hub id; with --run, where the run's has moved"
+        None, "base model to evaluate alone; with --run: base model, if no longer where recorded"
     )
-    sae: str | None = flag(None, "where the run's SAE has moved")
-    sae_id: str | None = flag(None, "folder within --sae")
+    sae: str | None = flag(None, "SAE, if no longer where the run recorded it")
+    sae_id: str | None = flag(None, "folder of the SAE in --sae")
     tasks: tuple[str, ...] = flag(
         (), "tasks or groups of the harness: mmlu truthfulqa_mc2 gsm8k ..."
     )
     data_dir: str | None = flag(
-        None, "folder of local questions (evals/tasks/local.py); unset: from the Hub"
+        None, "folder of local questions, see evals/tasks/local.py (default: from the Hub)"
     )
     num_fewshot: int | None = flag(
-        None, "worked examples in a prompt; unset: each task's own number"
+        None, "worked examples in each prompt (default: each task's own number)"
     )
-    limit: int | None = flag(None, "documents of each task, the first ones; unset: all")
+    limit: int | None = flag(None, "evaluate only the first documents of each task (default: all)")
     chat_template: bool = flag(False, "render prompts by the tokenizer's chat template")
     max_length: int | None = flag(
-        None, "tokens read at most, the last ones; unset: the model's positions"
+        None, "keep this many last tokens of a text (default: as many as the model has positions)"
     )
     tokens_per_microbatch: int = flag(
         DEFAULTS.tokens_per_microbatch,
-        "tokens per forward pass, the memory knob; no effect on the result",
+        "tokens in a forward pass; changes memory only",
     )
     dtype: str = flag("auto", "dtype of products; auto: bfloat16 on CUDA, else float32", DTYPES)
     device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
     beside: tuple[str, ...] = flag(
-        (), "OUT folders evaluated before, with the same settings: columns of the table"
+        (), "OUT folders evaluated before with the same settings, to show beside in the table"
     )
     out: str | None = flag(
-        None, "where eval/benchmarks/ goes; unset: the folder of --run, or runs/base-MODEL"
+        None, "folder for eval/benchmarks/ (default: that of --run, or runs/base-MODEL)"
     )
 
     def __post_init__(self):
@@ -192,14 +193,11 @@ def simpo_scores(policy: Policy) -> tuple[list[Score], list[Score]]:
 
 def last_evaluation(path: Path) -> dict | None:
     """The last eval row of a metrics.jsonl; None where there is none."""
-    if not path.is_file():
-        return None
+    rows = [row for row in read_log(path) if row["split"] == "eval"]
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        evaluations = [row for row in rows if row["split"] == "eval"]
-        return {key: evaluations[-1][key] for key in ("loss", "pairs")} if evaluations else None
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{path}: not the metrics.jsonl of a run ({e!r}).") from e
+        return {key: rows[-1][key] for key in ("loss", "pairs")} if rows else None
+    except KeyError as e:
+        raise UserError(f"{path}: an evaluation in it has no {e}.") from e
 
 
 def table(columns: dict[str, list[Score]]) -> str:

@@ -2,7 +2,7 @@
 many small ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -35,9 +35,14 @@ def passes(policy: Policy, s: train.Settings) -> train.Pass:
     return train.Pass(s.beta, s.gamma_ratio, s.tokens_per_microbatch, policy.device)
 
 
-def fit(policy: Policy, pairs: Sequence[Pair], s: train.Settings) -> None:
+def fit(
+    policy: Policy,
+    pairs: Sequence[Pair],
+    s: train.Settings,
+    after_step: Callable[[int], None] | None = None,
+) -> None:
     """Train the adapter of `policy`. Of the settings, those of the optimiser, the loss and the
-    order of the pairs count.
+    order of the pairs count. after_step: called with the number of steps made, after each.
     """
     adapter, how = policy.steered.adapter, passes(policy, s)
     optimizer = train.make_optimizer(adapter, s.lr, s.threshold_lr)
@@ -53,3 +58,5 @@ def fit(policy: Policy, pairs: Sequence[Pair], s: train.Settings) -> None:
         optimizer.step()
         adapter.project()
         optimizer.zero_grad(set_to_none=True)
+        if after_step:
+            after_step(step + 1)

@@ -57,6 +57,7 @@ from fsrl import KINDS
 from runtime import cli
 from runtime.cli import flag
 from runtime.device import dtype_on, resolve_device
+from runtime.folder import read_log
 from runtime.output import replacing, write_whole
 from runtime.progress import progress_bar
 from runtime.sources import UserError, read_json
@@ -298,7 +299,7 @@ def estimate(runs: list[Run], devices: list[str]) -> tuple[float, str]:
         total = time.perf_counter() - started
         if result.returncode:
             raise UserError(f"The timing failed: {result.stderr.strip().splitlines()[-1]}")
-        rows = log_of(probe.out)
+        rows = read_log(probe.out / "metrics.jsonl")
 
     steps = [row for row in rows if row["split"] == "train"]
     planned = steps_of(runs[0], steps[-1])
@@ -313,10 +314,6 @@ def wall(out: Path) -> float:
     """Seconds of a finished run from its config.json to its adapter: loading is left out."""
     end = (out / "adapter" / "adapter.safetensors").stat().st_mtime
     return end - (out / "config.json").stat().st_mtime
-
-
-def log_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
 
 
 # --- what came out --------------------------------------------------------------------------------
@@ -349,7 +346,7 @@ def collect(runs: list[Run]) -> list[Row]:
     """The runs that have finished."""
     rows = []
     for run in (run for run in runs if run.finished):
-        log, s = log_of(run.out), run.settings
+        log, s = read_log(run.out / "metrics.jsonl"), run.settings
         last = ([row for row in log if row["split"] == "eval"] or log)[-1]
         what = (run.out.name, s.layer, run.width, s.adapter, run.penalty, run.weight, s.seed)
         names = ("loss", "accuracy", "margin", "l0", "l1", "step", "split")

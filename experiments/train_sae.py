@@ -38,11 +38,13 @@ from tiny.sae_trainer import Trainer
 @dataclass(frozen=True)
 class Settings:
     model: str = flag("", "a Hugging Face model folder, or a Hub id")
-    layer: int = flag(DEFAULTS.layer, "the block whose output is read")
+    layer: int = flag(
+        DEFAULTS.layer, "train on the residual stream after this block, counted from 0"
+    )
     data: str = flag(DEFAULTS.data, "preference pairs: train split to learn from, test to measure")
-    width: int = flag(8192, "features")
+    width: int = flag(8192, "number of features")
     l0: int = flag(40, "features active at a position, on average")
-    passes: int = flag(3, "times that the texts are gone through")
+    passes: int = flag(3, "how often to go through the texts")
     tokens: int = flag(0, "learn from about so many positions, of the first texts; 0: all")
     round_tokens: int = flag(200_000, "positions of a round")
     batch: int = flag(2048, "positions of a step")
@@ -184,12 +186,15 @@ def check_same(s: Settings, out: Path) -> None:
 def train(s: Settings) -> Path:
     """Train, save and measure; returns the SAE's folder."""
     out, device = writable(Path(s.out)), resolve_device(s.device, s.dtype)
-    out.mkdir(parents=True, exist_ok=True)
-    check_same(s, out)
     model, tokenizer = load_base(s.model, device.dtype, device.name)
     limits = dict(max_length=s.max_length, max_prompt_length=s.max_length // 2)
     recorded = DEFAULTS._replace(data=s.data, **limits)
-    plan = rounds(texts(read_pairs(s.data, tokenizer, recorded, "train")), s.round_tokens)
+    splits = [read_pairs(s.data, tokenizer, recorded, split) for split in ("train", "test")]
+    if not all(splits):
+        raise UserError(f"--data {s.data}: a train and a test split were expected.")
+    out.mkdir(parents=True, exist_ok=True)
+    check_same(s, out)
+    plan = rounds(texts(splits[0]), s.round_tokens)
     if s.tokens:
         plan = plan[: max(1, round(s.tokens / s.round_tokens))]
     generator = torch.Generator().manual_seed(s.seed)
@@ -231,9 +236,8 @@ def train(s: Settings) -> Path:
     with replacing(folder) as part:
         save_gemmascope2(part, arrays, str(s.model), s.layer)
     sae = JumpReLUSAE.from_pretrained(out, f"resid_post/{name}", device=device.name)
-    pairs = read_pairs(s.data, tokenizer, recorded, "test")[: s.test_pairs]
     report = dict(settings=asdict(s), sha256=sha256(folder / "params.safetensors"))
-    report |= quality(model, sae, pairs, s.layer)
+    report |= quality(model, sae, splits[1][: s.test_pairs], s.layer)
     write_whole(folder / "quality.json", json.dumps(report, indent=1) + "\n")
     for key, value in report.items():
         if isinstance(value, int | float):

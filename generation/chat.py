@@ -50,40 +50,38 @@ Show = Callable[[int, str], None]  # (which prompt, the next piece of its answer
 
 @dataclass(frozen=True)
 class Settings:
-    run: str | None = flag(
-        None, "a folder that train.py wrote, an adapter folder, or a Hub id of one"
-    )
+    run: str | None = flag(None, "run folder written by train.py, adapter folder, or Hub id")
     model: str | None = flag(
-        None, "the base model alone; with --run: where the run's base model is now"
+        None, "base model to run alone; with --run: base model, if no longer where recorded"
     )
-    sae: str | None = flag(None, "with --run: where the run's SAE is now")
-    sae_id: str | None = flag(None, "folder within --sae")
-    prompt: tuple[str, ...] = flag((), "what the user says; may be repeated; none: chat")
+    sae: str | None = flag(None, "with --run: SAE, if no longer where the run recorded it")
+    sae_id: str | None = flag(None, "folder of the SAE in --sae")
+    prompt: tuple[str, ...] = flag((), "a user's message; may be repeated; without any: chat")
     prompts: str | None = flag(
-        None, "a .txt (a prompt a line) or .jsonl ({prompt: text or list of turns}) of more"
+        None, "more prompts: .txt with one on each line, or .jsonl with `prompt`, a text or turns"
     )
-    max_new_tokens: int = flag(256, "tokens of an answer, at most")
-    temperature: float = flag(0.0, "0: always the likeliest token")
-    top_k: int = flag(0, "draw from so many likeliest tokens; 0: all")
+    max_new_tokens: int = flag(256, "limit on the tokens of an answer")
+    temperature: float = flag(0.0, "of sampling; 0: always take the likeliest token")
+    top_k: int = flag(0, "draw from this many likeliest tokens; 0: from all")
     top_p: float = flag(
         1.0, "draw from the fewest likeliest tokens that have this probability together"
     )
     seed: int = flag(0, "seed of the draws, the same for each prompt")
-    batch_size: int = flag(16, "prompts continued together")
-    compare: bool = flag(False, "base and steered side by side")
-    scale: float = flag(1.0, "multiplies the steering; 0: the base model")
+    batch_size: int = flag(16, "number of prompts to answer together")
+    compare: bool = flag(False, "also answer with the base model, side by side")
+    scale: float = flag(1.0, "factor of the steering; 0: the base model")
     only: str | None = flag(
-        None, "steer with these alone: features and categories of --labels, with commas"
+        None, "steer only with these features or categories of --labels, separated by commas"
     )
-    without: str | None = flag(None, "steer without these")
+    without: str | None = flag(None, "do not steer with these features or categories")
     labels: str | None = flag(
-        None, "file of explanations and categories of the SAE's features; tiny's SAE has its own"
+        None, "file of explanations and categories of features (default for tiny: its own)"
     )
     assume_labels_match: bool = flag(False, "take --labels that name no SAE for the run's")
     trace: str | None = flag(
-        None, "steering of each token: - (print), a .jsonl or an .html to write"
+        None, "show the steering of each token: - to print it, or a .jsonl or .html to write"
     )
-    top: int = flag(5, "features a token in the trace")
+    top: int = flag(5, "features shown for each token of a trace")
     dtype: str = flag("auto", "dtype of products; auto: bfloat16 on CUDA, else float32", DTYPES)
     device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
 
@@ -96,7 +94,7 @@ class Settings:
         cli.at_least(self, 1, "max_new_tokens", "batch_size", "top")
         if self.compare and not (self.prompt or self.prompts):
             raise UserError("--compare: needs --prompt or --prompts; a chat has one speaker.")
-        if self.trace and self.trace != "-":
+        if self.trace not in (None, "-"):
             path = Path(self.trace)
             named = path.suffix in (".jsonl", ".html")
             if not named or not os.path.isdir(path.parent):

@@ -9,7 +9,7 @@ one long forward (kernels/cache.py).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,16 +86,18 @@ def decode(
     sampling: Sampling = GREEDY,
     change: Change | None = None,
     watch: Watch | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[dict[int, int]]:
-    """Continue all prompts (token ids) together; yields, step by step, {index of prompt: its next
-    token}.
+    """Continue all prompts (token ids) together; yield at each step {index of prompt: next token}.
 
-    A prompt ends when `ended` says so, after max_new_tokens, and where the model's positions do
-    (config.max_position_embeddings). Each prompt draws from a generator of its own, seeded with
-    sampling.seed, so its text does not depend on the others. change and watch see the steering of a
-    SteeredModel; with watch, a prompt's last token passes through the model too, so that every
-    position has been seen. Raises UserError for an empty prompt, and for one that leaves no
-    position for a new token.
+    A prompt ends when `ended` says so, after max_new_tokens, and at the model's last position
+    (config.max_position_embeddings). Each prompt has a random generator of its own, so that its
+    text does not depend on the others. They are all seeded with sampling.seed, or each with its own
+    of `seeds`, which makes the texts independent draws.
+
+    change and watch get the steering of a SteeredModel. With watch, a prompt's last token passes
+    through the model too, so that every position has been seen. Raises UserError for an empty
+    prompt, and for one that leaves no position for a new token.
     """
     base = model.model
     longest = base.config.max_position_embeddings
@@ -107,7 +109,8 @@ def decode(
     if not prompts or max_new_tokens < 1:
         return
 
-    generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
+    seeds = [sampling.seed] * len(prompts) if seeds is None else seeds
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     new: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))  # the prompts that the cache's rows belong to
     cache = Cache([len(prompt) for prompt in prompts], min(max_new_tokens, ROOM), base.device)

@@ -84,7 +84,7 @@ def config(policy: Policy, reference: bool) -> dict:
 
 
 def export(policy: Policy, folder: Path, reference: bool = False) -> None:
-    """Write the folder, whole or not at all.
+    """Write the folder; after a failure there is none.
 
     Raises UserError for a model without an adapter, and under reference where base model or SAE did
     not come from the Hub.

@@ -3,7 +3,6 @@ jsonl or as a page.
 """
 
 import json
-import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,7 @@ from runtime import page
 from runtime.output import write_whole
 from runtime.sources import UserError
 
-WHERE = "v stands at the token that it was computed at; it changes what the next token is."
-LONGEST = 72  # characters of an explanation
+WHERE = "v stands at the token where it was computed; what it does shows in the token after that."
 TEMPLATE = Path(__file__).parent / "templates" / "trace.html"
 
 
@@ -30,10 +28,7 @@ class Steered(NamedTuple):
     explanation: str | None
 
     def __str__(self) -> str:
-        named = f"feature {self.feature}"
-        if self.explanation:
-            named = f"{textwrap.shorten(self.explanation, LONGEST, placeholder='…')} ({named})"
-        return f"{self.value:+.3g} {named}"
+        return page.named(*self)
 
 
 class Position(NamedTuple):
@@ -116,7 +111,7 @@ def table(positions: Iterable[Position], settings: dict[str, str]) -> str:
 def write(path: Path, traces: list[list[Position]], title: str, settings: dict[str, str]) -> None:
     """path.jsonl: one object a token. path.html: a page that shades each token by ‖v‖₁.
 
-    Written whole or not at all. Raises UserError where it cannot be written.
+    After a failure there is no new file. Raises UserError where it cannot be written.
     """
     try:
         html = path.suffix == ".html"
@@ -140,7 +135,7 @@ def rendered(traces: list[list[Position]], title: str, settings: dict[str, str])
     for positions in traces:
         tokens = []
         for row in positions:
-            note = "\n".join([f"‖v‖₁ {row.l1:.3g}, features: {row.l0}", *map(str, row.features)])
+            note = page.note(row.l1, row.features)
             tokens.append(page.Token(row.token, page.shade(row.l1, full), note, row.part))
         shaded.append(tokens)
     about = dict(title=title, settings=settings, where=WHERE, darkest=full)

@@ -23,8 +23,8 @@ from kernels.pointwise import at_least_float32, linear
 # because each chunk reads the whole head: 16 tokens a chunk take 1.6 times as long as 64.
 CHUNK_ELEMENTS = {"cuda": 1 << 26, "cpu": 1 << 22}
 CHUNK_ROWS = 64
-# A bfloat16 head of more elements is cast to float32 a piece at a time on a CPU, and for more
-# tokens together: a copy of Gemma-2-2B's would take 2.4 GB.
+# On a CPU a bfloat16 head of more than WHOLE_ELEMENTS is cast to float32 PIECE_ELEMENTS at a time,
+# because a copy of Gemma-2-2B's would take 2.4 GB; PIECED_CHUNK logits then share each piece.
 WHOLE_ELEMENTS, PIECE_ELEMENTS, PIECED_CHUNK = 1 << 28, 1 << 26, 1 << 26
 EXACT = 256  # how many of the largest logits all_logits computes without rounding to bfloat16
 
@@ -202,14 +202,14 @@ def _in_pieces(weight: Tensor) -> bool:
 
 
 class _Head(NamedTuple):
-    """The head [V, d] in the dtype that its products need: whole, or a piece of rows at a time."""
+    """The head [V, d] in the dtype of its products, as a whole or some rows at a time."""
 
     weight: Tensor
     dtype: torch.dtype
-    buffer: Tensor | None  # [rows, d] that pieces are cast into; None: the weight is used as it is
+    buffer: Tensor | None  # [rows, d] to cast pieces into; None: the weight has the dtype already
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, those rows of the head) for all of it."""
+        """Yield (slice of rows, these rows of the head in its dtype) until all are passed."""
         step = len(self.weight) if self.buffer is None else len(self.buffer)
         for first in range(0, len(self.weight), step):
             rows = slice(first, first + step)
@@ -256,9 +256,7 @@ def _head_for_products(weight: Tensor) -> Iterator[_Head]:
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b in float32 at least: a takes b's dtype for the product, but its result is not rounded
-    to it.
-    """
+    """a @ b with a cast to b's dtype; the result is not rounded to that, but at least float32."""
     with torch.autocast(a.device.type, enabled=False):
         if b.dtype == torch.bfloat16:  # on CUDA; this product takes no `out`
             return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)

@@ -44,7 +44,7 @@ class _RMSNorm(torch.autograd.Function):
 
         g = grad * (1 + weight.to(grad.dtype))
         x_wide = x.to(g.dtype)
-        # Multiplied and summed, not a dot product: autocast would round that to bfloat16.
+        # A product and a sum instead of a dot product, which autocast would round to bfloat16.
         along = (g * x_wide).sum(-1, keepdim=True) * r.pow(3) / x.shape[-1]
         grad_x = g.mul_(r).addcmul_(x_wide, along, value=-1)
         return grad_x.to(x.dtype), grad_weight, None

@@ -44,12 +44,16 @@ OUTPUT_TOKENS = 8  # of one answer, for the estimate: {"label": "no"} and the en
 class Settings:
     explanations: str | None = flag(None, "tiny, a file, a folder, a web address, s3://, a Hub id")
     source: str | None = flag(None, "MODEL/LAYER of Neuronpedia, where the file holds several")
-    sae: str | None = flag(None, "SAE of the features; unset: as the explanations say")
-    sae_id: str | None = flag(None, "folder within --sae")
+    sae: str | None = flag(
+        None, "SAE of the features (default: the one that the explanations state)"
+    )
+    sae_id: str | None = flag(None, "folder of the SAE in --sae")
     categories: str = flag(str(OURS), "definitions: a json list of name, definition, yes, no")
-    judge: str = flag("endpoint", "who labels", choices=("endpoint", "retrieval", "local"))
+    judge: str = flag(
+        "endpoint", "what gives the labels", choices=("endpoint", "retrieval", "local")
+    )
     endpoint: str | None = flag(None, "OpenAI-compatible address, up to and including /v1")
-    judge_model: str | None = flag(None, "model to ask there")
+    judge_model: str | None = flag(None, "model to ask at --endpoint")
     judge_role: str = flag(
         "system",
         "message that holds the definition; user: for servers without system messages",
@@ -62,11 +66,15 @@ class Settings:
     attempts: int = flag(6, "tries of one question, with growing waits between them")
     price_in: float = flag(0.0, "price of a million prompt tokens")
     price_out: float = flag(0.0, "price of a million answered tokens")
-    dry_run: bool = flag(False, "print what asking would take, and end; needs no endpoint")
-    journal: str | None = flag(None, "answers so far; unset: --out with .journal.jsonl")
-    ask: int = flag(400, "features that retrieval asks about")
+    dry_run: bool = flag(False, "print how much asking would take, and end; needs no endpoint")
+    journal: str | None = flag(
+        None, "file of the answers so far (default: --out with .journal.jsonl)"
+    )
+    ask: int = flag(400, "number of features that --judge retrieval asks about")
     embedder: str = flag("tfidf", "tfidf, or a model of sentence-transformers (path or name)")
-    train: str | None = flag(None, "what local learns from: a sheet, or labels with explanations")
+    train: str | None = flag(
+        None, "labels that --judge local learns from: a sheet, or labels with explanations"
+    )
     human: str | None = flag(None, "a person's labels to compare with: a sheet or a label file")
     labels: str | None = flag(None, "with --human: compare this label file, and label nothing")
     sample: int | None = flag(None, "write a blind sheet of so many features to --out, and end")
@@ -77,8 +85,7 @@ class Settings:
         at_least(self, 1, "concurrency", "attempts", "ask", "sample")
         if not 0 < self.timeout < math.inf:
             raise UserError(f"--timeout {self.timeout}: more than 0 was expected.")
-        if min(self.price_in, self.price_out, self.seed) < 0:
-            raise UserError("--price-in, --price-out, --seed: must not be negative.")
+        at_least(self, 0, "price_in", "price_out", "seed")
         if self.labels:
             if not self.human:
                 raise UserError(

@@ -36,9 +36,9 @@ LOGITS = 1 << 24  # at once: 64 MB in float32
 class Settings:
     model: str = flag(DEFAULTS.model, "tiny, a Hugging Face model folder, or a Hub id")
     sae: str = flag(DEFAULTS.sae, "tiny, a params.npz, a folder, or a Hub id")
-    sae_id: str | None = flag(None, "folder within --sae; unset: the layer's 65k SAE of lowest L0")
-    layer: int = flag(DEFAULTS.layer, "the block whose SAE is meant, where --sae-id does not say")
-    tokens: int = flag(10, "tokens named for each feature")
+    sae_id: str | None = flag(None, "folder in --sae (default: the layer's 65k SAE of lowest L0)")
+    layer: int = flag(DEFAULTS.layer, "layer of the SAE, if --sae-id does not say it")
+    tokens: int = flag(10, "number of tokens to name for each feature")
     device: str = flag("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a GPU")
     out: str | None = flag(None, "the jsonl file to write")
 

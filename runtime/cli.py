@@ -21,7 +21,6 @@ import typing
 from collections.abc import Callable
 
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from runtime import progress
 from runtime.messages import LONGEST, brief, shown
@@ -94,7 +93,8 @@ def parse(
         else:
             allowed = field.metadata["choices"]
             metavar = "{" + ",".join(map(str, allowed)) + "}" if allowed else kind.__name__.upper()
-            options |= dict(type=kind, choices=allowed, metavar=metavar)
+            named = _whole if kind is int else kind
+            options |= dict(type=named, choices=allowed, metavar=metavar)
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     if presets:
@@ -110,6 +110,16 @@ def parse(
     return settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
+def _whole(given: str) -> int:
+    value = int(given)
+    if abs(value) >= 1 << 63:  # more than numpy and torch can hold
+        raise ValueError
+    return value
+
+
+_whole.__name__ = "int"  # argparse's messages show it
+
+
 def _command() -> str:
     """How this script was started: "python train.py" or "python -m audit"."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -122,11 +132,11 @@ def run(main: Callable[[], None]) -> None:
     """Call main and end as a command line should.
 
     Exit code 2 and one sentence on stderr for a UserError and for what the system refuses, 130 for
-    Ctrl-C, 143 for SIGTERM, 0 where all is done. A reader of our output that has read enough, such
-    as head, ends nothing: the files are written all the same.
+    Ctrl-C, 143 for SIGTERM, otherwise 0. Where the reader of our output stops early, as head does,
+    main goes on and writes its files.
     """
     _open_streams()
-    if "RANK" not in os.environ:  # torchrun ends processes that wait for each other, at once
+    if "RANK" not in os.environ:  # torchrun's processes may wait for each other: end them at once
         signal.signal(signal.SIGTERM, _terminate)
     try:
         try:
@@ -135,12 +145,12 @@ def run(main: Callable[[], None]) -> None:
             if e.code:
                 raise
         sys.stdout.flush()
-    except (UserError, OSError, SafetensorError) as e:
-        _end_bars()
+    except (UserError, OSError, SafetensorError, ModuleNotFoundError) as e:
+        progress.end_bars()
         print(_sentence(e), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        _end_bars()
+        progress.end_bars()
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
@@ -148,37 +158,49 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """What an error says, on one line; of long words (paths, values) the beginning and the end."""
+    """An error's message on one line, with long words (paths, values) shortened in the middle."""
     said = str(error)
-    if not isinstance(error, UserError) and getattr(error, "strerror", None):
+    if isinstance(error, ModuleNotFoundError):
+        where = "README.md says under Extras which requirements file has it"
+        said = f"The package {error.name} is not installed; {where}."
+    elif not isinstance(error, UserError) and getattr(error, "strerror", None):
         said = f"{error.filename or 'output'}: {error.strerror}."
     said = shown(" ".join(said.split()))
     return re.sub(rf"\S{{{LONGEST + 1},}}", lambda word: f"{word[0][:100]}…{word[0][-99:]}", said)
 
 
 def _terminate(number, frame) -> None:
-    """SIGTERM ends the process as an exception does, so that nothing half-written is left."""
+    """Turn SIGTERM into an exception, so that half-written files are removed on the way out."""
     raise SystemExit(128 + number)
 
 
-def _end_bars() -> None:
-    """End all progress bars, the inner ones first, so that what is printed next has its line."""
-    for bar in sorted(tqdm._instances, key=lambda bar: bar.pos):
-        bar.close()
-
-
 class _Output(io.FileIO):
-    """Standard output or standard error of a process that goes on where nobody reads them."""
+    """Standard output or standard error that the process survives when its reader is gone."""
 
     def write(self, content) -> int:
         try:
             return super().write(content)
         except OSError as e:
-            # A full disk must be known of, but not where there is no other place to say so.
+            # Report a full disk on stdout; on stderr there is no place left to report it.
             if self.fileno() == 1 and not isinstance(e, BrokenPipeError):
                 raise
             _lead_nowhere(self.fileno())
             return len(content)
+
+
+class _Text(io.TextIOWrapper):
+    """Text with control characters escaped: only progress bars, on stderr, may move the cursor."""
+
+    moves = re.compile(r"(\r|\x1b\[A)")
+
+    def write(self, text: str) -> int:
+        if self.fileno() == 2:
+            parts = self.moves.split(text)
+            parts[::2] = map(shown, parts[::2])  # between the moves
+            text = "".join(parts)
+        else:
+            text = shown(text)
+        return super().write(text)
 
 
 def _open_streams() -> None:
@@ -186,7 +208,7 @@ def _open_streams() -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
-        except OSError:  # else the next file that is opened would be taken for the stream
+        except OSError:  # closed: the next file opened would get its number
             _lead_nowhere(number)
         stream = getattr(sys, name)
         if stream is None:
@@ -196,7 +218,7 @@ def _open_streams() -> None:
         elif _is(stream, number):  # not where a test has put a buffer
             raw = io.BufferedWriter(_Output(number, "w", closefd=False))
             how = dict(line_buffering=stream.line_buffering, write_through=stream.write_through)
-            opened = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", **how)
+            opened = _Text(raw, stream.encoding, "backslashreplace", **how)
             setattr(sys, name, opened)
 
 

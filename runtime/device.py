@@ -20,10 +20,6 @@ class Device(NamedTuple):
     dtype: torch.dtype  # of frozen weights and of matrix products: float32 or bfloat16
 
     @property
-    def kind(self) -> str:
-        return self.name.split(":")[0]
-
-    @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
@@ -32,7 +28,7 @@ class Device(NamedTuple):
         that entering it once a step casts each weight once a step.
         """
         if self.dtype == torch.bfloat16:
-            return torch.autocast(self.kind, torch.bfloat16)
+            return torch.autocast(self.name.split(":")[0], torch.bfloat16)
         return nullcontext()
 
 
@@ -73,9 +69,10 @@ def dtype_on(device: str, dtype: str) -> str:
     """
     if device != "cpu":
         return "bfloat16" if dtype == "auto" else dtype
+    if dtype != "bfloat16":
+        return "float32"
     has = torch.cpu.get_capabilities()
-    fast = any(map(has.get, BFLOAT16_PRODUCTS))
-    return "bfloat16" if dtype == "bfloat16" and fast else "float32"
+    return "bfloat16" if any(map(has.get, BFLOAT16_PRODUCTS)) else "float32"
 
 
 def peak_memory(device: str) -> int:

@@ -3,7 +3,6 @@
     OUT/config.json      settings, versions, hardware, source revision, sha256 of inputs
     OUT/metrics.jsonl    one object per optimiser step and per evaluation
     OUT/checkpoints/     see checkpoint.py
-    OUT/loss.png
 
 A Run is given plain values and the module that trains; it knows neither train.Settings nor the
 model.
@@ -27,7 +26,7 @@ from torch import nn
 
 from runtime import checkpoint
 from runtime.messages import brief
-from runtime.output import replacing, writable, write_whole, writing
+from runtime.output import writable, write_whole, writing
 from runtime.progress import progress_bar
 from runtime.ranks import Interrupts, Ranks
 from runtime.sources import UserError, read_json, upload
@@ -254,10 +253,31 @@ def _row(line: bytes) -> dict | None:
     """A line of metrics.jsonl as a row; None for a torn line."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = isinstance(row, dict) and isinstance(row.get("step"), int) and "split" in row
     return row if whole else None
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, without a torn last line; [] where there is no file.
+
+    Raises UserError naming a row that is none: split and step, and numbers under other names.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}).") from e
+    found = []
+    for number, line in enumerate(lines, start=1):
+        row = _row(line)
+        if row is None and number == len(lines) and not line.endswith(b"\n"):
+            break
+        values = [value for name, value in (row or {}).items() if name != "split"]
+        if row is None or not all(isinstance(value, int | float) for value in values):
+            raise UserError(f"{path}: row {number} is not what a run logs.")
+        found.append(row)
+    return found
 
 
 def _lock(file, out: Path) -> None:
@@ -309,47 +329,3 @@ def push(out: Path, repo: str) -> None:
             raise UserError(f"--push-to {repo}: nothing was uploaded, because the audit failed.")
     files = {path.name: path for path in (*sorted((out / "adapter").iterdir()), page)}
     print(f"Uploaded to {upload(files, repo, 'FSRL adapter, its card and its report')}")
-
-
-# --- what a run shows -----------------------------------------------------------------------------
-
-
-AXES = dict(loss="SimPO loss", l0="L0: features steered per position", accuracy="accuracy")
-
-
-def draw_loss(rows: list[dict], path: Path, lower: str) -> None:
-    """loss.png: SimPO loss and, below, the metric `lower` against steps, train and eval."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
-    for axes, key in zip(panels, ("loss", lower), strict=True):
-        styles = dict(train=dict(color="C0", alpha=0.5), eval=dict(color="C1", marker="o"))
-        for split, style in styles.items():
-            of = [row for row in rows if row["split"] == split]
-            axes.plot([row["step"] for row in of], [row[key] for row in of], label=split, **style)
-        axes.set(ylim=(0, None), ylabel=AXES[key])
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False)
-    panels[1].set_xlabel("optimiser step")
-    with replacing(path) as part:
-        figure.savefig(part, dpi=150, format="png")
-    plt.close(figure)
-
-
-def print_table(
-    rows: list[dict], names: Mapping[str, str], seconds: float, peak_bytes: int
-) -> None:
-    """Print metrics before and after training: of the evaluations or, without any, of the steps.
-
-    names: key of a row -> what the table calls it.
-    """
-    evals = [row for row in rows if row["split"] == "eval"]
-    where, measured = ("eval", evals) if evals else ("train", rows)
-    print(f"\n{'':24}{'before':>9} {'after':>9}")
-    for key, name in names.items():
-        print(f"{f'{where} {name}':<24}{measured[0][key]:9.3f} {measured[-1][key]:9.3f}")
-    print(f"{'seconds':<33}{seconds:10.1f}")
-    print(f"{'peak memory (MiB)':<33}{peak_bytes / 2**20:10.0f}")

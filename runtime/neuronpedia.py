@@ -3,7 +3,7 @@
 A source id without `__l0-` means the SAE of one particular average L0 for each block, by SAELens's
 table of published SAEs. The paper's SAEs, of lowest L0, have ids with that suffix: at layer 12,
 `12-gemmascope-res-65k` is average_l0_72, and average_l0_21 is `12-gemmascope-res-65k__l0-21`.
-Of Gemma Scope 2 only the SAEs of medium L0 have pages: `12-gemmascope-2-res-65k` is
+Of Gemma Scope 2, only the SAEs of medium L0 have pages: `12-gemmascope-2-res-65k` is
 resid_post/layer_12_width_65k_l0_medium.
 """
 

@@ -1,6 +1,6 @@
-"""Progress of long work: one line on a terminal that says what, how far, and how long still.
+"""Show the progress of long work in one line: what is computed, how far, and the time left.
 
-Nothing is shown where standard error is no terminal, nor under --quiet, which every command takes.
+Nothing is shown where standard error is no terminal, or under --quiet, which every command takes.
 """
 
 import os
@@ -15,19 +15,19 @@ FORMAT = "{desc}: {n:.1f} of {total:.0f} {unit}, {elapsed} so far, {remaining} t
 
 class State:
     quiet = False
-    line: "Line | None" = None  # the one that is open
+    line: "Line | None" = None  # the one that is shown now
 
 
 def be_quiet() -> None:
-    """Show no progress from here on, that of downloads included."""
+    """Show no progress from now on, not even that of downloads."""
     State.quiet = True
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when the Hub's client is imported
 
 
 def progress_bar(iterable: Iterable | None = None, *, shown: bool = True, **options):
-    """A tqdm with these options. Inside a line it is not shown and moves the line instead.
+    """A tqdm with these options, or inside a Line an object that moves the line instead.
 
-    shown: False where another process shows the same.
+    shown: False where another process shows the same bar.
     """
     if State.line is not None:
         total = options.get("total", len(iterable) if isinstance(iterable, Sized) else None)
@@ -35,17 +35,23 @@ def progress_bar(iterable: Iterable | None = None, *, shown: bool = True, **opti
     return tqdm(iterable, disable=True if State.quiet or not shown else None, **options)
 
 
+def end_bars() -> None:
+    """End all bars, the inner ones first, so that what is printed next has a line of its own."""
+    for bar in sorted(tqdm._instances, key=lambda bar: bar.pos):
+        bar.close()
+
+
 def say(text: str, file=None) -> None:
-    """Print a line, to standard output where no file is named, above the progress."""
+    """Print text above the progress bars; file: standard output if None."""
     tqdm.write(text, file=file)
     (file or sys.stdout).flush()
 
 
 class Line:
-    """The one line of work that has several parts, with bars inside them."""
+    """One progress line for work of several parts, which may have bars of their own."""
 
     def __init__(self, what: str, total: float, unit: str):
-        """total: of the work of all parts, in units."""
+        """what: title. total: size of all parts together, in units."""
         self.what, self.weights = what, {}
         how = dict(bar_format=FORMAT, smoothing=0, mininterval=0.5)
         self.bar = progress_bar(desc=what, total=total, unit=unit, **how)
@@ -62,7 +68,7 @@ class Line:
     def part(
         self, name: str, work: float, bars: Mapping[str, float] | None = None
     ) -> Iterator[None]:
-        """work: of this part. bars: what of it each bar inside stands for, by description."""
+        """work: size of the part, in units. bars: title of a bar inside -> its share of `work`."""
         end, self.weights = self.bar.n + work, bars or {}
         self.bar.set_postfix_str("", refresh=False)
         self.bar.set_description_str(f"{self.what}, {name}")
@@ -71,7 +77,7 @@ class Line:
 
 
 class Inside:
-    """A bar inside a line."""
+    """A bar inside a Line: it moves the line and shows nothing itself."""
 
     def __init__(self, line: Line, iterable: Iterable | None, desc: str, total: int | None):
         self.line, self.iterable = line, iterable
@@ -105,7 +111,7 @@ def parts(
     name: Callable[[object], str] = str,
     bars: Mapping[str, float] | None = None,
 ) -> Iterator:
-    """Walk items of equal work under one line. name: of an item. bars: shares of it, as in part."""
+    """Yield items, each an equal part of one Line. name: title of an item. bars: as in part."""
     items = list(items)
     with Line(what, len(items), unit) as line:
         for item in items:

@@ -102,9 +102,10 @@ def joined(device: str, minutes: float) -> Iterator[Ranks]:
 
 
 def _leave() -> None:
-    """End the process group, after every DistributedDataParallel: one that outlives the group ends
-    it in its own destructor, which holds the interpreter's lock while it waits for a thread that
-    may need that lock.
+    """Destroy the process group, but collect every DistributedDataParallel first.
+
+    One that outlives the group would destroy it in its own destructor, which holds the
+    interpreter's lock while it waits for a thread that may need this lock.
     """
     gc.collect()
     dist.destroy_process_group()
@@ -172,15 +173,6 @@ def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
     return box[0]
 
 
-def any_of(ranks: Ranks, flag: bool) -> bool:
-    """Whether the flag is true on any process; a collective call."""
-    if ranks.world == 1:
-        return flag
-    said = torch.tensor([flag], dtype=torch.int32)
-    dist.all_reduce(said, dist.ReduceOp.MAX)
-    return bool(said)
-
-
 def total(ranks: Ranks, x: Tensor) -> Tensor:
     """Sum x over the processes, in place."""
     if ranks.world > 1:
@@ -202,7 +194,11 @@ class Interrupts:
 
     def asked(self) -> bool:
         """Whether any process was asked to end; a collective call."""
-        return any_of(self.ranks, self.here)
+        if self.ranks.world == 1:
+            return self.here
+        said = torch.tensor([self.here], dtype=torch.int32)
+        dist.all_reduce(said, dist.ReduceOp.MAX)
+        return bool(said)
 
     def restore(self) -> None:
         """Put the earlier signal handlers back."""

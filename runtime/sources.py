@@ -96,7 +96,7 @@ def _download(name: str, kind: str, patterns: list[str]) -> Source:
 
 
 def check_upload(repo: str) -> None:
-    """Raises UserError for a name that no repository of one's own can have, or without a token."""
+    """Raises UserError for a name that is not OWNER/NAME, and where there is no token."""
     from huggingface_hub import get_token
 
     if not HUB_ID.fullmatch(repo) or repo.count("/") != 1 or "@" in repo:
@@ -106,9 +106,10 @@ def check_upload(repo: str) -> None:
 
 
 def upload(files: dict[str, Path], repo: str, message: str) -> str:
-    """Commit files, by their path there, to a model repository, made where it is not there yet.
+    """Upload files in one commit to a model repository, which is created if needed.
 
-    One commit holds all of them. Returns its address. Raises UserError where the Hub refuses.
+    files: path in the repository -> local file. Returns the commit's address. Raises UserError
+    where the Hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, errors
 

@@ -44,8 +44,9 @@ def check_weights(path: Path, name: str, tensor: Tensor) -> None:
         raise UserError(f"{path}: tensor {name} holds {kind}; a float type was expected.")
     if tensor.numel() == 0:
         return
-    extremes = torch.stack(tensor.aminmax())  # nan if there is one; needs no memory
+    # nan if there is one; needs no memory. A float64 may be too large for a float32.
+    extremes = torch.stack(tensor.aminmax()).float()
     if not extremes.isfinite().all():
-        first = (~tensor.isfinite()).nonzero()[0].tolist()
+        first = (~tensor.float().isfinite()).nonzero()[0].tolist()
         value = tensor[tuple(first)].item()
         raise UserError(f"{path}: tensor {name} is {value} at {first}; weights must be finite.")

@@ -60,6 +60,20 @@ def load(dtype: torch.dtype = torch.float32, adapter: str = "mid") -> SimpleName
     )
 
 
+def small_gemma3(folder: Path) -> None:
+    """A random Gemma 3 of three blocks as wide as the golden SAE, with the golden tokenizer."""
+    from model import FULL, GEMMA3, SLIDING, Gemma2, Gemma2Config
+
+    sizes = dict(vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=3)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16, sliding_window=8)
+    own = dict(GEMMA3 | sizes | heads, layer_types=(SLIDING, FULL, SLIDING))
+    model = Gemma2(Gemma2Config(**own, model_type="gemma3_text"))
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.save_pretrained(folder)
+    tokenizer = (GOLDEN / "model" / "tokenizer.json").read_bytes()
+    (folder / "tokenizer.json").write_bytes(tokenizer)
+
+
 def ragged(seed: int, trees: int = 4, longest: int = 40, vocabulary: int = 512) -> list:
     """Random prompts with 0 to 3 continuations of random lengths, empty continuations included."""
     g = torch.Generator().manual_seed(seed)

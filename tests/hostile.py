@@ -127,7 +127,7 @@ class Forks:
 
     def __init__(self, folder: Path, share: int):
         self.folder, self.share = folder, share
-        self.ends, self.child, self.seen = [], False, set()
+        self.ends, self.child, self.seen, self.printed = [], False, set(), False
         self.left: dict[str, dict] = {}  # file that did not fit -> the folder afterwards
 
     def opening(self, path: object) -> bool:
@@ -143,11 +143,15 @@ class Forks:
         self.seen.add(name)
         if random.Random(name).randrange(100) >= self.share:
             return False
-        return any(self.fork(fault, name) for fault in FAULTS)
+        for fault in FAULTS:
+            if self.fork(fault, name) or self.child:
+                return fault == "full"
+        return False
 
     def printing(self) -> None:
         """Called before the first output: children whose output is full, or has no reader."""
-        if not self.child:
+        if not (self.child or self.printed):
+            self.printed = True
             any(self.fork(fault, "") for fault in OUTPUT_FAULTS)
 
     def fork(self, fault: str, name: str) -> bool:
@@ -183,18 +187,6 @@ class Forks:
         return False
 
 
-class Output(io.TextIOWrapper):
-    """Standard output that says when it is written to for the first time."""
-
-    first: Callable | None = None
-
-    def write(self, text: str) -> int:
-        if text and self.first is not None:
-            first, self.first = self.first, None
-            first()
-        return super().write(text)
-
-
 class Full(io.FileIO):
     """A file on a disk that is full."""
 
@@ -223,7 +215,6 @@ def faulty(
     _streams()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _watch(forks)
-    sys.stdout.first = forks.printing
     code = call(name, arguments)
     if forks.child:
         sys.stdout.flush()
@@ -251,10 +242,15 @@ def _steps(folder: Path) -> list:
 
 
 def _watch(forks: Forks) -> None:
-    """Ask `forks` before every file that Python, safetensors or Arrow opens to write."""
+    """Ask `forks` before every file that Python, safetensors or Arrow opens to write, and before
+    the first output.
+    """
     import pyarrow.parquet
     import safetensors.torch
 
+    from runtime import cli
+
+    really_write = cli._Text.write
     really_open, really_os_open = io.open, os.open
 
     def opened(file, mode="r", *rest, **named):
@@ -269,6 +265,11 @@ def _watch(forks: Forks) -> None:
             path, flags = "/dev/full", os.O_WRONLY
         return really_os_open(path, flags, *rest, **named)
 
+    def written(stream, text):
+        if text and stream.fileno() == 1:
+            forks.printing()
+        return really_write(stream, text)
+
     def guarded(really: Callable, error: Exception) -> Callable:
         def write(content, where, *rest, **named):
             if forks.opening(where):
@@ -280,6 +281,7 @@ def _watch(forks: Forks) -> None:
     full = os.strerror(errno.ENOSPC)
     io.open = builtins.open = opened
     os.open = os_opened
+    cli._Text.write = written
     writers = {
         safetensors.torch.save_file: safetensors.SafetensorError(f"I/O error: {full}"),
         pyarrow.parquet.write_table: OSError(errno.ENOSPC, full),
@@ -323,9 +325,8 @@ def _streams() -> None:
         except OSError:
             setattr(sys, name, None)
             continue
-        kind = Output if number == 1 else io.TextIOWrapper
         raw = open(number, "wb" if number else "rb", closefd=False)
-        setattr(sys, name, kind(raw, "utf-8", line_buffering=number == 2))
+        setattr(sys, name, io.TextIOWrapper(raw, "utf-8", line_buffering=number == 2))
 
 
 def _said(stem: Path) -> str:

@@ -31,10 +31,12 @@ command = importlib.import_module("audit.__main__")
 HOSTILE = "<script>alert('x')</script> & \"$x^{2$ \u202e"
 USAGE = ("top_usage", "top_value", "value_difference", "usage_rank", "l0", "l0_by_position")
 EFFECTS = ("topk", "ablation", "static", "choices", "attribution", "attribution_features")
+CHANGES = ("shift", "behaviour", "carriers", "carried_by")
 COMPOSITIONS = ("composition_paper", "composition")
-TABLES = (*COMPOSITIONS, *USAGE, *EFFECTS)
+TABLES = (*COMPOSITIONS, *USAGE, *EFFECTS, *CHANGES)
 SMALL = ("--pairs", 12, "--bootstrap", 40, "--random-sets", 1, "--keep", 1, "--nodes", 2)
 SMALL += ("--static-pairs", 16, "--coefficients", 1, 2, "--top-features", 4, 8)
+SMALL += ("--shift-pairs", 4, "--prompts", 4, "--answer-tokens", 8, "--carrier-pairs", 2)
 
 
 def run(*flags) -> None:
@@ -110,6 +112,9 @@ def drawn(name: str, rows: list[dict], about: dict) -> set[float]:
     ("ablation", ("delta", "low", "high")),
     ("static", ("loss",)),
     ("choices", ("share", "low", "high")),
+    ("shift", ("divergence", "divergence_low", "divergence_high", "null_divergence")),
+    ("behaviour", ("change", "low", "high", "gained")),
+    ("carriers", ("n", "kept")),
     ("attribution", ("low", "high")),
     ("attribution_features", ("share",)),
 ])  # fmt: skip
@@ -173,7 +178,7 @@ def test_both_variants_of_the_papers_composition_are_there(audited):
     for key in ("sae", "adapter"):
         assert sum(row[key] for row in rows[:24]) == pytest.approx(2 * 3)
     text = (audited[0] / "report.html").read_text()
-    assert "What it uses (Table 2)" in text and "&lt;bos&gt;, is left out" in text
+    assert "Averaged over positions (Table 2)" in text and "&lt;bos&gt;, is left out" in text
 
 
 def test_examples_are_the_first_pairs(audited):
@@ -324,8 +329,9 @@ def test_an_adapter_folder_without_labels(tmp_path, monkeypatch):
     flags = [word for name, folder in where.items() for word in (f"--{name}", GOLDEN / folder)]
     run(*flags, "--sae-id", SAE_ID, *SMALL, "--device", "cpu", "--out", tmp_path / "out")
     files = {path.stem for path in (tmp_path / "out" / "eval").iterdir()}
-    without = {*COMPOSITIONS, "ablation", "choices"}
-    assert files == {*TABLES, "features", "examples", "masks"} - without
+    without = {*COMPOSITIONS, "ablation", "choices", *CHANGES}
+    others = {"features", "examples", "attribution_cards", "masks"}
+    assert files == {*TABLES, *others} - without
     rows = read(tmp_path / "out", "top_usage")["rows"]
     assert [row["rank"] for row in rows] == [*range(1, features.TOP + 1)] * 6
     assert rows[0]["explanation"] == ""

@@ -1,5 +1,7 @@
 """Rows of the tables of usage lose nothing of what was counted."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from test_audit_counting import counted, golden, policy  # noqa: F401 (fixtures)
@@ -46,10 +48,17 @@ def test_bins_of_l0_lose_nothing(counted, side, context):  # noqa: F811
     assert rows[0].mean == pytest.approx(events / positions)
     each = np.repeat(np.arange(counts.l0.shape[-1]), counts.l0[side, context])
     assert rows[0].p50 == np.percentile(each, 50, method="inverted_cdf")
+    some = each[each > 0]
+    assert rows[0].some == pytest.approx(len(some) / len(each))
+    assert rows[0].some_p95 == np.percentile(some, 95, method="inverted_cdf")
 
-    rows = here(features.place_rows(counts, bins=5))
-    assert sum(row.positions for row in rows) == positions
-    assert sum(row.positions * row.mean_l0 for row in rows) == pytest.approx(events)
+    for least in (0, 0.2):
+        rows = here(features.place_rows(counts, bins=5, least=least))
+        assert sum(row.positions for row in rows) == positions
+        assert sum(row.positions * row.mean_l0 for row in rows) == pytest.approx(events)
+        assert all(row.positions >= least * positions for row in rows)
+        ends = [(row.low, row.high) for row in rows]
+        assert ends[0][0] == 1 and all(b[0] == a[1] + 1 for a, b in pairwise(ends))
 
 
 def test_the_most_used_features_have_both_units(counted):  # noqa: F811

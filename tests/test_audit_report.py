@@ -1,5 +1,7 @@
-"""The page stands alone and nothing in it can act; the card says what the Hub wants to know."""
+"""The page stands alone and nothing foreign in it can act; the card says what the Hub reads."""
 
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -17,7 +19,7 @@ from runtime.sources import UserError
 HOSTILE = (
     "<script>alert('x')</script><img src=http://example.org onerror=alert(1)> \"quoted\" & | `x`"
 )
-VOID = {"meta", "img", "br", "line", "circle", "hr"}
+VOID = {"meta", "img", "br", "line", "circle", "rect", "hr"}
 
 
 class Page(HTMLParser):
@@ -99,7 +101,13 @@ def run(tmp_path):
         further = dict(
             about=about, rows=[dict(what=HOSTILE, loss=2.5), dict(what="all", loss=None)]
         )
-        (out / "eval" / "ablation.json").write_text(json.dumps(further))
+        (out / "eval" / "of_another_kind.json").write_text(json.dumps(further))
+        zeroed = dict(labels=HOSTILE, category=HOSTILE, used=3, delta=-1e-9)
+        control = zeroed | dict(set="matched", delta=0.25, excess_low=-0.5, excess_high=0.125)
+        rows = [zeroed | dict(set="category"), control]
+        (out / "eval" / "ablation.json").write_text(json.dumps(dict(about=about, rows=rows)))
+        samples = [dict(prompt=HOSTILE, before="a b c d e", after="a b a b a b a b a b a b")]
+        (out / "samples.json").write_text(json.dumps(samples))
         part = dict(
             tokens=["<b>", HOSTILE, "\n"],
             l1=[0.0, 4.5, 1.0],
@@ -107,6 +115,8 @@ def run(tmp_path):
         )
         pairs = [dict(prompt=part, chosen=part, rejected=part)] * 2
         shown = dict(about=about, pairs=pairs, explanations={"7": HOSTILE, "9": ""})
+        strongest = [4.0, f"before {HOSTILE}", HOSTILE, "after"]
+        shown["cards"] = {"7": dict(promotes=[HOSTILE, "\n"], contexts=[strongest])}
         (out / "eval" / "examples.json").write_text(json.dumps(shown))
         order = np.random.default_rng(0).permutation(F)
         columns = dict(feature=np.arange(F), explanation_x=[HOSTILE] * F)
@@ -125,46 +135,55 @@ def test_page_is_self_contained_and_inert(run):
     out = run()
     text = report.write_report(out).read_text()
     page = Page(text)
-    assert "script" not in page.tags and not any(
-        name.startswith("on") for _, name, _ in page.attributes
-    )
+    assert not any(name.startswith("on") for _, name, _ in page.attributes)
+    # The one script is this project's, and the page allows no other.
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.S)
+    assert script == report.SCRIPT and page.tags.count("script") == 1
+    hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{hashed}'" in text
+    targets = {value for _, name, value in page.attributes if name == "id"}
     for tag, name, value in page.attributes:
-        if name in (
-            "src",
-            "href",
-        ):  # pictures travel with the page; only what a reader clicks leads elsewhere
-            assert (
-                value.startswith("data:image/png")
-                or tag == "a"
-                and value.startswith("https://www.neuronpedia.org/")
-            )
+        # Pictures travel with the page; only what a reader clicks leads elsewhere.
+        if name in ("src", "href"):
+            elsewhere = value.startswith("https://www.neuronpedia.org/")
+            within = value.removeprefix("#") in targets
+            assert value.startswith("data:image/png") or (tag == "a" and (elsewhere or within))
     assert "default-src 'none'" in text and "url(" not in text and "@import" not in text
     assert page.text.count("alert('x')") > 20  # shown as what it is, in tables and tokens ...
     tips = [value for tag, name, value in page.attributes if name == "data-t"]
     assert len(tips) == 2 * 3 * 3  # ... and in what hovering shows
-    assert tips[1].splitlines()[:2] == ["steered by 4.5", f"+4  7  {HOSTILE}"[:160]]
+    size, strongest, other = tips[1].splitlines()
+    assert size == "steered by 4.5 (‖v‖₁)" and other == "+0.5 feature 9"
+    assert strongest.startswith("+4 <script>") and strongest.endswith(" (feature 7)")
 
 
 def test_page_says_what_was_measured(run):
     text = report.write_report(run()).read_text()
-    for figure in (
-        "6.900",
-        "2.900",
-        "930.250",
-        "+25.00 %",
-        "+10.00 % to +40.00 %",
-        "-10.00 % to +60.00 %",
-        "MCC 0.45",
-    ):
+    for figure in ("6.900", "2.900", "930.250", "+25.0 %", "+10.0 % to +40.0 %"):
         assert figure in text
-    assert 'class="noisy"' in text and "Categories taken away" in text
+    assert "-10.0 % to +60.0 %" in text and "MCC 0.45" in text and 'class="noisy"' in text
+    ablated = text[text.index("Categories taken away") :]
+    cells = re.findall(r'<td data-h="([^"]*)"[^>]*>(.*?)</td>', ablated)[:6]
+    assert [value for _, value in cells[1:]] == ["3", "0.000", "0.250", "-0.500 to 0.125", "–"]
+    assert "-0.000" not in text and "e-09" not in text
+    assert "Warning: collapse. 1 of 1 sampled answers repeat themselves" in text
+
+    steered = text[text.index("Steered most") :]
     feature, explanation = re.search(
-        r"Promoted most.*?<td>(.*?)</td><td>(.*?)</td>", text, re.S
+        r"<td data-h=\"feature\">(.*?)</td><td.*?>(.*?)</td>", steered
     ).groups()
-    first = int(np.random.default_rng(0).permutation(200).argmin())
-    link = f"https://www.neuronpedia.org/gemma-2-2b/12-gemmascope-res-65k__l0-21/{first}"
-    assert feature == f'<a href="{link}" rel="noreferrer">{first}</a>'
-    assert "&lt;script&gt;" in explanation and "x: style" in explanation
+    assert feature == '<a class="f" href="#f199">199</a>'  # the largest v - f of the fixture
+    assert "&lt;script&gt;" in explanation
+    link = "https://www.neuronpedia.org/gemma-2-2b/12-gemmascope-res-65k__l0-21/199"
+    assert f'<h4>Feature 199\n<a href="{link}" rel="noreferrer">' in text
+
+
+def test_a_feature_has_a_card_with_contexts_and_tokens(run):
+    text = report.write_report(run()).read_text()
+    card_of = re.search(r'<div class="card" id="f7">(.*?)</ul>', text, re.S).group(1)
+    assert "+4: before &lt;script&gt;" in card_of and "<mark>&lt;script&gt;" in card_of
+    assert "<code>↵</code>" in card_of and "steered at" in card_of and "mean v" in card_of
+    assert 'data-f="7"' in text and 'id="f9"' not in text  # 9 has no card in the fixture
 
 
 @pytest.mark.parametrize(
@@ -190,7 +209,7 @@ def test_links_lead_to_the_saes_own_pages_or_nowhere(run, sae, sae_id, place):
 
 def test_assumed_labels_are_loud(run):
     out = run(matched=False)
-    assert "<li class=loud>" in report.write_report(out).read_text()
+    assert '<li class="loud">' in report.write_report(out).read_text()
 
 
 def test_page_does_not_grow_with_the_dictionary(run, tmp_path):
@@ -203,7 +222,7 @@ def test_page_of_a_run_that_was_not_evaluated(run):
     out = run()
     shutil.rmtree(out / "eval")
     text = report.write_report(out).read_text()
-    assert Page(text).tags.count("h2") == 2 and "930.250" in text
+    assert Page(text).tags.count("h2") == 2 and "930.250" in text and 'headline"' not in text
     for name in ("metrics.jsonl", "config.json"):
         (out / name).unlink()
     Page(report.write_report(out).read_text())
@@ -243,7 +262,7 @@ def test_card_is_what_the_hub_reads(run):
         "6.900",
         "2.900",
         "930.250",
-        "+25.00 %",
+        "+25.0 %",
         L0_21,
         "5ae" * 21,
         "open_policy",
@@ -267,7 +286,7 @@ def test_card_keeps_local_paths_to_itself(run):
 def test_card_before_evaluation_and_of_a_bare_adapter(run, tmp_path):
     out = run()
     shutil.rmtree(out / "eval")
-    assert "What it uses" not in card.write_card(out).read_text()
+    assert "Which categories" not in card.write_card(out).read_text()
     shutil.move(out / "adapter", tmp_path / "bare")
     text = card.write_card(tmp_path / "bare").read_text()
-    assert "Before and after" not in text and L0_21 in text
+    assert "What training did" not in text and L0_21 in text

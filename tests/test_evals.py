@@ -365,21 +365,27 @@ def test_a_template_comes_from_others_and_may_do_nothing(tmp_path):
 @needs_harness
 @pytest.mark.parametrize("name", ["gsm8k", "mmlu_anatomy", "truthfulqa_mc2"])
 def test_scores_under_the_chat_template_equal_the_harness_own(name, both_tiny, local):
-    """The same flag for both: turns, worked examples and system message are rendered alike."""
-    task, found = local.tasks[name], []
-    for lm in both_tiny:
-        task.set_fewshot_seed(seed=harness.FEWSHOT_SEED)  # else the second draws other examples
-        result = harness.evaluate_task(lm, name, task, limit=2, chat_template=True)
-        asked = [(i.request_type, i.arguments) for i in task.instances]
-        found.append((asked, [sample["responses"] for sample in result.samples]))
-    (our_requests, ours), (their_requests, theirs) = found
-    assert our_requests == their_requests
-    assert "<start_of_turn>user" in our_requests[0][1][0]
-    if name == "gsm8k":
-        assert ours == theirs
-        return
+    """The harness's own evaluation of its own model, told apply_chat_template alone: turns, worked
+    examples and system message are rendered alike.
+    """
+    lm, hf = both_tiny
+    task = local.tasks[name]
+    ours = harness.evaluate_task(lm, name, task, limit=2, chat_template=True).samples
+    our_requests = [instance.arguments for instance in task.instances]
+    same = SimpleNamespace(load=lambda _: dict(tasks={name: task}, groups={}), task_index={})
+    settings = dict(task_manager=same, limit=2, bootstrap_iters=0, apply_chat_template=True)
+    found = lm_eval.evaluator.simple_evaluate(hf, tasks=[name], **settings)
+    theirs = found["samples"][name]
+    once = [sample for sample in theirs if sample["filter"] == theirs[0]["filter"]]
+    asked = [arguments for sample in once for arguments in sample["arguments"]]
+    assert our_requests == asked
+    assert "<start_of_turn>user" in asked[0][0]
     for mine, other in zip(ours, theirs, strict=True):
-        for (logp, greedy), (its, also) in zip(mine, other, strict=True):
+        if name == "gsm8k":
+            assert mine["responses"] == other["filtered_resps"]
+            continue
+        pairs = zip(mine["responses"], other["filtered_resps"], strict=True)
+        for (logp, greedy), (its, also) in pairs:
             assert logp == pytest.approx(its, abs=1e-3) and greedy == also
 
 

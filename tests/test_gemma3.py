@@ -4,13 +4,15 @@ import dataclasses
 import json
 import shutil
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, ragged
+from conftest import GOLDEN, metrics, ragged, small_gemma3
 from safetensors.torch import load_file, save_file
 
-from data import pack
+from data import load_tokenizer, pack
+from experiments import gemma3_270m
 from fsrl import Unsteered
 from generation import decode
 from model import FULL, PUBLISHED, SLIDING, Gemma2, Gemma2Config
@@ -79,6 +81,18 @@ def test_gradients_of_every_weight_equal_transformers(golden):
         assert (parameter.grad - want).norm() <= 1e-4 * want.norm(), name
 
 
+def test_float32_masters_train_under_bfloat16_autocast(golden):
+    """--full --dtype bfloat16: norms keep queries and keys float32, where products are bfloat16."""
+    model, ids = Gemma2.from_pretrained(FOLDER).requires_grad_(True), golden["input_ids"]
+    packed = pack([(ids[:20].tolist(), [ids[20:].tolist()])])
+    exact = model.logps(model(packed), packed)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.logps(model(packed), packed)
+        found.sum().backward()
+    assert (found - exact).abs().max() < 0.1 and not torch.equal(found, exact)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_cached_greedy_tokens_beyond_the_window_equal_transformers(golden):
     model = Unsteered(Gemma2.from_pretrained(FOLDER))
     prompt = golden["input_ids"][:5].tolist()
@@ -100,6 +114,23 @@ def test_packed_trees_equal_separate_sequences(seed):
             alone = model(pack([(prompt + continuation, [])]))[len(prompt) :]
             torch.testing.assert_close(together[start : start + len(alone)], alone)
             start += len(alone)
+
+
+def test_shards_train_as_one_process_does(tmp_path):
+    """Every weight trains, the norms of queries and keys among them; each process has a slice."""
+    small_gemma3(tmp_path / "model")
+    flags = ("--model", tmp_path / "model", "--data", GOLDEN / "dataset", "--full", "--lr", 1e-3)
+    flags += ("--batch-size", 4, "--max-steps", 2, "--eval-every", 0, "--device", "cpu")
+    one, two = tmp_path / "one", tmp_path / "two"
+    forked.good(forked.Run([*flags, "--out", one]).wait())
+    forked.good(forked.Run([*flags, "--out", two, "--shard"], 2).wait())
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    trained = [load_file(out / "model" / "model.safetensors") for out in (one, two)]
+    start = load_file(tmp_path / "model" / "model.safetensors")
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(tensor, trained[1][name], atol=1e-5, rtol=1e-4)
+        assert not torch.equal(tensor, start[name]), name
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -197,3 +228,26 @@ def test_another_family_is_refused_in_a_sentence(tmp_path, model_type):
     raw = json.loads((FOLDER / "config.json").read_text()) | dict(model_type=model_type)
     with pytest.raises(UserError, match=f"model_type is '{model_type}'"):
         config(tmp_path, raw)
+
+
+# --- the experiment's data ------------------------------------------------------------------------
+
+
+def test_cut_prompts_keep_their_last_whole_words(tmp_path):
+    prompt = "many words of a question that ends with these few words"
+    rows = [dict(prompt=prompt, chosen="yes", rejected="no", split="train")]
+    rows += [dict(prompt="short", chosen="a", rejected="b", split="test")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    s = gemma3_270m.Settings(
+        model=str(GOLDEN / "model"),
+        data=str(tmp_path / "rows.jsonl"),
+        prompt_tokens=8,
+        out=str(tmp_path / "out"),
+    )
+    gemma3_270m.cut(s)
+    (train,) = map(json.loads, (tmp_path / "out" / "train.jsonl").read_text().splitlines())
+    (test,) = map(json.loads, (tmp_path / "out" / "test.jsonl").read_text().splitlines())
+    tokenizer = load_tokenizer(GOLDEN / "model")
+    assert prompt.endswith(" " + train["prompt"]) and train["chosen"] == "yes"
+    assert 0 < len(tokenizer.encode(train["prompt"], add_special_tokens=False).ids) <= 8
+    assert test == dict(prompt="short", chosen="a", rejected="b")

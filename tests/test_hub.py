@@ -18,13 +18,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub
 import pytest
-from conftest import GOLDEN, SAE_ID, metrics, script
+from conftest import GOLDEN, SAE_ID, metrics, script, small_gemma3
 from forked import Run, golden
 from safetensors.torch import load, save
 
 import sae as saes
 import train
 from audit import card
+from experiments.train_sae import save_gemmascope2
 from runtime import folder as run_folder
 from runtime.sources import UserError
 
@@ -174,7 +175,10 @@ class Handler(BaseHTTPRequestHandler):
         if path not in repo.commits[commit]:
             return self.refuse(404, "EntryNotFound")
         body = repo.commits[commit][path]
-        self.answer(200, body, **{"ETag": f'"{etag(body)}"', "X-Repo-Commit": commit})
+        about = {"ETag": f'"{etag(body)}"', "X-Repo-Commit": commit}
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            return self.answer(206, body[int(asked[1]) : int(asked[2]) + 1], **about)
+        self.answer(200, body, **about)
 
     def refuse(self, status: int, code: str) -> None:
         self.answer(status, json.dumps(dict(error=code)).encode(), **{"X-Error-Code": code})
@@ -608,3 +612,57 @@ for cls in (transformers.AutoModelForCausalLM, transformers.AutoModel):
     result = script("-c", compare, env=client(hub, tmp_path / "home"))
     assert result.returncode == 0, result.stderr
     assert "newly initialized" not in result.stderr
+
+
+# --- Gemma 3 --------------------------------------------------------------------------------------
+
+GEMMA3, SCOPE2 = "google/gemma-3-270m-it", "google/gemma-scope-2-270m-it"
+SMALL = "resid_post/layer_1_width_65k_l0_small"
+SCOPE2_LOADED = """
+import sys, torch
+from sae_lens.loading.pretrained_sae_loaders import gemma_3_sae_huggingface_loader
+from sae import JumpReLUSAE
+repo, sae_id = sys.argv[1:]
+cfg, theirs, _ = gemma_3_sae_huggingface_loader(repo, sae_id)
+ours = JumpReLUSAE.from_pretrained(repo, sae_id)
+assert not cfg["apply_b_dec_to_input"] and cfg["architecture"] == "jumprelu"
+print(all(torch.equal(getattr(ours, name), array) for name, array in theirs.items()), len(theirs))
+"""
+
+
+@pytest.fixture(scope="module")
+def gemma3(hub, tmp_path_factory):
+    """The same Hub with a small Gemma 3 under the 270m's name, and SAEs beside it."""
+    place = tmp_path_factory.mktemp("gemma3")
+    small_gemma3(place / "model")
+    golden_sae = saes.JumpReLUSAE.from_pretrained(GOLDEN / "sae" / SAE_ID)
+    arrays = {name: getattr(golden_sae, name) for name in saes.ARRAYS}
+    save_gemmascope2(place / "sae", arrays, GEMMA3, 1)
+    sae = {}
+    others = ("width_65k_l0_medium", "width_65k_l0_small_seed_1", "width_16k_l0_small")
+    for name in (SMALL, *(f"resid_post/layer_1_{other}" for other in others)):
+        sae |= {f"{name}/{path}": body for path, body in folder(place / "sae").items()}
+    sae |= {f"transcoder/{SMALL.split('/')[1]}/params.safetensors": b"unread"}
+    hub.repos[f"models/{GEMMA3}"] = Repo(folder(place / "model") | UNWANTED)
+    hub.repos[f"models/{SCOPE2}"] = Repo(sae | UNWANTED)
+    return hub
+
+
+def test_a_gemma_3_by_name_and_layer_trains_with_its_gemma_scope_2(gemma3, tmp_path):
+    gemma3.asked.clear()
+    out = tmp_path / "out"
+    run = succeeded(hub_run(gemma3, tmp_path / "home", out, "--model", GEMMA3), out)
+    assert (run.adapter["sae"], run.adapter["sae_id"]) == (SCOPE2, SMALL)
+    assert run.adapter["base_model"] == GEMMA3
+    assert run.config["unit"] != 1  # of the stream's norm
+    commit = gemma3.repos[f"models/{SCOPE2}"].refs["main"]
+    asked = {file.split("@")[1] for file in gemma3.downloads() if SCOPE2 in file}
+    assert asked == {f"{commit}/{SMALL}/{name}" for name in ("params.safetensors", "config.json")}
+
+
+def test_gemma_scope_2_equals_sae_lens_over_the_hub(gemma3, tmp_path):
+    pytest.importorskip("sae_lens", reason="compared where it is installed")
+    environment = client(gemma3, tmp_path) | dict(HF_HUB_DISABLE_XET="1")
+    result = script("-c", SCOPE2_LOADED, SCOPE2, SMALL, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["True", "5"]

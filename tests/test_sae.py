@@ -204,6 +204,9 @@ def test_a_layer_alone_picks_65k_and_small(tmp_path, monkeypatch):
         (tmp_path / name).touch()
     assert saes.default_id(tmp_path, 12) == "resid_post/layer_12_width_65k_l0_small"
     assert saes.layer_of(names[0]) == 5 and saes.layer_of(SAE_ID) == 1
+    own = ["resid_post/layer_2_width_4k_l0_40", "resid_post/layer_2_width_4k_l0_huge"]
+    listed += [f"{name}/params.safetensors" for name in own]
+    assert saes.lowest_l0(listed, 2, None) == own[0]  # of experiments.train_sae
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,226 @@
+"""Summarise a training run: a table, loss.png, and sentences on what the loss does not show.
+
+The sentences are made from the rows of metrics.jsonl and from the answers before and after training
+(samples.json). They say which of the two responses became more or less likely, and warn where both
+became less likely (displacement), where answers repeat themselves (collapse), and where an earlier
+step was better (over-training).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from runtime.colours import COLOUR
+from runtime.output import replacing, write_whole
+
+GRAM = 4  # words in the sequences whose repetition is counted
+# Limits beyond which a sentence warns.
+BROKEN = 0.25  # increase of an answer's repetition by training
+LONGER = 3.0  # factor by which an answer became longer or shorter
+BETTER = 0.9  # loss of the best evaluation, as a share of the last one's
+DISPLACED = 0.05  # fall of the chosen response's log p, as a share of the widened gap
+
+
+class Sample(NamedTuple):
+    """A prompt, and its answers before and after training."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+def write_samples(out: Path, samples: Sequence[Sample]) -> None:
+    text = json.dumps([sample._asdict() for sample in samples], ensure_ascii=False, indent=1)
+    write_whole(out / "samples.json", text + "\n")
+
+
+class Measured(NamedTuple):
+    """The rows that a summary is made of: of the evaluations or, without any, of the steps."""
+
+    split: str  # "eval" or "train"
+    rows: list[dict]  # in order; at least one
+
+    @property
+    def best(self) -> dict:
+        return min(self.rows, key=lambda row: row["loss"])
+
+
+def measured(rows: Sequence[dict]) -> Measured | None:
+    """The rows to summarise; None where there are none."""
+    for split in ("eval", "train"):
+        of = [row for row in rows if row.get("split") == split]
+        if of:
+            return Measured(split, of)
+    return None
+
+
+# --- in numbers -----------------------------------------------------------------------------------
+
+NAMES = {  # key of a row -> what tables call it
+    "loss": "SimPO loss",
+    "accuracy": "accuracy",
+    "logp_chosen": "log p per token, chosen",
+    "logp_rejected": "log p per token, rejected",
+    "l0": "mean L0 of all positions",
+    "l1": "mean L1 of all positions",
+}
+
+
+def before_after(found: Measured, steered: bool = True) -> list[tuple[str, str, str]]:
+    """(name, before, after) of each metric that the rows have."""
+    first, last = found.rows[0], found.rows[-1]
+    keys = [key for key in NAMES if key in first and (steered or key not in ("l0", "l1"))]
+    return [(NAMES[key], f"{first[key]:.3f}", f"{last[key]:.3f}") for key in keys]
+
+
+def print_table(rows: Sequence[dict], steered: bool, seconds: float, peak_bytes: int) -> None:
+    """Print metrics before and after training. steered: whether there is an adapter."""
+    found = measured(rows)
+    print(f"\n{'':31}{'before':>9} {'after':>9}")
+    for name, before, after in before_after(found, steered):
+        print(f"{f'{found.split} {name}':<31}{before:>9} {after:>9}")
+    print(f"{'seconds':<40}{seconds:10.1f}")
+    print(f"{'peak memory (MiB)':<40}{peak_bytes / 2**20:10.0f}")
+
+
+# --- in words -------------------------------------------------------------------------------------
+
+
+def outcome(rows: Sequence[dict], samples: Sequence[Sample]) -> list[str]:
+    """The sentences on a run; those that warn begin with "Warning:"."""
+    found = measured(rows)
+    if found is None:
+        return []
+    said = [*moved(found), *broken(samples)]
+    if found.split == "train":
+        said.append(
+            "There were no evaluation pairs: these are numbers of the training pairs, and "
+            "over-training cannot be seen in them."
+        )
+    best, last = found.best, found.rows[-1]
+    if found.split == "eval" and best["loss"] < BETTER * last["loss"]:
+        said.append(
+            f"Warning: over-training. The evaluation loss was lowest at step {best['step']} "
+            f"({best['loss']:.3g}) and is {last['loss']:.3g} at step {last['step']}."
+        )
+    return said
+
+
+def moved(found: Measured) -> list[str]:
+    """How the mean log-probabilities per token of the two responses changed."""
+    first, last = found.rows[0], found.rows[-1]
+    keys = ("logp_chosen", "logp_rejected")
+    if not all(key in row for key in keys for row in (first, last)):
+        return []  # written by an earlier version
+    chosen, rejected = (last[key] - first[key] for key in keys)
+    widened = chosen - rejected
+    moves = " and ".join(
+        f"{name} responses went from {first[key]:.3f} to {last[key]:.3f}"
+        for name, key in zip(("chosen", "rejected"), keys, strict=True)
+    )
+    moves = f"In mean log-probability per token, {moves}"
+    if widened < 0.005:
+        return [f"The gap between chosen and rejected responses did not widen. {moves}."]
+    if chosen < -DISPLACED * widened:
+        return [
+            f"Warning: displacement. Chosen responses became less likely too, only less so than "
+            f"rejected ones. {moves}."
+        ]
+    share = -rejected / widened
+    if share > 0.5:
+        why = f"{min(1, share):.0%} of the widened gap is rejected text made unlikely"
+    else:
+        why = f"{1 - max(0, share):.0%} of the widened gap is chosen text made likelier"
+    return [f"{moves}: {why}."]
+
+
+def broken(samples: Sequence[Sample]) -> list[str]:
+    """Warnings of answers that repeat themselves, or whose length changed, by training.
+
+    Neither loss nor accuracy shows this.
+    """
+    loops, lengths = [], []
+    for _, before, after in samples:
+        words = len(before.split()), len(after.split())
+        if repetition(after) > repetition(before) + BROKEN:
+            loops.append(f"{repetition(after):.0%} ({repetition(before):.0%} before)")
+        elif not words[0] / LONGER <= words[1] <= words[0] * LONGER:
+            lengths.append(f"{words[1]} words ({words[0]} before)")
+    said = []
+    if loops:
+        said.append(
+            f"Warning: collapse. {len(loops)} of {len(samples)} sampled answers repeat "
+            f"themselves; sequences of {GRAM} words that stand in the answer already: "
+            f"{', '.join(loops)}."
+        )
+    if lengths:
+        said.append(
+            f"Warning: length. {len(lengths)} of {len(samples)} sampled answers changed their "
+            f"length by more than a factor of {LONGER:g}: {', '.join(lengths)}."
+        )
+    return said
+
+
+def repetition(text: str) -> float:
+    """The share of a text's sequences of GRAM words that occur earlier in it."""
+    words = text.split()
+    grams = [tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+# --- in a picture ---------------------------------------------------------------------------------
+
+
+def draw_loss(rows: list[dict], path: Path, lower: str) -> None:
+    """loss.png against steps: SimPO loss (log scale, the best evaluation marked), the
+    log-probabilities of both responses, and the metric `lower`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    split = {name: [row for row in rows if row["split"] == name] for name in ("train", "eval")}
+    figure, (loss, logp, last) = plt.subplots(
+        3, 1, figsize=(6, 7), sharex=True, layout="constrained", height_ratios=(3, 3, 2)
+    )
+
+    def line(axes, name: str, key: str, label: str | None, colour: str) -> None:
+        style = dict(alpha=0.4, lw=1) if name == "train" else dict(marker="o", ms=4)
+        of = [row for row in split[name] if key in row]
+        if of:
+            steps, values = ([row[k] for row in of] for k in ("step", key))
+            axes.plot(steps, values, label=label, color=colour, **style)
+
+    for name in split:
+        line(loss, name, "loss", name, COLOUR[name])
+        for side in ("chosen", "rejected"):
+            label = side if name == "eval" or not split["eval"] else None  # pale: train, as above
+            line(logp, name, f"logp_{side}", label, COLOUR[side])
+        line(last, name, lower, name, COLOUR[name])
+    if split["eval"]:
+        best = measured(rows).best
+        label = f"lowest: {best['loss']:.3g} at step {best['step']}"
+        style = dict(color=COLOUR["warning"], zorder=3, label=label)
+        loss.plot(best["step"], best["loss"], "D", ms=7, **style)
+
+    for axes, key in ((loss, "loss"), (last, lower)):
+        if all(row[key] > 0 for row in rows):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter("{x:g}")
+    if lower == "accuracy":
+        last.set(yscale="linear", ylim=(0, 1.05))
+    loss.set_ylabel("SimPO loss")
+    logp.set_ylabel("mean log p per token")
+    last.set(ylabel="accuracy" if lower == "accuracy" else "mean L0", xlabel="optimiser step")
+    for axes in (loss, logp, last):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", lw=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150, format="png")
+    plt.close(figure)
