@@ -67,7 +67,7 @@ from runtime.sources import TINY, UserError, read_json
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT = "fsrl-gpu-1"
 # Parts that share a process, and so its compiled kernels, and their share of --minutes.
-SHARES = {"checks": 0.30, "ours": 0.42, "full": 0.11, "compare": 0.17}
+SHARES = {"checks": 0.26, "ours": 0.44, "full": 0.14, "compare": 0.16}
 BATCHES = (1, 8)  # sequences decoded together
 FEW_PAIRS = 8  # of audit and compare
 KERNELS = 15

@@ -106,9 +106,9 @@ def test_each_group_has_its_share_of_the_time_and_what_is_left(tmp_path, asked):
     run(settings(tmp_path, minutes=10.0))
     assert sum(gpu.SHARES.values()) == pytest.approx(1)
     # The fakes take next to no time.
-    assert [seconds for *_, seconds in seen] == pytest.approx([180, 432, 498, 600], abs=30)
+    assert [seconds for *_, seconds in seen] == pytest.approx([156, 420, 504, 600], abs=30)
     seen.clear()
-    parts = run(settings(tmp_path / "short", minutes=0.3))  # 5 s for checks: not worth a start
+    parts = run(settings(tmp_path / "short", minutes=0.3))  # too little for checks to start
     assert "checks" not in parts and "compare" in parts
 
 
