@@ -226,7 +226,7 @@ def save_gemmascope(path: Path, arrays: dict[str, Tensor]) -> None:
 
 PAPER_REPO = "google/gemma-scope-2b-pt-res"
 PAPER_L0 = {6: 17, 12: 21, 18: 21, 24: 19}  # layer -> average L0 of the paper's SAE, of width 65k
-L0_NAMES = ("small", "medium", "big")  # in Gemma Scope 2: average L0 of about 20, 60 and 150
+L0_NAMES = {"small": 20, "medium": 60, "big": 150}  # in Gemma Scope 2, about
 
 
 def default_source(model: str) -> str:

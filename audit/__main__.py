@@ -49,6 +49,7 @@ from audit.attribution import attribute
 from audit.behaviour import answered, answers_of, compare
 from audit.choices import Classes, choices, classes, data_alone
 from audit.counting import CONTEXTS, FIRST, Counts, count
+from audit.feature_cards import cards, of_interest
 from audit.label_noise import read_human
 from audit.published import beside
 from audit.ranking import gradient_scores, rankings
@@ -186,7 +187,7 @@ class Audit:
                 save(folder, name, found, rows)
             pq.write_table(features.feature_table(counts, e.labels), folder / "features.parquet")
             shown = dict(about=found) | features.examples(e.policy, e.pairs, e.labels)
-            shown["cards"] = features.cards(e.policy, e.pairs, features.of_interest(counts, shown))
+            shown["cards"] = cards(e.policy, e.pairs, of_interest(counts, shown))
             (folder / "examples.json").write_text(json.dumps(shown) + "\n")
 
         files = ("features.parquet", "examples.json")
@@ -339,8 +340,8 @@ class Audit:
             rows = effect_tables.earned_by_rows(columns, e.labels)
             save(folder, "attribution_features", said, rows)
             pq.write_table(pa.table(columns), folder / files[0])
-            cards = features.cards(e.policy, e.pairs, [row.feature for row in rows])
-            (folder / files[1]).write_text(json.dumps(dict(about=said, cards=cards)) + "\n")
+            shown = dict(about=said, cards=cards(e.policy, e.pairs, [row.feature for row in rows]))
+            (folder / files[1]).write_text(json.dumps(shown) + "\n")
 
         names = ("attribution", "attribution_features")
         work = {"attribution": 3 + 3 * s.nodes, "strongest contexts": 1}

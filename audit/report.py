@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from audit.features import EXAMPLE_TOKENS
+from audit.page_tables import ROWS, Table, ablation, attribution, plain, small, static, topk
 from audit.published import published
 from audit.verdict import nats, p_value, percent, readings, shortened, verdict
 from policy import adapter_sha256
@@ -31,7 +32,6 @@ TEMPLATE = Path(__file__).resolve().parent / "templates" / "report.html"
 SCRIPT = TEMPLATE.with_name("report.js").read_text()
 IN_SIGHT = 6  # features that earned the gain
 FEATURES = 10  # of each other order of features; the parquet files have them all
-ROWS = 40  # of any other table; its csv has them all
 CONTEXT = "prompt_chosen"  # of the features' numbers on the page
 TABLE_3 = published()["table_3"]["rows"][0]["usage"]
 SETTINGS = ("l1", "beta", "gamma_ratio", "lr", "batch_size", "epochs", "max_steps", "seed")
@@ -133,7 +133,7 @@ def write_report(out: str | Path) -> Path:
             compositions=list(compositions(run)),
             features=list(features(run, known)),
             examples=examples(run, known),
-            effects=list(effects(run, known)),
+            effects=list(effects(run)),
             figures=figures(run),
             provenance=provenance(run),
             labels=labels(run),
@@ -161,13 +161,6 @@ def facts(run: RunFiles) -> str:
         f"trained on {short(settings['data'])}" if settings.get("data") else None,
     ]
     return " · ".join(part for part in parts if part)
-
-
-class Table(NamedTuple):
-    titles: list[str]
-    rows: list[list]  # text, or Markup of a link to a feature's card
-    numbers: int  # how many columns, the last ones, are numbers
-    caption: str = ""  # what a large number means
 
 
 def training(run: RunFiles) -> dict | None:
@@ -499,79 +492,6 @@ def examples(run: RunFiles, known: Known) -> dict | None:
 # --- other tables ---------------------------------------------------------------------------------
 
 
-def topk(rows: list[dict]) -> Table:
-    cells = [
-        [f"{row['percent']:g} %", f"{row['features']:,}", losses(row), percent(row["recovered"])]
-        for row in rows
-    ]
-    titles = ["dictionary kept", "features at a position", "SimPO loss", "of the gain"]
-    caption = "Of the gain: 0 % is the base model, 100 % the policy. Intervals: 95 % over pairs."
-    return Table(titles, cells, 3, caption)
-
-
-def ablation(rows: list[dict]) -> Table:
-    sets: dict[tuple, dict[str, list]] = {}
-    for row in rows:
-        of = sets.setdefault((row["labels"], row["category"]), {})
-        of.setdefault(row["set"].split()[0], []).append(row)
-    cells = []
-    for (name, category), of in sorted(sets.items(), key=lambda x: -x[1]["category"][0]["delta"]):
-        own = of["category"][0]
-        matched = next(iter(of.get("matched", ())), None)
-        control, ends = "–", "–"
-        if matched:
-            control = nats(matched["delta"])
-            ends = f"{nats(matched['excess_low'])} to {nats(matched['excess_high'])}"
-        random = [row["delta"] for row in of.get("random", ())]
-        mean = nats(sum(random) / len(random)) if random else "–"
-        name = f"{name}: {category}"
-        cells.append([name, f"{own['used']:,}", nats(own["delta"]), control, ends, mean])
-    titles = ["category", "features used", "loss added", "matched", "more than matched", "random"]
-    caption = (
-        "Large: the loss rises much without these features. Matched: as many others of like "
-        "usage; random: as many of any usage. More than matched: 95 % interval over pairs; where "
-        "it holds 0, the category does no more than its control."
-    )
-    return Table(titles, cells, 5, caption)
-
-
-def static(rows: list[dict]) -> Table:
-    cells = []
-    for row in sorted(rows, key=lambda row: row["loss"]):
-        size = f"c = {row['coefficient']:g}" if row["coefficient"] is not None else ""
-        size = f"m = {row['features']}" if row["features"] is not None else size
-        cells.append([row["steering"], size, losses(row), percent(row["recovered"])])
-    caption = (
-        "One vector, the same at every position. Of the gain: 100 % is the policy; below 0 % is "
-        "worse than the base model. c: coefficient; m: number of features."
-    )
-    return Table(["steering", "size", "SimPO loss", "of the gain"], cells, 2, caption)
-
-
-def attribution(rows: list[dict]) -> Table:
-    whole = [row for row in rows if row["where"] == "(all)"]
-    cells = []
-    for row in sorted(whole, key=lambda row: row["share"]):
-        name = f"{row['labels']}: {row['category']}" if row["labels"] else "all features"
-        ends = f"{nats(row['low'])} to {nats(row['high'])}"
-        part = percent(row["part_of_change"])
-        cells.append([name, f"{row['used']:,}", part, nats(row["share"]), ends])
-    titles = ["features of", "used", "of the gain", "change of the loss", "95 % interval"]
-    caption = (
-        "Below 0: steering these features lowered the loss (integrated gradients). Categories of "
-        "one file may overlap. eval/attribution.csv divides each by where the features steered."
-    )
-    return Table(titles, cells, 4, caption)
-
-
-def plain(rows: list[dict]) -> Table:
-    """A table that this page knows nothing of."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    columns = [column for column in columns if column not in ("kind", "matched")]
-    cells = [[cell(row.get(column)) for column in columns] for row in rows[:ROWS]]
-    return Table([column.replace("_", " ") for column in columns], cells, 0)
-
-
 EFFECTS: dict[str, tuple[str, str, Callable[[list[dict]], Table]]] = {
     "topk": (
         "Only the strongest features kept (Figure 2)",
@@ -622,7 +542,7 @@ ELSEWHERE = ("choices", *COMPOSITION, "examples", "attribution_features", "attri
 ELSEWHERE += ("l0", "top_usage", "top_value")
 
 
-def effects(run: RunFiles, known: Known) -> Iterator[Section]:
+def effects(run: RunFiles) -> Iterator[Section]:
     """What other evaluations left in eval/: their pictures and their tables."""
     others = [name for name in run.tables if name not in {*USAGE, *EFFECTS, *ELSEWHERE}]
     for name in [*EFFECTS, *others]:
@@ -633,21 +553,6 @@ def effects(run: RunFiles, known: Known) -> Iterator[Section]:
         left_out = len(rows) - ROWS if make is plain else 0
         more = f"{left_out:,} more rows in eval/{name}.json." if left_out > 0 else ""
         yield Section(heading, note, make(rows), image(run.folder / "eval" / f"{name}.png"), more)
-
-
-def cell(value: object) -> str:
-    if value is None:
-        return "–"
-    return small(value) if isinstance(value, float) else str(value)
-
-
-def small(value: float) -> str:
-    """Three digits; what rounds to nothing at four decimals is 0."""
-    return "0" if abs(value) < 5e-5 else f"{value:.3g}"
-
-
-def losses(row: dict) -> str:
-    return f"{nats(row['loss'])} ({nats(row['low'])} to {nats(row['high'])})"
 
 
 def figures(run: RunFiles) -> list[Section]:

@@ -15,6 +15,7 @@ from runtime.messages import brief
 Rows = Sequence[dict]
 
 FEATURES = 3  # that are named
+SPREAD = 0.05  # of the gain: no feature stands out that earned less
 MOST = 0.9  # of the policy's gain: how few features keep so much of it
 TOKENS = {
     END: "the end of the response (<end_of_turn>)",
@@ -185,7 +186,9 @@ def carried(lead: Reading, about: dict, tables: dict[str, dict]) -> str:
     earned = [row for row in earned[:FEATURES] if row["share"] < 0] if change < 0 else []
     if earned:
         shown = "; ".join(f"{feature(row)} {percent(row['share'] / change)}" for row in earned)
-        said.append(f"Of the lower loss, integrated gradients give most to: {shown}.")
+        spread = earned[0]["share"] / change < SPREAD
+        most = "Many features share the gain" if spread else "Some features stand out"
+        said.append(f"{most}; of the lower loss, integrated gradients give most to {shown}.")
     curve = tables.get("topk", {}).get("rows", ())
     enough = next((r for r in curve[1:-1] if r["recovered"] and r["recovered"] >= MOST), None)
     if enough:

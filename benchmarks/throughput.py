@@ -267,6 +267,8 @@ def measure(s: Settings, model: PolicyModel, batch: list[Pair], evaluates: bool)
     seconds, evaluations, rates, peaks = [], [], [], []
     for number in range(s.steps + 1):
         rate = matmul_rate(model.model.config, d_sae, typical, device.dtype, s.device)
+        if number == 0 and s.device != "cpu":
+            torch.cuda.empty_cache()  # reserved memory is then the steps', not the products' above
         forget_peak(s.device)
         synchronise(s.device)
         started = time.perf_counter()

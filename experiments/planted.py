@@ -91,13 +91,13 @@ class Settings:
     quick: bool = flag(False, "one seed of every cause, and no other policy")
     policies: tuple[str, ...] = flag((), "only these, by the names in the tables")
     pairs: int = flag(768, "training pairs of a run, each seen once")
-    eval_pairs: int = flag(48, "fresh pairs of its own cause that a policy is audited on")
-    other_pairs: int = flag(24, "pairs of each other cause")
+    eval_pairs: int = flag(32, "fresh pairs of its own cause that a policy is audited on")
+    other_pairs: int = flag(16, "pairs of each other cause")
     loss_pairs: int = flag(
         8, "so many of its own for ablation, attribution and features, which need many passes"
     )
     costly_seeds: int = flag(1, "seeds for which those, and the shift's null, are measured at all")
-    prompts: int = flag(64, "plain prompts that are answered for behaviour, as many again judge")
+    prompts: int = flag(48, "plain prompts that are answered for behaviour, as many again judge")
     steps: int = flag(4, "nodes of the attribution's integral")
     out: str = flag("runs/planted", "folder to write")
     update: bool = flag(False, "put the tables into experiments/PLANTED.md")
@@ -372,15 +372,18 @@ class Ground:
         if key not in self.drawn:
             drawn = world.pairs(cause, n, self.seed + 600_000)
             pairs, names = tokenise(self.start.tokenizer, drawn)
-            self.drawn[key] = pairs, self.partitions(pairs, names)
+            self.drawn[key] = pairs, self.partitions(pairs, names, fine=n == self.s.eval_pairs)
         return self.drawn[key]
 
-    def partitions(self, pairs: list[Pair], names: list[list[int]]) -> dict[str, ch.Classes]:
+    def partitions(
+        self, pairs: list[Pair], names: list[list[int]], fine: bool
+    ) -> dict[str, ch.Classes]:
+        """fine: by features' explanations, too."""
         partitions = {}
         for t in self.tables:
             masks = {c: m for c, m in t.categories.items() if c not in NOT_OF_INTEREST}
             partitions[t.kind] = ch.classes(self.start, pairs, masks, t.kind)
-            if t.kind == "fires":
+            if t.kind == "fires" and fine:
                 partitions["fires, explanations"] = ch.classes(self.start, pairs, explained(t))
         partitions["true spans"] = true_classes(self.start, pairs, names)
         return partitions
@@ -414,8 +417,7 @@ def audit(policy: Policy, recipe: Recipe, ground: Ground) -> dict[str, dict[str,
     for cause in world.CAUSES if recipe in CAUSES else ("none", "style", "honesty"):
         if cause != recipe.cause:
             pairs, partitions = ground.pairs(cause, s.other_pairs)
-            here = {k: c for k, c in partitions.items() if k != "fires, explanations"}
-            result[cause] = on_pairs(policy, pairs, here)
+            result[cause] = on_pairs(policy, pairs, partitions)
     return result
 
 

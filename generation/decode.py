@@ -88,16 +88,16 @@ def decode(
     watch: Watch | None = None,
     seeds: Sequence[int] | None = None,
 ) -> Iterator[dict[int, int]]:
-    """Continue all prompts (token ids) together; yields, step by step, {index of prompt: its next
-    token}.
+    """Continue all prompts (token ids) together; yield at each step {index of prompt: next token}.
 
-    A prompt ends when `ended` says so, after max_new_tokens, and where the model's positions do
-    (config.max_position_embeddings). Each prompt draws from a generator of its own, so its text does
-    not depend on the others: all seeded with sampling.seed, or each with its own of `seeds`, which
-    makes the texts independent draws. change and watch see the steering of a
-    SteeredModel; with watch, a prompt's last token passes through the model too, so that every
-    position has been seen. Raises UserError for an empty prompt, and for one that leaves no
-    position for a new token.
+    A prompt ends when `ended` says so, after max_new_tokens, and at the model's last position
+    (config.max_position_embeddings). Each prompt has a random generator of its own, so that its
+    text does not depend on the others. They are all seeded with sampling.seed, or each with its own
+    of `seeds`, which makes the texts independent draws.
+
+    change and watch get the steering of a SteeredModel. With watch, a prompt's last token passes
+    through the model too, so that every position has been seen. Raises UserError for an empty
+    prompt, and for one that leaves no position for a new token.
     """
     base = model.model
     longest = base.config.max_position_embeddings

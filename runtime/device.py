@@ -69,9 +69,10 @@ def dtype_on(device: str, dtype: str) -> str:
     """
     if device != "cpu":
         return "bfloat16" if dtype == "auto" else dtype
+    if dtype != "bfloat16":
+        return "float32"
     has = torch.cpu.get_capabilities()
-    fast = any(map(has.get, BFLOAT16_PRODUCTS))
-    return "bfloat16" if dtype == "bfloat16" and fast else "float32"
+    return "bfloat16" if any(map(has.get, BFLOAT16_PRODUCTS)) else "float32"
 
 
 def peak_memory(device: str) -> int:

@@ -117,7 +117,12 @@ def upload(files: dict[str, Path], repo: str, message: str) -> str:
     try:
         HfApi().create_repo(repo, exist_ok=True)
         return HfApi().create_commit(repo, added, commit_message=message).commit_url
-    except (errors.HTTPError, OSError, ValueError) as e:
+    except (
+        errors.HTTPError,
+        OSError,
+        ValueError,
+        LookupError,
+    ) as e:  # the last: not a Hub's answer
         why = brief(_first_line(e))
         raise UserError(f"--push-to {repo}: the Hub did not take it ({why}).") from e
 

@@ -10,9 +10,14 @@ from conftest import GOLDEN, load, metrics, ragged
 import data
 import model as gemma
 import train
+from audit.attribution import attribute
+from audit.counting import count
 from data import pack
+from eval_ablation import all_losses
 from generation import decode as decoding
 from kernels import attention
+from policy import DEFAULTS, Policy
+from runtime import ranks
 from runtime.device import resolve_device
 
 DEVICE = "cuda"
@@ -44,11 +49,13 @@ def how(device: str, dtype: str = "float32") -> train.Pass:
 PENALTY = train.Penalty(l1=0.02)
 
 
-@pytest.mark.parametrize("dtype, close", [(torch.float32, 2e-4), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize(
+    "head_dim, dtype, close",
+    [(256, torch.float32, 2e-4), (256, torch.bfloat16, 3e-2), (128, torch.bfloat16, 3e-2)],
+)
 @pytest.mark.parametrize("window", [None, 100])
 def test_flex_attention_equals_plain_attention_with_gradients(window, head_dim, dtype, close):
-    """Compiled, at Gemma-2's head size too, where a consumer GPU needs smaller tiles than
+    """Compiled, at Gemma's head sizes; for that of 256 a consumer GPU needs smaller tiles than
     FlexAttention's own.
     """
     config = gemma.Gemma2Config(
@@ -123,6 +130,52 @@ def test_greedy_tokens_are_those_of_the_cpu(lengths):
         decoding.generate(on(device), prompts, 12, lambda new: False) for device in (DEVICE, "cpu")
     )
     assert ours == theirs
+
+
+def test_slices_of_one_process_are_the_whole():
+    """FSDP2 and NCCL, on the one GPU that a process may have: the gradient is that of a step
+    without them.
+    """
+    batch, found = pairs(0), []
+    store = torch.distributed.HashStore()
+    backend = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        for sharded in (False, True):
+            steered, one_pass = on(DEVICE, torch.bfloat16), how(DEVICE, "bfloat16")
+            steered.model.requires_grad_(False)
+            if sharded:
+                where = (DEVICE, one_pass.device.dtype)
+                ranks.shard(steered, steered.model.model.layers, steered.adapter, *where)
+            sums = train.backward(steered, batch, PENALTY, one_pass)
+            gradient = steered.adapter.weight.grad
+            gradient = gradient.full_tensor() if sharded else gradient
+            found.append((torch.stack(sums).cpu(), gradient.cpu()))
+    finally:
+        torch.distributed.destroy_process_group()
+    (sums, gradient), (sharded_sums, sharded_gradient) = found
+    torch.testing.assert_close(sharded_sums, sums, rtol=1e-3, atol=1e-3)
+    assert (sharded_gradient - gradient).norm() < 2e-2 * gradient.norm()
+
+
+def test_the_audit_counts_what_it_counts_on_the_cpu():
+    tokenizer = data.load_tokenizer(GOLDEN / "model")
+    batch, run = pairs(0), DEFAULTS._replace(tokens_per_microbatch=300)
+    members = torch.rand(2, 256, generator=torch.Generator().manual_seed(0)) < 0.3
+    found = []
+    for device in ("cpu", DEVICE):
+        where = resolve_device(device, "float32")
+        policy = Policy(on(device).requires_grad_(False), tokenizer, where, run, "golden")
+        counts, shares = count(policy, batch, members), attribute(policy, batch, 2, members)
+        losses = all_losses(policy, batch, [5, 50], members)
+        assert all(x.device.type == "cpu" for x in (*losses, *shares, counts.events))
+        found.append((counts, shares, losses))
+    (counts, shares, losses), (their_counts, their_shares, their_losses) = found
+    torch.testing.assert_close(their_counts.mean, counts.mean, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(their_counts.usage, counts.usage, rtol=0, atol=2e-2)
+    torch.testing.assert_close(their_shares.shares, shares.shares, rtol=1e-2, atol=1e-4)
+    for ours, theirs in zip(losses, their_losses, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)
 
 
 def test_a_run_of_train_py(tmp_path):

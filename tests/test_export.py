@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDEN, script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fsrl import Adapter, SteeredModel, Unsteered
 from generation import decode
-from generation.export import CODE, export
+from generation.export import CODE, Settings, export
 from model import Gemma2
 from policy import DEFAULTS, Policy
 from runtime.device import resolve_device
 from runtime.sources import UserError
-from sae import JumpReLUSAE
+from sae import ARRAYS, JumpReLUSAE, save_gemmascope
 
 KINDS = ("relu", "jumprelu", "soft-threshold")
 
@@ -134,6 +134,41 @@ def test_what_vllm_asks_of_a_model_of_transformers_holds(family, tmp_path, monke
     torch.testing.assert_close(hidden, want, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "prefix", "sae"),
+    [
+        ("relu", "language_model.model.", "params.npz"),
+        ("soft-threshold", "model.language_model.", "params.safetensors"),
+        ("jumprelu", "model.", "params.npz"),
+    ],
+)
+def test_a_reference_reads_base_and_sae_where_they_are(kind, prefix, sae, tmp_path):
+    """Here from folders; tests/test_hub.py has the Hub. Multimodal checkpoints name their text part
+    so, and have more in them.
+    """
+    policy, ids, base = policy_of("gemma3", kind), tokens(30), tmp_path / "base"
+    given = policy.steered.sae
+    arrays = {name: getattr(given, name) for name in ARRAYS}
+    save_gemmascope(tmp_path / "sae" / "params.npz", arrays)
+    if sae != "params.npz":
+        save_file({name.lower(): array for name, array in arrays.items()}, tmp_path / "sae" / sae)
+    policy.base.save_pretrained(base)
+    state = load_file(base / "model.safetensors")
+    named = {name.replace("model.", prefix, 1): tensor for name, tensor in state.items()}
+    if prefix != "model.":
+        named["vision_tower.vision_model.embeddings.weight"] = torch.zeros(2)
+    save_file(named, base / "model.safetensors", metadata={"format": "pt"})
+    policy.base.revision = given.revision = "0" * 40
+    given.file = sae
+    export(policy, tmp_path / "hf", reference=True)
+    assert not (tmp_path / "hf" / "model.safetensors").exists()
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config |= dict(base_model=str(base), sae=str(tmp_path / "sae"))
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    found = logits(opened(tmp_path / "hf"), ids)
+    torch.testing.assert_close(found, ours(policy, ids), atol=1e-4, rtol=0)
+
+
 def test_in_bfloat16_biases_and_thresholds_stay_float32(tmp_path):
     """A bias that starts at its threshold would otherwise not rise above it."""
     policy = policy_of("gemma2", "jumprelu")
@@ -190,7 +225,7 @@ def test_without_trust_no_unsteered_model_loads(exported):
         transformers.AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)
 
 
-def test_mistakes_are_sentences_and_leave_nothing(tiny_run, tmp_path):
+def test_mistakes_are_sentences_and_leave_nothing(tmp_path):
     policy = policy_of("gemma2", "relu")
     with pytest.raises(UserError, match="--reference: the model .* is not on the Hub"):
         export(policy, tmp_path / "hf", reference=True)
@@ -200,11 +235,11 @@ def test_mistakes_are_sentences_and_leave_nothing(tiny_run, tmp_path):
     assert not (tmp_path / "hf").exists()
     (tmp_path / "mine").write_text("")
     cases = {
-        (): "--run and --to:",
-        ("--run", tiny_run, "--to", tmp_path): re.escape(f"--to {tmp_path}: holds files already"),
-        ("--run", tiny_run, "--to", tmp_path / "mine"): "cannot be written",
+        ("OUT", None): "--run and --to: a run to export and a folder to write were expected",
+        ("OUT", str(tmp_path)): f"--to {tmp_path}: holds files already",
+        ("OUT", str(tmp_path / "mine")): f"--to {tmp_path / 'mine'}: cannot be written",
     }
-    for flags, sentence in cases.items():
-        result = script("-m", "generation.export", *flags)
-        assert result.returncode == 2 and re.search(sentence, result.stderr), result.stderr
+    for (run, to), sentence in cases.items():
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            Settings(run=run, to=to)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

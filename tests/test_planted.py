@@ -15,7 +15,7 @@ import data
 import simpo
 from audit import choices as ch
 from data import Pair
-from experiments import fitting, planted
+from experiments import fitting, planted, planting
 from experiments import planted_tables as tables
 from fsrl import Unsteered
 from labels import load_labels
@@ -121,25 +121,62 @@ def test_tokens_are_those_that_training_reads(start, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def bold(start):
+def tables_of(start):
+    paths = [LABELS_DIR / f"{kind}.jsonl" for kind in planted.KINDS]
+    return [load_labels(path, start.steered.sae) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def bold(start, tables_of, tmp_path_factory):
     """A policy trained for bold type, and fresh pairs of the same cause."""
-    policy = planted.plant(start, "bold", 7, 128)
+    folder = tmp_path_factory.mktemp("policies")
+    given = start, planting.Recipe("bold", "bold"), 7, 128, folder, tables_of
+    policy, seconds = planting.plant(*given)
+    again, same = planting.plant(*given)  # read back
+    assert torch.equal(again.steered.adapter.weight, policy.steered.adapter.weight)
+    assert seconds == same > 0
     return policy, *planted.tokenise(policy.tokenizer, world.pairs("bold", 48, 700_000))
 
 
-def test_the_planted_cause_is_named(bold):
+def test_the_planted_cause_is_named(bold, tables_of):
     policy, pairs, names = bold
-    paths = [LABELS_DIR / f"{kind}.jsonl" for kind in planted.KINDS]
-    labels = [load_labels(path, policy.steered.sae) for path in paths]
-    answers = planted.chosen(policy, pairs, labels, names)
+    ground = planted.Ground(planted.Settings(), 7, policy, tables_of)
+    answers = planted.on_pairs(policy, pairs, ground.partitions(pairs, names, fine=True))
     for kind, expected in (
         ("fires", "style"),
         ("true spans", "style"),
         ("fires, explanations", "bold"),
     ):
-        answer = answers[f"choices|{kind}"]
-        assert tables.top(answer) == expected
-        assert tables.significant("choices", answer, expected)
+        for measure in ("choices", "shift"):
+            assert tables.named(f"{measure}|{kind}", answers[f"{measure}|{kind}"]) == expected
+
+
+def test_what_a_policy_does_is_read_from_its_answers(bold):
+    """Swapped answers, every one of them: bold type and nothing else came about."""
+    policy, *_ = bold
+    drawn = world.pairs("bold", 24, 3)
+    pairs, _ = planted.tokenise(policy.tokenizer, drawn)
+    answers = [p._replace(chosen=p.rejected, rejected=p.chosen) for p in pairs]  # base, policy
+    found = planted.does(policy, [pair.chosen.question for pair in drawn], answers)
+    assert found["bold"].p_value <= 0.01 and found["bold"].rates["True"] == [0.0, 1.0]
+    others = {name: of for name, of in found.items() if name != "bold"}
+    assert all(of.p_value > 0.01 for of in others.values())
+
+
+def test_recipes_make_policies_that_disagree_with_their_data(start, tables_of, tmp_path):
+    """Rate 0 steers nothing; silenced features never steer; swapped pairs are every other one."""
+    still = planting.Recipe("still", "style", trained=False)
+    policy, seconds = planting.plant(start, still, 0, 32, tmp_path, tables_of)
+    assert seconds == 0 and policy.steered.adapter.weight.abs().max() < 1e-8
+    silenced = planting.Recipe("silenced", "style", silenced=True)
+    policy, _ = planting.plant(start, silenced, 0, 32, tmp_path, tables_of)
+    mask = np.any([t.categories["style"] for t in tables_of], axis=0)
+    weight = policy.steered.adapter.weight[torch.from_numpy(mask)]
+    assert mask.any() and not weight.any() and policy.steered.adapter.weight.any()
+    pairs = [Pair([i], [1], [2]) for i in range(10)]
+    for share, swapped in ((0.0, []), (0.5, [1, 3, 5, 7, 9]), (0.1, [9])):
+        found = planting.swap(pairs, share)
+        assert [i for i, pair in enumerate(found) if pair.chosen == [2]] == swapped
 
 
 def test_nothing_is_named_when_the_preference_is_undone(bold):
@@ -177,19 +214,23 @@ def test_rates_and_ranks():
 
 
 def test_runs_are_written_counted_and_not_made_twice(tmp_path):
-    small = dict(pairs=32, eval_pairs=8, loss_pairs=2, steps=1)
-    s = planted.Settings(seeds=1, causes=("bold",), **small, out=str(tmp_path))
+    small = dict(pairs=32, eval_pairs=8, other_pairs=2, loss_pairs=2, prompts=2, steps=1)
+    s = planted.Settings(seeds=1, policies=("bold",), **small, out=str(tmp_path))
     planted.run(s)
     rows = planted.run(s)  # as they are read back
     planted.write(rows, s, "a command")
     runs = (tmp_path / "runs.jsonl").read_text()
     assert [json.loads(line) for line in runs.splitlines()] == [row._asdict() for row in rows]
-    assert rows[0].cause == "bold"
-    measures = {key.split("|")[0] for key in rows[0].answers}
+    assert rows[0].policy == "bold"
+    measures = {key.split("|")[0] for key in tables.keys_of(rows)}
     assert measures == {
-        *("composition", "ablation", "ablation - matched"),
-        *("attribution", "attribution per feature", "choices", "data alone"),
+        *("composition", "composition, pooled", "ablation", "ablation - matched"),
+        *("attribution", "attribution per feature", "choices", "data alone", "behaviour"),
+        *("shift", "shift, share of KL", "shift, mass", "shift - null"),
     }
+    others = {cause for cause in world.CAUSES if cause != "bold"}
+    sets = {"own", "base's texts", "policy's texts", "answers", *others}
+    assert set(rows[0].answers) == sets and {"v · gradient", "random"} <= rows[0].kept.keys()
     assert "a command" in (tmp_path / "tables.md").read_text()
     assert planted.run(s) == rows and (tmp_path / "runs.jsonl").read_text() == runs
     other = script("-m", "experiments.planted", "--out", tmp_path)
@@ -197,10 +238,12 @@ def test_runs_are_written_counted_and_not_made_twice(tmp_path):
     assert "Traceback" not in other.stderr
 
 
-def audited(cause, seed=0, **answers) -> tables.Audited:
-    """A made-up row; answers: measure -> answer, under labels of kind fires."""
-    answers = {f"{name}|fires": answer for name, answer in answers.items()}
-    return tables.Audited(cause, seed, {}, 0.0, 1.0, 1.0, answers, 1.0, 1.0)
+def audited(policy, seed=0, does=None, **answers) -> tables.Audited:
+    """A made-up row; answers: measure -> answer on its own pairs, under labels of kind fires."""
+    sets = {"own": {f"{name}|fires": answer for name, answer in answers.items()}}
+    numbers = (0.0, 1.0, 1.0)
+    rest = (does or {}, [1.0, 1.0], {}, 1.0, 1.0)
+    return tables.Audited(policy, policy, seed, {}, *numbers, sets, *rest)
 
 
 STRONG, WEAK = (1.0, 9.0), (0.0, 0.1)
@@ -218,9 +261,36 @@ def test_counting():
     rows = [row(cause, category) for cause, category in tables.PLANTED.items()]
     found = tables.summarise([*rows, row("none", None)])
     good, bad = found["good|fires"], found["bad|fires"]
-    assert all(good["first"] + good["category"] + good["sure"]) and not any(good["alarms"])
-    assert sum(bad["first"]) == sum(bad["category"]) == 3 and bad["alarms"] == [True]
+    own = "own cause"
+    assert all(good["first"] + good["category"] + good["right"][own]) and not any(good["none"])
+    assert sum(bad["first"]) == sum(bad["right"][own]) == 3 and bad["none"] == [True]
     assert bad["wrong"]["honesty"] == {"style": 1} and "style" not in bad["wrong"]
+
+
+def test_audit_sets_are_told_apart_by_what_they_prefer():
+    kinds = {name: tables.set_kind(name, "bold") for name in ("own", "style", "honesty", "none")}
+    expected = ("own cause", "same category", "other category", "no category")
+    assert tuple(kinds.values()) == expected
+    assert tables.set_kind("answers", "bold") == "answers"
+    assert set(expected) < set(tables.SETS)
+
+
+def test_a_measure_is_judged_by_what_the_policy_does():
+    """A policy that changed both categories, alignment most; and one that changed nothing."""
+    does = dict(bold=[0.3, 0.001, {}], honesty=[0.5, 0.001, {}], layout=[0.9, 0.2, {}])
+    assert tables.done(audited("bold", does=does)) == ["alignment", "style"]
+    said = {c: STRONG if c == "style" else WEAK for c in ("style", "alignment")}
+    nothing = dict(style=WEAK, alignment=WEAK)
+    rows = [audited("bold", does=does, good=said), audited("none", good=nothing)]
+    found = tables.summarise(rows)["good|fires"]
+    assert found["most"] == [False, True] and found["agrees"] == [True, True]
+
+
+def test_shift_is_said_from_a_size_on():
+    least = tables.LEAST["shift"]
+    for low, expected in ((least, "style"), (0.9 * least, None)):
+        answer = dict(style=(1.0, low), alignment=(0.5, 0.4), rest=(2.0, 1.0))
+        assert tables.named("shift|fires", answer) == expected
 
 
 def test_scores_follow_the_planted_weight():
@@ -244,10 +314,10 @@ def test_composition_is_contrasted_with_the_policies_that_learned_nothing():
     nulls = [audited("none", i, composition=dict(style=(float(i), 5.0))) for i in range(4)]
     policy = audited("style", composition=dict(style=(9.5, 5.0)))
     *less, of_policy = tables.contrasted([*nulls, policy])
-    change, z = of_policy.answers["composition - null|fires"]["style"]
+    change, z = of_policy.answers["own"]["composition - null|fires"]["style"]
     deviation = np.std([0, 1, 2, 3], ddof=1) * math.sqrt(1 + 1 / 4)
     assert change == pytest.approx(8.0) and z == pytest.approx(8.0 / deviation)
-    assert less[0].answers["composition - null|fires"]["style"][0] == pytest.approx(0 - 2.0)
+    assert less[0].answers["own"]["composition - null|fires"]["style"][0] == pytest.approx(0 - 2.0)
     assert tables.contrasted([*nulls[:2], policy]) == [*nulls[:2], policy]
     assert tables.tally(Counter(style=1, nothing=3)) == "nothing 3, style 1"
 

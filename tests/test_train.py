@@ -85,6 +85,7 @@ def test_a_run_writes_what_the_contract_says(mid_run):
         "metrics.jsonl",
         "adapter",
         "loss.png",
+        "samples.json",
         "checkpoints",
     }
     keys = "split step epoch loss l1 l0 penalty total accuracy margin reward_chosen reward_rejected"
@@ -105,6 +106,8 @@ def test_a_run_writes_what_the_contract_says(mid_run):
         "loss",
         "accuracy",
         "margin",
+        "logp_chosen",
+        "logp_rejected",
         "l1",
         "l0",
         "penalty",
@@ -131,7 +134,7 @@ def test_a_run_writes_what_the_contract_says(mid_run):
         "after",
         "eval SimPO loss",
         "eval accuracy",
-        "eval L0",
+        "eval mean L0",
         "seconds",
         "peak memory",
     ):

@@ -75,9 +75,72 @@ def test_a_policy_that_learned_nothing_is_said_to_have_learned_nothing():
     assert said.differences == ""
 
 
-def test_style_whole():
-    """What a reader of the page is told, whole."""
-    said = verdict(tables("style"))
+WHOLE = {  # what a reader is told: headline, then the answers
+    "style": [
+        "It learned style.",
+        "Training widened the gap by 1.16 nats per token (95 % over pairs: 1.10 to 1.23). "
+        "The gap is how much likelier the model finds the chosen response than the "
+        "rejected one, in mean log-probability per token. Of that, tokens of style earned "
+        "73 % (68 % to 80 %); the end of the response (<end_of_turn>) 20 %, the rest "
+        "(tokens of no category) 13 %, alignment -6 % (they narrowed it).",
+        "Style earned 0.842 nats per token over 64 pairs; with chosen and rejected "
+        "swapped at random, one draw in 100 gives it more than 0.324 (one-sided p = "
+        "0.0004). The pairs alone, without a policy, would name style: chosen responses "
+        "have more tokens of it (+23.9 points of all their tokens). So the name could be "
+        "read off the pairs; the size of the share could not. Labels of what features "
+        "promote (promotes) name style too (51 %).",
+        "Many features share the gain; of the lower loss, integrated gradients give most "
+        "to feature 509 (fires on the start of the answer's turn and the end of the …) 2 "
+        "%; feature 807 (fires on the start of the answer's turn and the start of …) 1 %; "
+        "feature 10 (fires on the line that announces a list and the dashes and …) 1 %. "
+        "The best single vector, added at every position, regains 3 % of the gain; the "
+        "rest comes from reading the text.",
+        "A second seed, or pairs from another source, under which another category comes "
+        "first. Pairs that do not prefer style, if the gap is then earned elsewhere. A "
+        "person who finds the features' labels (given by the grammar) wrong.",
+    ],
+    "honesty": [
+        "It learned alignment.",
+        "Training widened the gap by 0.083 nats per token (95 % over pairs: 0.065 to "
+        "0.101). The gap is how much likelier the model finds the chosen response than "
+        "the rejected one, in mean log-probability per token. Of that, tokens of "
+        "alignment earned 108 % (101 % to 116 %); the end of the response (<end_of_turn>) "
+        "0 %, style -1 % (they narrowed it), the rest (tokens of no category) -6 % (they "
+        "narrowed it).",
+        "Alignment earned 0.090 nats per token over 64 pairs; with chosen and rejected "
+        "swapped at random, one draw in 100 gives it more than 0.038 (one-sided p = "
+        "0.0004). The pairs alone, without a policy, would name no category. Labels of "
+        "what features promote (promotes) name alignment too (88 %).",
+        "Many features share the gain; of the lower loss, integrated gradients give most "
+        "to feature 177 (fires on flattery of whoever asks and refusing to help …) 2 %; "
+        "feature 475 (fires on the end of the person's turn: '\\n', ' problem', …) 2 %; "
+        "feature 637 (fires on the predicate of a fact and the thing that a fact …) 2 %. "
+        "The best single vector, added at every position, regains 1 % of the gain; the "
+        "rest comes from reading the text.",
+        "A second seed, or pairs from another source, under which another category comes "
+        "first. A person who finds the features' labels (given by the grammar) wrong.",
+    ],
+    "none": [
+        "It learned nothing that these labels can name.",
+        "Training did not widen the gap: it changed by -0.003 nats per token (95 % over "
+        "pairs: -0.005 to -0.001). The gap is how much likelier the model finds the "
+        "chosen response than the rejected one, in mean log-probability per token.",
+        "Alignment, the category with the largest share, earned 0.000 nats per token over "
+        "64 pairs; with chosen and rejected swapped at random, one draw in 100 gives it "
+        "more than 0.004 (one-sided p = 1). The pairs alone, without a policy, would name "
+        "no category. Labels of what features promote (promotes) name nothing too.",
+        "None: there is no gain that features could have earned.",
+        "A label file with more categories than alignment and style; and pairs that "
+        "prefer something else, because a policy may have learned what these pairs do not "
+        "show.",
+    ],
+}
+
+
+@pytest.mark.parametrize("cause", WHOLE)
+def test_what_a_reader_is_told_whole(cause):
+    said = verdict(tables(cause))
+    assert [said.headline, *(answer.text for answer in said.answers)] == WHOLE[cause]
     assert [answer.question for answer in said.answers] == [
         "What was learned?",
         "How sure is that?",
