@@ -51,6 +51,7 @@ def settings(name: str) -> dict[str, tuple[str, bool]]:
 def refused(name: str, cases: list[dict], folder: Path, make_short: Callable | None) -> list[dict]:
     """The script with the arguments and streams of each case, in a fork of its own."""
     _module(name)
+    os.chdir(folder)
     if make_short:
         make_short(_globals(name))
     ends = []
