@@ -432,7 +432,7 @@ def test_a_trace_names_features_and_says_what_it_was_made_with(say, tiny_run, tm
     assert say(*flags, "--trace", page).code == 0
     for text in (printed, page.read_text()):
         assert re.search(r"fires on .* \(feature \d+\)", text)
-        assert "changes what the next token is" in text
+        assert "what it does shows in the token after that" in text
         for setting in ("0.5", "style", "the likeliest", "tiny", "fires"):
             assert setting in text
     assert "https:" not in page.read_text() and "http:" not in page.read_text()
