@@ -1,8 +1,9 @@
 """report.html: what a run learned, on one page that loads nothing from elsewhere.
 
 Made of what train.py, eval_ablation.py and the other parts of the audit left in OUT; what is
-missing is left out. It leads with the sentences of verdict.py; evidence follows, and everything
-else is folded. templates/report.html is the page; here its values are read and put in order.
+missing is left out. It leads with what the policy does (lead.py), and what it learned on the given
+pairs (verdict.py); evidence follows, and everything else is folded. templates/report.html is the
+page; here its values are read and put in order.
 """
 
 import base64
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from audit.features import EXAMPLE_TOKENS
+from audit.lead import lead
 from audit.page_tables import ROWS, Table, ablation, attribution, plain, small, static, topk
 from audit.published import published
 from audit.verdict import nats, p_value, percent, readings, shortened, verdict
@@ -126,6 +128,8 @@ def write_report(out: str | Path) -> Path:
             title=f"What {run.name} learned",
             name=run.name,
             facts=facts(run),
+            lead=lead(run.tables),
+            changes=list(sections(run, CHANGES)),
             verdict=verdict(run.tables),
             choices=choices(run),
             training=training(run),
@@ -133,7 +137,7 @@ def write_report(out: str | Path) -> Path:
             compositions=list(compositions(run)),
             features=list(features(run, known)),
             examples=examples(run, known),
-            effects=list(effects(run)),
+            effects=list(sections(run, EFFECTS)) + list(others(run)),
             figures=figures(run),
             provenance=provenance(run),
             labels=labels(run),
@@ -492,7 +496,28 @@ def examples(run: RunFiles, known: Known) -> dict | None:
 # --- other tables ---------------------------------------------------------------------------------
 
 
-EFFECTS: dict[str, tuple[str, str, Callable[[list[dict]], Table]]] = {
+# Tables with a section -> heading, note, and how its numbers are shown.
+Sections = dict[str, tuple[str, str, Callable[[list[dict]], Table]]]
+CHANGES: Sections = {
+    "behaviour": (
+        "Its answers beside the base model's",
+        "Tokens of each kind in an answer, mean over the same prompts at temperature 1.",
+        plain,
+    ),
+    "shift": (
+        "How its next token differs",
+        "By kinds of tokens, the divergence of the two models' distributions over the next token, "
+        "on the pairs' responses and on answers of both models.",
+        plain,
+    ),
+    "carriers": (
+        "Which features carry that",
+        "How much of the shift is left where only the first n features of a ranking steer.",
+        plain,
+    ),
+    "carried_by": ("Those features", "In the order of the ranking that keeps most.", plain),
+}
+EFFECTS: Sections = {
     "topk": (
         "Only the strongest features kept (Figure 2)",
         "At each position only the features with the largest |v| steer.",
@@ -542,17 +567,21 @@ ELSEWHERE = ("choices", *COMPOSITION, "examples", "attribution_features", "attri
 ELSEWHERE += ("l0", "top_usage", "top_value")
 
 
-def effects(run: RunFiles) -> Iterator[Section]:
-    """What other evaluations left in eval/: their pictures and their tables."""
-    others = [name for name in run.tables if name not in {*USAGE, *EFFECTS, *ELSEWHERE}]
-    for name in [*EFFECTS, *others]:
+def sections(run: RunFiles, which: Sections) -> Iterator[Section]:
+    """The pictures and tables that eval/ has of these."""
+    for name, (heading, note, make) in which.items():
         rows = run.tables.get(name, {}).get("rows")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             continue
-        heading, note, make = EFFECTS.get(name, (name.replace("_", " "), "", plain))
         left_out = len(rows) - ROWS if make is plain else 0
         more = f"{left_out:,} more rows in eval/{name}.json." if left_out > 0 else ""
         yield Section(heading, note, make(rows), image(run.folder / "eval" / f"{name}.png"), more)
+
+
+def others(run: RunFiles) -> Iterator[Section]:
+    """What other evaluations left in eval/."""
+    names = (name for name in run.tables if name not in {*USAGE, *CHANGES, *EFFECTS, *ELSEWHERE})
+    return sections(run, {name: (name.replace("_", " "), "", plain) for name in names})
 
 
 def figures(run: RunFiles) -> list[Section]:

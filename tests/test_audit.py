@@ -4,6 +4,7 @@ and a mistake leaves nothing.
 
 import csv
 import hashlib
+import html
 import importlib
 import json
 import os
@@ -23,6 +24,7 @@ import labels
 import tiny
 from audit import features, figures, published, report
 from audit.counting import SIDES
+from audit.lead import lead
 from runtime.output import publish
 from runtime.sources import UserError
 
@@ -31,7 +33,7 @@ command = importlib.import_module("audit.__main__")
 HOSTILE = "<script>alert('x')</script> & \"$x^{2$ \u202e"
 USAGE = ("top_usage", "top_value", "value_difference", "usage_rank", "l0", "l0_by_position")
 EFFECTS = ("topk", "ablation", "static", "choices", "attribution", "attribution_features")
-CHANGES = ("shift", "behaviour", "carriers", "carried_by")
+CHANGES = ("behaviour", "shift", "carriers", "carried_by")
 COMPOSITIONS = ("composition_paper", "composition")
 TABLES = (*COMPOSITIONS, *USAGE, *EFFECTS, *CHANGES)
 SMALL = ("--pairs", 12, "--bootstrap", 40, "--random-sets", 1, "--keep", 1, "--nodes", 2)
@@ -179,6 +181,15 @@ def test_both_variants_of_the_papers_composition_are_there(audited):
         assert sum(row[key] for row in rows[:24]) == pytest.approx(2 * 3)
     text = (audited[0] / "report.html").read_text()
     assert "Averaged over positions (Table 2)" in text and "&lt;bos&gt;, is left out" in text
+
+
+def test_the_report_leads_with_what_the_policy_does(audited):
+    """Then come the tables behind that, and what it learned on the given pairs."""
+    said = lead({name: read(audited[0], name) for name in ("behaviour", "shift", "carriers")})
+    text = html.unescape((audited[0] / "report.html").read_text())
+    order = [*said, *(report.CHANGES[name][0] for name in CHANGES), "On the given pairs"]
+    order = [text.index(words) for words in [*order, "What was learned?"]]
+    assert len(said) > 2 and order == sorted(order)
 
 
 def test_examples_are_the_first_pairs(audited):

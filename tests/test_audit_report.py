@@ -256,7 +256,7 @@ def test_card_is_what_the_hub_reads(run):
     assert (
         found.data.library_name == "fsrl"
         and "fsrl" in found.data.tags
-        and found.data.license is None
+        and found.data.license == "gemma"
     )
     for figure in (
         "6.900",
