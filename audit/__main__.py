@@ -493,7 +493,8 @@ def summary(tables: dict[str, dict]) -> str:
     found = verdict(tables)
     if found is None:
         return ""
-    learned, sure, features, _ = (shown(answer.text) for answer in found.answers)
+    asked = ("What was learned?", "How sure is that?", "By which features?")
+    learned, sure, features = (shown(found.answer(question)) for question in asked)
     return "\n".join(["", f"{shown(found.headline)} {learned}", sure, features, ""])
 
 

@@ -385,7 +385,7 @@ def shift(rows: list[Row], about: dict) -> Figure:
     beside it, what permuted steering of equal KL moves.
     """
     kinds, texts = distinct(rows, "labels", "tokens"), distinct(rows, "texts")
-    size = (3.2 * len(texts), 1.4 + 0.3 * len(kinds))
+    size = (max(WIDTH, 2.6 * len(texts)), 1.4 + 0.3 * len(kinds))
     options = dict(sharey=True, sharex=True, layout="constrained", squeeze=False)
     figure, (panels,) = plt.subplots(1, len(texts), figsize=size, **options)
     for axes, name in zip(panels, texts, strict=True):

@@ -4,7 +4,7 @@ caption that says what a large number means. csv and json keep everything.
 
 from typing import NamedTuple
 
-from audit.verdict import nats, percent
+from audit.verdict import nats, p_value, percent
 
 ROWS = 40  # of a table that the page knows nothing of
 
@@ -79,6 +79,48 @@ def attribution(rows: list[dict]) -> Table:
         "one file may overlap. eval/attribution.csv divides each by where the features steered."
     )
     return Table(titles, cells, 4, caption)
+
+
+def shift(rows: list[dict]) -> Table:
+    cells = []
+    for row in sorted(rows, key=lambda row: (row["texts"], row["labels"], -row["divergence"])):
+        before, after = (percent(row[key], digits=1) for key in ("before", "after"))
+        ends = f"{nats(row['divergence_low'])} to {nats(row['divergence_high'])}"
+        null = "–" if row["null_divergence"] is None else nats(row["null_divergence"])
+        name = f"{row['labels']}: {row['tokens']}"
+        cells.append([row["texts"], name, before, after, nats(row["divergence"]), ends, null])
+    titles = ["texts", "tokens", "before", "after", "divergence", "95 % interval", "permuted"]
+    caption = (
+        "Before, after: probability of such tokens. Divergence: how far policy and base model are "
+        "apart in them, nats per position; permuted: the same for a steering of equal size whose "
+        "vectors stand at other positions."
+    )
+    return Table(titles, cells, 5, caption)
+
+
+def behaviour(rows: list[dict]) -> Table:
+    cells = []
+    for row in sorted(rows, key=lambda row: -(row["excess"] or 0)):
+        before, after = (f"{row[key]:.1f}" for key in ("before", "after"))
+        ends = f"{row['low']:+.1f} to {row['high']:+.1f}"
+        p = "–" if row["p_value"] is None else p_value(row["p_value"])
+        cells.append([f"{row['labels']}: {row['tokens']}", before, after, ends, p])
+    titles = ["tokens", "before", "after", "change, 95 % interval", "p"]
+    caption = (
+        "Tokens in an answer of base model and policy, mean over prompts. Small p: more changed "
+        "than swapping the two models' answers explains."
+    )
+    return Table(titles, cells, 4, caption)
+
+
+def carriers(rows: list[dict]) -> Table:
+    cells = []
+    for row in sorted(rows, key=lambda row: (-row["area"], row["n"])):
+        ends = f"{percent(row['low'])} to {percent(row['high'])}"
+        cells.append([row["ranking"], f"{row['n']:,}", percent(row["kept"]), ends])
+    titles = ["ranking", "features kept", "of the shift", "95 % interval"]
+    caption = "Large: the first features of the ranking alone shift the category nearly as far."
+    return Table(titles, cells, 3, caption)
 
 
 def plain(rows: list[dict]) -> Table:

@@ -1,9 +1,8 @@
 """report.html: what a run learned, on one page that loads nothing from elsewhere.
 
 Made of what train.py, eval_ablation.py and the other parts of the audit left in OUT; what is
-missing is left out. It leads with what the policy does (lead.py), and what it learned on the given
-pairs (verdict.py); evidence follows, and everything else is folded. templates/report.html is the
-page; here its values are read and put in order.
+missing is left out. It leads with the sentences of verdict.py; evidence follows, and everything
+else is folded. templates/report.html is the page; here its values are read and put in order.
 """
 
 import base64
@@ -17,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from markupsafe import Markup
 
+from audit import page_tables
 from audit.features import EXAMPLE_TOKENS
-from audit.lead import lead
-from audit.page_tables import ROWS, Table, ablation, attribution, plain, small, static, topk
+from audit.page_tables import Table, small
 from audit.published import published
 from audit.verdict import nats, p_value, percent, readings, shortened, verdict
 from policy import adapter_sha256
@@ -128,8 +127,6 @@ def write_report(out: str | Path) -> Path:
             title=f"What {run.name} learned",
             name=run.name,
             facts=facts(run),
-            lead=lead(run.tables),
-            changes=list(sections(run, CHANGES)),
             verdict=verdict(run.tables),
             choices=choices(run),
             training=training(run),
@@ -137,7 +134,8 @@ def write_report(out: str | Path) -> Path:
             compositions=list(compositions(run)),
             features=list(features(run, known)),
             examples=examples(run, known),
-            effects=list(sections(run, EFFECTS)) + list(others(run)),
+            does=list(sections(run, DOES)),
+            effects=effects(run),
             figures=figures(run),
             provenance=provenance(run),
             labels=labels(run),
@@ -414,7 +412,25 @@ class Section(NamedTuple):
 
 
 def features(run: RunFiles, known: Known) -> Iterator[Section]:
-    """The features by what they earned, where attribution was made; then by how they are used."""
+    """The features that carry the change, then those that earned the gain, as far as either was
+    measured; then by how they are used.
+    """
+    carried = run.rows("carried_by")
+    if carried and known.table:
+        cells = [
+            [*known.named(r["feature"]), tenths(r["usage"]), small(r["mean_v"])]
+            for r in carried[:IN_SIGHT]
+        ]
+        ranking = next((row["ranking"] for row in run.rows("carriers") if row["wins"]), "")
+        caption = (
+            f"In the order of the ranking ({ranking}) whose first features, kept alone, keep most "
+            "of the shift. Steered at: share of positions."
+        )
+        titles = ["feature", "what it is", "steered at", "mean v"]
+        more = "More of them are in eval/carried_by.csv."
+        table = Table(titles, cells, 2, caption)
+        yield Section("Features that carry the change", "", table, None, more)
+
     about = run.tables.get("attribution_features", {}).get("about") or {}
     change = about.get("change") or 0.0
     earned = [r for r in run.rows("attribution_features") if change < 0 and r["share"] < 0]
@@ -496,53 +512,52 @@ def examples(run: RunFiles, known: Known) -> dict | None:
 # --- other tables ---------------------------------------------------------------------------------
 
 
-# Tables with a section -> heading, note, and how its numbers are shown.
 Sections = dict[str, tuple[str, str, Callable[[list[dict]], Table]]]
-CHANGES: Sections = {
+DOES: Sections = {  # tables of change_tables.py
     "behaviour": (
-        "Its answers beside the base model's",
-        "Tokens of each kind in an answer, mean over the same prompts at temperature 1.",
-        plain,
+        "In its own answers",
+        "Tokens in the answers of policy and base model to the same prompts.",
+        page_tables.behaviour,
     ),
     "shift": (
-        "How its next token differs",
-        "By kinds of tokens, the divergence of the two models' distributions over the next token, "
-        "on the pairs' responses and on answers of both models.",
-        plain,
+        "In its distribution over the next token",
+        "How far policy and base model are apart, by kinds of tokens, on given texts and on "
+        "answers of both.",
+        page_tables.shift,
     ),
     "carriers": (
-        "Which features carry that",
-        "How much of the shift is left where only the first n features of a ranking steer.",
-        plain,
+        "By few features alone",
+        "How much of the shift the first features of each ranking keep when all others are "
+        "silenced.",
+        page_tables.carriers,
     ),
-    "carried_by": ("Those features", "In the order of the ranking that keeps most.", plain),
 }
 EFFECTS: Sections = {
     "topk": (
         "Only the strongest features kept (Figure 2)",
         "At each position only the features with the largest |v| steer.",
-        topk,
+        page_tables.topk,
     ),
     "attribution": (
         "What each category's features earned",
         "The change of the loss, divided among features by integrated gradients.",
-        attribution,
+        page_tables.attribution,
     ),
     "ablation": (
         "Categories taken away",
         "The loss added by zeroing a category's features, beside as many others.",
-        ablation,
+        page_tables.ablation,
     ),
     "static": (
         "Steering that does not read its context",
         "What one and the same vector at every position regains of the policy's gain.",
-        static,
+        page_tables.static,
     ),
     "beside_published": (
         "Beside the published figures",
         "The paper's and its authors' numbers (docs/published.json) and this run's, in one unit. "
         "Shares of Table 2 count the first position, as theirs do.",
-        plain,
+        page_tables.plain,
     ),
 }
 USAGE = {  # tables of features.py whose pictures the page has -> heading, and how to read them
@@ -564,24 +579,28 @@ USAGE = {  # tables of features.py whose pictures the page has -> heading, and h
 }
 # Tables that have a section of their own, or none.
 ELSEWHERE = ("choices", *COMPOSITION, "examples", "attribution_features", "attribution_cards")
-ELSEWHERE += ("l0", "top_usage", "top_value")
+ELSEWHERE += ("l0", "top_usage", "top_value", "carried_by")
 
 
-def sections(run: RunFiles, which: Sections) -> Iterator[Section]:
-    """The pictures and tables that eval/ has of these."""
-    for name, (heading, note, make) in which.items():
+def sections(run: RunFiles, known: Sections) -> Iterator[Section]:
+    for name, (heading, note, make) in known.items():
         rows = run.tables.get(name, {}).get("rows")
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            continue
-        left_out = len(rows) - ROWS if make is plain else 0
-        more = f"{left_out:,} more rows in eval/{name}.json." if left_out > 0 else ""
-        yield Section(heading, note, make(rows), image(run.folder / "eval" / f"{name}.png"), more)
+        if rows and isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+            left_out = len(rows) - page_tables.ROWS if make is page_tables.plain else 0
+            more = f"{left_out:,} more rows in eval/{name}.json." if left_out > 0 else ""
+            picture = image(run.folder / "eval" / f"{name}.png")
+            yield Section(heading, note, make(rows), picture, more)
 
 
-def others(run: RunFiles) -> Iterator[Section]:
-    """What other evaluations left in eval/."""
-    names = (name for name in run.tables if name not in {*USAGE, *CHANGES, *EFFECTS, *ELSEWHERE})
-    return sections(run, {name: (name.replace("_", " "), "", plain) for name in names})
+def effects(run: RunFiles) -> list[Section]:
+    """What the loss depends on; and every table in eval/ that this page knows nothing of."""
+    known = {*USAGE, *DOES, *EFFECTS, *ELSEWHERE}
+    others = {
+        name: (name.replace("_", " "), "", page_tables.plain)
+        for name in run.tables
+        if name not in known
+    }
+    return [*sections(run, EFFECTS), *sections(run, others)]
 
 
 def figures(run: RunFiles) -> list[Section]:

@@ -1,8 +1,8 @@
 """What a run learned, in sentences made from the tables of OUT/eval/.
 
-report.html, the card and the terminal lead with the same ones: what was learned, how sure that is,
-by which features, what would change the reading, and why measures differ where they do. A sentence
-stands only where a number supports it.
+report.html, the card and the terminal lead with the same ones: what the policy does differently
+(lead.py), what was learned, how sure that is, by which features, what would change the reading, and
+why measures differ where they do. A sentence stands only where a number supports it.
 """
 
 import textwrap
@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from audit.choices import END, REST
+from audit.lead import lead as differently
 from runtime.messages import brief
 
 Rows = Sequence[dict]
 
+DOES = "What does it do differently?"
 FEATURES = 3  # that are named
 SPREAD = 0.05  # of the gain: no feature stands out that earned less
 MOST = 0.9  # of the policy's gain: how few features keep so much of it
@@ -52,6 +54,14 @@ class Verdict(NamedTuple):
     headline: str
     answers: list[Answer]
     differences: str  # between the measures
+
+    @property
+    def does(self) -> Answer | None:
+        """The one that is about the policy and not about the given pairs, where it was measured."""
+        return self.answers[0] if self.answers[0].question == DOES else None
+
+    def answer(self, question: str) -> str:
+        return next(text for asked, text in self.answers if asked == question)
 
 
 class Reading(NamedTuple):
@@ -98,7 +108,9 @@ def verdict(tables: dict[str, dict]) -> Verdict | None:
         return None
     lead, *others = readings(choices["rows"])
     rows = {name: table.get("rows", []) for name, table in tables.items()}
-    answers = [
+    does = " ".join(differently(tables))
+    answers = [Answer(DOES, does)] if does else []
+    answers += [
         Answer("What was learned?", learned(lead, choices["about"])),
         Answer("How sure is that?", sure(lead, others, choices["about"]["pairs"])),
         Answer("By which features?", carried(lead, choices["about"], tables)),

@@ -84,6 +84,7 @@ class Settings:
     seed: int = flag(0, "seed of weights and lengths")
 
     def __post_init__(self):
+        cli.at_least(self, 0, "length_scale")
         cli.at_least(self, 1, "pairs", "steps", "tokens_per_microbatch", "d_sae")
 
 

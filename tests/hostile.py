@@ -30,7 +30,7 @@ SIGNALS = {"ctrl-c": signal.SIGINT, "terminate": signal.SIGTERM}
 FAULTS = ("full", *SIGNALS)  # full: every write to the file says that the disk is
 OUTPUT_FAULTS = ("full stdout", "unread stdout", "full stderr")
 PATIENCE = 60  # seconds that a child may take
-MEMORY = 1 << 30  # bytes that it may hold where its input is refused
+MEMORY = 3 << 29  # bytes that it may hold where its input is refused
 
 # --- scripts in forks -----------------------------------------------------------------------------
 
@@ -51,6 +51,7 @@ def settings(name: str) -> dict[str, tuple[str, bool]]:
 def refused(name: str, cases: list[dict], folder: Path, make_short: Callable | None) -> list[dict]:
     """The script with the arguments and streams of each case, in a fork of its own."""
     _module(name)
+    os.chdir(folder)
     if make_short:
         make_short(_globals(name))
     ends = []

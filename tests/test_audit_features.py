@@ -4,10 +4,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from test_audit_counting import counted, golden, policy  # noqa: F401 (fixtures)
+import torch
+from test_audit_counting import counted, golden, naive, policy  # noqa: F401 (fixtures)
 
 from audit import features
 from audit.counting import CONTEXTS, SIDES
+from audit.feature_cards import cards
 
 
 def test_log_linear_fit():
@@ -73,3 +75,32 @@ def test_the_most_used_features_have_both_units(counted):  # noqa: F811
         assert row["usage"] == pytest.approx(n / counts.positions[1].item())
         assert row["share_of_events"] == pytest.approx(n / events.sum().item())
     assert "share_of_events" not in features.top_rows(counts, "value", [])[0]
+
+
+class Words:
+    """A tokenizer whose tokens are their numbers."""
+
+    def decode(self, ids, skip_special_tokens):
+        return f"<{ids[0]}>"
+
+
+def test_cards_show_where_a_feature_is_steered_most(golden, policy, counted):  # noqa: F811
+    """Against every sequence run alone; the token stands within the text around it."""
+    pairs, _, counts = counted
+    which = counts.mean[0, 1].topk(3).indices.tolist()
+    found = cards(policy._replace(tokenizer=Words()), pairs, which)
+    runs = [naive(golden, pairs, context) for context in (1, 2)]
+    for k in which:
+        strongest = []
+        for pair in range(len(pairs)):
+            here = torch.cat([v[owners == pair, k] for _, v, _, _, owners in runs])
+            strongest.append(max(here.tolist(), default=0.0))
+        expected = [v for v in sorted(strongest, reverse=True) if v][:3]
+        contexts = found[str(k)]["contexts"]
+        assert [c.v for c in contexts] == pytest.approx(expected, abs=1e-4) and expected
+        texts = ["".join(f"<{t}>" for t in of) for p in pairs for of in (p.prompt, *p[1:])]
+        assert all(any(c.before + c.token + c.after in text for text in texts) for c in contexts)
+        raised = (golden.sae.W_dec[k] * (1 + golden.model.model.norm.weight)) @ (
+            golden.model.model.embed_tokens.weight.T
+        )
+        assert found[str(k)]["promotes"][0] == f"<{raised.argmax().item()}>"

@@ -106,10 +106,27 @@ def test_each_group_has_its_share_of_the_time_and_what_is_left(tmp_path, asked):
     run(settings(tmp_path, minutes=10.0))
     assert sum(gpu.SHARES.values()) == pytest.approx(1)
     # The fakes take next to no time.
-    assert [seconds for *_, seconds in seen] == pytest.approx([180, 432, 498, 600], abs=30)
+    assert [seconds for *_, seconds in seen] == pytest.approx([156, 420, 504, 600], abs=30)
     seen.clear()
-    parts = run(settings(tmp_path / "short", minutes=0.3))  # 5 s for checks: not worth a start
+    parts = run(settings(tmp_path / "short", minutes=0.3))  # too little for checks to start
     assert "checks" not in parts and "compare" in parts
+
+
+def test_each_check_is_told_as_it_ends(tmp_path, monkeypatch, capsys):
+    """So that the record names those that ended, where time is up before the last one."""
+    lines = (
+        "tests/test_cuda.py::test_a[64] PASSED  [ 33%]",
+        "tests/test_cuda.py::test_b FAILED  [ 66%]",
+    )
+    lines += ("tests/test_cuda.py::test_c SKIPPED (needs a GPU)  [100%]",)
+    (tmp_path / "pytest").write_text(
+        "#!/bin/sh\n" + "".join(f"echo '{x}'\n" for x in lines) + "exit 1"
+    )
+    (tmp_path / "pytest").chmod(0o755)
+    monkeypatch.setattr(gpu.sys, "executable", str(tmp_path / "pytest"))
+    assert gpu.checks() == dict(passed=1, failures=["test_b"], skipped=1)
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(told) == 3 and "1 passed, 1 failed ['test_b']" in told[1]["failed"]
 
 
 def test_a_process_that_hangs_is_ended(tmp_path, monkeypatch):

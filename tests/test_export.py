@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fsrl import Adapter, SteeredModel, Unsteered
 from generation import decode
-from generation.export import CODE, export
+from generation.export import CODE, Settings, export
 from model import Gemma2
 from policy import DEFAULTS, Policy
 from runtime.device import resolve_device
@@ -225,7 +225,7 @@ def test_without_trust_no_unsteered_model_loads(exported):
         transformers.AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)
 
 
-def test_mistakes_are_sentences_and_leave_nothing(tiny_run, tmp_path):
+def test_mistakes_are_sentences_and_leave_nothing(tmp_path):
     policy = policy_of("gemma2", "relu")
     with pytest.raises(UserError, match="--reference: the model .* is not on the Hub"):
         export(policy, tmp_path / "hf", reference=True)
@@ -235,11 +235,11 @@ def test_mistakes_are_sentences_and_leave_nothing(tiny_run, tmp_path):
     assert not (tmp_path / "hf").exists()
     (tmp_path / "mine").write_text("")
     cases = {
-        (): "--run and --to:",
-        ("--run", tiny_run, "--to", tmp_path): re.escape(f"--to {tmp_path}: holds files already"),
-        ("--run", tiny_run, "--to", tmp_path / "mine"): "cannot be written",
+        ("OUT", None): "--run and --to: a run to export and a folder to write were expected",
+        ("OUT", str(tmp_path)): f"--to {tmp_path}: holds files already",
+        ("OUT", str(tmp_path / "mine")): f"--to {tmp_path / 'mine'}: cannot be written",
     }
-    for flags, sentence in cases.items():
-        result = script("-m", "generation.export", *flags)
-        assert result.returncode == 2 and re.search(sentence, result.stderr), result.stderr
+    for (run, to), sentence in cases.items():
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            Settings(run=run, to=to)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -221,6 +221,8 @@ MEANT = {
     *(("experiments.gemma3_270m", "--model", f"model-{name}") for name in NOT_THE_TOKENIZER),
     ("train", "--init-adapter", "run-settings"),
     ("labelling", "--human", "labels-index.jsonl"),
+    ("benchmarks.compare", "--role", ""),
+    ("benchmarks.gpu", "--role", ""),
     ("labelling", "--sae"),
     ("labelling", "--train"),
     ("labelling", "--journal"),

@@ -135,7 +135,11 @@ class Handler(BaseHTTPRequestHandler):
         files = {f["path"]: base64.b64decode(f["content"]) for f in added}
         repos[name[1]] = Repo(files)
         self.server.commits.append((name[1], sorted(files)))
-        done = dict(commitUrl=f"{self.server.endpoint}/commit", commitOid="0" * 40, success=True)
+        done = dict(
+            commitOid="0" * 40,
+            commitUrl=f"{self.server.endpoint}/{name[1][7:]}/commit/{'0' * 40}",
+            success=True,
+        )
         self.answer(200, json.dumps(done).encode())
 
     def with_commit(self, name: str, revision: str, then) -> None:
@@ -541,7 +545,7 @@ def test_push_to_uploads_adapter_card_and_report_in_one_commit(hub, first, tmp_p
     before, after = (row["loss"] for row in metrics(out, "eval"))
     assert f"| SimPO loss | {before:.3f} | {after:.3f} |" in text
 
-    asked = [("upload", {}, "owner/forbidden", "no")]
+    asked = [("upload", {"x": str(out / "config.json")}, "owner/forbidden", "no")]
     ((kind, sentence),) = ask(hub, first.home, *asked)
     assert kind == "error" and "\n" not in sentence
     assert (

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from conftest import GOLDEN
+from test_audit_lead import STYLE, behaviour, shift
 
 from audit.choices import END, LEVEL, REST, Choices, Classes, data_alone, data_p_values
 from audit.verdict import nats, percent, verdict
@@ -170,6 +171,14 @@ def test_the_rest_comes_before_the_name():
     said = verdict(found)
     assert said.headline.startswith("Most of what it learned has no category here; of the")
     assert "A category for the rest, whose tokens earned" in said.answers[-1].text
+
+
+def test_what_it_does_comes_first():
+    found = tables("style")
+    found |= dict(behaviour=behaviour(style=STYLE), shift=shift("style"))
+    first, learned, *_ = verdict(found).answers
+    assert first.question == "What does it do differently?" and "more tokens of style" in first.text
+    assert learned.question == "What was learned?"
 
 
 def test_only_what_was_measured_is_said():
