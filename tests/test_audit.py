@@ -96,8 +96,11 @@ def drawn(name: str, rows: list[dict], about: dict) -> set[float]:
         for line in axes.lines:
             found |= {*np.ravel(line.get_xdata()).tolist(), *np.ravel(line.get_ydata()).tolist()}
         for patch in axes.patches:
-            bar = () if hasattr(patch, "get_data") else (patch.get_width(), patch.get_height())
-            found |= set(np.ravel(bar or patch.get_data().values).tolist())
+            if hasattr(patch, "get_data"):
+                values = patch.get_data().values
+            else:  # a bar that lies or stands
+                values = [patch.get_width(), patch.get_height()]
+            found |= set(np.ravel(values).tolist())
     return found
 
 
