@@ -8,7 +8,6 @@ the weights' dtype, because bfloat16 would round small steering vectors away.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import re
@@ -348,7 +347,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
         # On a GPU each of a block's many small operations reads and writes all of x; torch.compile
         # fuses them into few kernels.
-        run = _compiled_block() if isinstance(plan.attend, Flexible) else Block.run
+        fused = isinstance(plan.attend, Flexible)
+        run = attention.compiled(Block.run) if fused else Block.run
         return run(self, x, plan)
 
     def run(self, x: Tensor, plan: Plan) -> Tensor:
@@ -356,12 +356,6 @@ class Block(nn.Module):
         x = x + self.post_attention_layernorm(attended)
         transformed = self.mlp(self.pre_feedforward_layernorm(x))
         return x + self.post_feedforward_layernorm(transformed)
-
-
-@functools.cache
-def _compiled_block() -> Callable:
-    attention.limit_recompiles()
-    return torch.compile(Block.run)
 
 
 class Body(nn.Module):

@@ -15,6 +15,7 @@ from runtime.messages import brief
 
 Rows = Sequence[dict]
 
+DOES = "What does it do differently?"
 FEATURES = 3  # that are named
 SPREAD = 0.05  # of the gain: no feature stands out that earned less
 MOST = 0.9  # of the policy's gain: how few features keep so much of it
@@ -53,6 +54,11 @@ class Verdict(NamedTuple):
     headline: str
     answers: list[Answer]
     differences: str  # between the measures
+
+    @property
+    def does(self) -> Answer | None:
+        """The one that is about the policy and not about the given pairs, where it was measured."""
+        return self.answers[0] if self.answers[0].question == DOES else None
 
     def answer(self, question: str) -> str:
         return next(text for asked, text in self.answers if asked == question)
@@ -103,7 +109,7 @@ def verdict(tables: dict[str, dict]) -> Verdict | None:
     lead, *others = readings(choices["rows"])
     rows = {name: table.get("rows", []) for name, table in tables.items()}
     does = " ".join(differently(tables))
-    answers = [Answer("What does it do differently?", does)] if does else []
+    answers = [Answer(DOES, does)] if does else []
     answers += [
         Answer("What was learned?", learned(lead, choices["about"])),
         Answer("How sure is that?", sure(lead, others, choices["about"]["pairs"])),

@@ -302,6 +302,9 @@ def tables_md(rows: list[Audited], command: str) -> str:
             "Share of the shift in the planted category that the first n features of a ranking "
             "keep alone, mean over runs (smallest and largest):\n",
             rankings_table(rows),
+            "<details><summary>Every run, under labels of kind fires</summary>\n",
+            runs_table(rows),
+            "</details>\n",
         ]
     )
 
@@ -338,7 +341,8 @@ def own_table(found: dict[str, Found], order: list[str]) -> str:
     return table((*head, "follows the weight", "says instead (runs)"), lines)
 
 
-LEADING = ("choices|fires", "shift|fires", "data alone|fires")  # on pairs of the policy's own cause
+LEADING_ON_PAIRS = ("shift", "choices", "data alone")
+LEADING = tuple(f"{measure}|fires" for measure in LEADING_ON_PAIRS)
 
 
 def policies_table(rows: list[Audited]) -> str:
@@ -360,6 +364,27 @@ def policies_table(rows: list[Audited]) -> str:
     head += ("changes most (before → after)", "it does")
     says = [f"{key.split('|')[0]} says" for key in (*LEADING, "behaviour|fires")]
     return table((*head, *says), lines)
+
+
+def runs_table(rows: list[Audited]) -> str:
+    """Every run by itself: what the policy does, and what is said of it."""
+    titles = ("policy", "seed", "it does")
+    titles += tuple(f"{m}, {on}" for m in LEADING_ON_PAIRS for on in ("own", "other pairs"))
+    lines = []
+    for row in rows:
+        pairs = [name for name in row.answers if name not in (*SETS, "own")]
+        texts = [name for name in ("base's texts", "policy's texts") if name in row.answers]
+        line = [row.policy, row.seed, " + ".join(done(row)) or "nothing"]
+        for measure in LEADING_ON_PAIRS:
+            key = f"{measure}|fires"
+            line += [tally(says(key, row, sets)) for sets in (["own"], pairs)]
+        last = says("shift|fires", row, texts), says("behaviour|fires", row, ["answers"])
+        lines.append((*line, *map(tally, last)))
+    return table((*titles, "shift, texts of both models", "behaviour"), lines)
+
+
+def says(key: str, row: Audited, sets: Sequence[str]) -> Counter:
+    return Counter(named(key, row.answers[name][key]) or "nothing" for name in sets)
 
 
 def most_changed(rows: list[Audited]) -> str:

@@ -10,6 +10,7 @@ w, above i - w. Without a softcap c the scores are s q_i·k_j.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -226,7 +227,7 @@ def tree_mask(tree: Tensor, branch: Tensor, position: Tensor, window: int | None
 def block_mask(tree: Tensor, branch: Tensor, position: Tensor, window: int | None) -> BlockMask:
     """tree_mask as a BlockMask, made on the device without T x T entries in memory."""
     visible = tree_mask(tree, branch, position, window)
-    return _compiled_block_mask()(visible, len(tree), tree.device)
+    return compiled(_make_block_mask, dynamic=True)(visible, len(tree), tree.device)
 
 
 def flexible(
@@ -239,7 +240,7 @@ def flexible(
 
     # Inside a compiled block the call is compiled with the block, elsewhere by itself.
     alone = q.is_cuda and not torch.compiler.is_compiling()
-    kernel = _compiled_flex_attention() if alone else flex_attention
+    kernel = compiled(flex_attention) if alone else flex_attention
     out = kernel(
         *(x.transpose(0, 1)[None] for x in (q, k, v)),  # [T, H, hd] -> [1, H, T, hd]
         score_mod=cap if softcap else None,
@@ -269,32 +270,21 @@ def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-@functools.cache
-def _compiled_flex_attention():
-    limit_recompiles()
-    return torch.compile(flex_attention)
+def _make_block_mask(visible, T: int, device: torch.device) -> BlockMask:
+    """A function around the call, so that dynamic=True makes T a symbol, but not its block size."""
+    return create_block_mask(visible, None, None, T, T, device=device)
 
 
 @functools.cache
-def _compiled_block_mask():
-    limit_recompiles()
-
-    def make(visible, T: int, device: torch.device) -> BlockMask:
-        return create_block_mask(visible, None, None, T, T, device=device)
-
-    # A function around it, so that dynamic=True makes T a symbol, but not its block size.
-    return torch.compile(make, dynamic=True)
-
-
-@functools.cache
-def limit_recompiles() -> None:
-    """Raise after too many recompilations, where torch.compile would otherwise fall back in silence
-    to the unfused form, which holds all T x T scores.
+def compiled(function: Callable, **options) -> Callable:
+    """torch.compile, once for each function. It raises after too many recompilations, where
+    torch.compile would otherwise fall back in silence to the unfused form.
 
     A few graphs are expected: with and without a window, gradients, autocast; lengths become
-    symbolic when they differ a second time. Called only before compiling, because importing
+    symbolic when they differ a second time. The settings are made here, because importing
     torch._dynamo takes 0.6 s.
     """
     torch.compiler.assume_constant_result(_shared_memory)  # torch.compile cannot trace it
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(function, **options)

@@ -7,8 +7,7 @@ are float32 whatever the inputs' dtype: with bfloat16 logits a mean log-probabil
 to 0.07, and a SimPO loss with β = 10 by up to 0.2.
 """
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.attention import compiled
 from kernels.pointwise import at_least_float32, linear
 
 # Logits in memory together: on a GPU 256 MB in float32, which is 262 tokens with a vocabulary of
@@ -142,7 +142,8 @@ def _chunk(
     """The _Chunk of some rows of hidden [n, d]; on a CPU computed within the two buffers."""
     if hidden.is_cuda:
         products = head.products(hidden)
-        return _compiled_log_softmax()(products, target, softcap, gradient_dtype, want_greedy)
+        # Compiled, it is few kernels; each operation alone would read and write all logits.
+        return compiled(_log_softmax)(products, target, softcap, gradient_dtype, want_greedy)
     z, products = (buffer[: len(hidden)] for buffer in buffers)
     head.products(hidden, out=products)
     return _log_softmax(products, target, softcap, gradient_dtype, want_greedy, (products, z))
@@ -179,12 +180,6 @@ def _log_softmax(
     return _Chunk(
         logps, greedy, gradient.scatter_(1, target[:, None], at_target.to(gradient_dtype))
     )
-
-
-@functools.cache
-def _compiled_log_softmax() -> Callable:
-    """_log_softmax as few GPU kernels; each operation alone would read and write all logits."""
-    return torch.compile(_log_softmax)
 
 
 def _buffers(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ and a mistake leaves nothing.
 
 import csv
 import hashlib
+import html
 import importlib
 import json
 import os
@@ -23,6 +24,7 @@ import labels
 import tiny
 from audit import features, figures, published, report
 from audit.counting import SIDES
+from audit.lead import lead
 from runtime.output import publish
 from runtime.sources import UserError
 
@@ -182,6 +184,15 @@ def test_both_variants_of_the_papers_composition_are_there(audited):
         assert sum(row[key] for row in rows[:24]) == pytest.approx(2 * 3)
     text = (audited[0] / "report.html").read_text()
     assert "Averaged over positions (Table 2)" in text and "&lt;bos&gt;, is left out" in text
+
+
+def test_the_report_leads_with_what_the_policy_does(audited):
+    """Then come what it learned on the given pairs, and the tables behind both."""
+    said = lead({name: read(audited[0], name) for name in ("behaviour", "shift", "carriers")})
+    text = html.unescape((audited[0] / "report.html").read_text())
+    order = [*said, "On the given pairs", "What was learned?", "What it does differently"]
+    order = [text.index(words) for words in order]
+    assert len(said) > 2 and order == sorted(order)
 
 
 def test_examples_are_the_first_pairs(audited):

@@ -85,11 +85,7 @@ def test_any_number_of_processes_gives_the_run_of_one(tmp_path, alone, processes
     for name, weight in after.items():
         moved = (weight - before[name]).norm()
         assert moved > 0 and (others_after[name] - weight).norm() <= 2e-3 * moved, name
-    assert (
-        said.stdout.count("--- before") == 2
-        and "Written to" in said.stdout
-        and "training" in said.stderr
-    )
+    assert said.stdout.count("--- before") == 2 and "Written to" in said.stdout
     assert all(
         other.stdout == other.stderr == "" for other in others
     )  # the first process alone prints

@@ -28,7 +28,7 @@ from conftest import GOLDEN, ROOT, SAE_ID
 from safetensors.torch import load_file, save_file
 
 WHOLE = os.environ.get("FSRL_HOSTILE") == "whole"
-SAMPLE = 8  # bad arguments of each script that the suite tries
+SAMPLE = 6  # bad arguments of each script that the suite tries
 SHARE = 100 if WHOLE else 20  # of hundred files, how many do not fit
 
 
@@ -44,7 +44,7 @@ class Row:
     again: str = ""  # what is added to finish a run that a full disk stopped
     make_short: str = ""  # name of a function here that makes the script's work less
     runs: bool = True  # False: no run with faults, because it is too long or starts processes
-    needs: str = ""  # a package without which it does not run
+    slow: bool = False  # the run with faults is left out of the suite
 
 
 MODEL = f"--model {GOLDEN}/model --sae {GOLDEN}/sae --sae-id {SAE_ID}"
@@ -59,7 +59,7 @@ SCRIPTS = {
         again="--resume",
     ),
     "eval_ablation": Row(f"{RUN} --keep 1"),
-    "audit": Row(f"{RUN} --keep 1 --static-pairs 3 --top-features 2 --nodes 2"),
+    "audit": Row(f"{RUN} --keep 1 --static-pairs 3 --top-features 2 --nodes 2", slow=True),
     "audit.published": Row("--page page.md", make_short="with_page"),
     "generation": Row(
         f"--run {{x}}/run {MODEL} --prompts {{x}}/prompts.jsonl --max-new-tokens 2 --trace t.jsonl"
@@ -70,11 +70,11 @@ SCRIPTS = {
         f"--run {{x}}/run {MODEL} --data-dir {{x}}/questions --tasks gsm8k --limit 1"
         " --num-fewshot 0 --out o",
         runs=False,
-        needs="lm_eval",
     ),
     "experiments.planted": Row(
-        "--causes style --seeds 1 --pairs 32 --eval-pairs 8 --loss-pairs 4 --steps 2 --out o",
-        make_short="with_planted_rows",
+        "--policies style --seeds 1 --pairs 32 --eval-pairs 8 --other-pairs 2 --loss-pairs 2"
+        " --costly-seeds 0 --prompts 2 --steps 2 --out o",
+        slow=True,
     ),
     "experiments.sweep": Row(
         f"--layers 1 --out o -- {TRAIN.replace('--layer 1 ', '')}", make_short="with_finished_run"
@@ -88,12 +88,12 @@ SCRIPTS = {
         " --round-tokens 3000 --batch 64 --max-length 100 --test-pairs 2 --out o"
     ),
     "generation.export": Row(f"--run {{x}}/run {MODEL} --to o"),
-    "benchmarks.compare": Row("--shape tiny --pairs 2 --steps 1", runs=False, needs="transformers"),
+    "benchmarks.compare": Row("--shape tiny --pairs 2 --steps 1", runs=False),
     "benchmarks.decode": Row("--shape tiny --tokens 2 --rounds 1", runs=False),
-    "benchmarks.evals": Row("--shape tiny --limit 2 --rounds 1", runs=False, needs="lm_eval"),
+    "benchmarks.evals": Row("--shape tiny --limit 2 --rounds 1", runs=False),
     "benchmarks.first_step": Row("--shape mid", runs=False),
     "benchmarks.gpu": Row("--device cpu --shape tiny --pairs 2 --steps 1 --out o.json", runs=False),
-    "benchmarks.labels": Row("--what tiny", runs=False, needs="sklearn"),
+    "benchmarks.labels": Row("--what tiny", runs=False),
     "benchmarks.throughput": Row("--shape tiny --pairs 2 --steps 1"),
     "tiny.build": Row("--sae-layers 1 --sae-out o", make_short="with_few_steps"),
 }
@@ -120,11 +120,6 @@ def with_made_up_runs(script: dict) -> None:
         return script["Result"](plan.method, plan.setting.name, *plan[2:], *measured, threshold)
 
     script["runner"] = lambda: run
-
-
-def with_planted_rows(script: dict) -> None:
-    """Of experiments.planted: less of a policy is audited, and nothing resampled often."""
-    torch.set_num_threads(1)
 
 
 def with_finished_run(script: dict) -> None:
@@ -515,12 +510,13 @@ def test_bad_input_is_refused_in_one_sentence(name, ends):
     assert not wrong, f"{len(wrong)} cases:\n" + "\n".join(wrong)
 
 
-@pytest.mark.parametrize("name", [name for name, row in SCRIPTS.items() if row.runs])
+@pytest.mark.parametrize(
+    "name", [name for name, row in SCRIPTS.items() if row.runs and (WHOLE or not row.slow)]
+)
 def test_faults_leave_nothing_half_written(name, ends):
     for whole in ends[FAULT_TEST, name].result():
         assert whole["code"] == 0, whole
-        names = {end["name"] for end in whole["ends"]}  # "": the standard output
-        assert "" in names and (len(names) > 1 or not WHOLE or name.startswith("benchmarks"))
+        assert whole["ends"] or not WHOLE, "it wrote nothing"
         wrong = [str(end) for end in whole["ends"] if not ended_well(end)]
         assert not wrong, f"{len(wrong)} cases:\n" + "\n".join(wrong)
         for file, end in whole["resumed"].items():
