@@ -415,8 +415,6 @@ def main() -> None:
     conversations = [turns("--prompt", text) for text in s.prompt]
     if s.prompts:
         conversations += read_prompts(Path(s.prompts))
-    if not conversations and sys.stdin is None:
-        raise UserError("--prompt: stdin is closed, so a prompt was expected.")
 
     policy = open_policy(s.run, s.model, s.sae, s.sae_id, s.device, s.dtype)
     labels = find_labels(s, policy)

@@ -252,6 +252,7 @@ def test_both_commands_write_every_table(masked_run, labels, tmp_path, capsys):
     assert (folder / "topk.csv").stat().st_mtime_ns == before  # what the script wrote is kept
     usage = command.Audit(*opened(flags)).usage_part()
     names += ("static", "choices", "attribution", "attribution_features")
+    names += ("shift", "behaviour", "carriers", "carried_by")
     files = {f"{name}.{kind}" for name in names for kind in ("csv", "json", "png")}
     files |= {f"{name}.{kind}" for name in usage.tables for kind in ("csv", "json", "png")}
     files |= {*usage.files, "attribution_features.parquet", "attribution_cards.json", "masks"}
