@@ -51,6 +51,7 @@ from audit.choices import Classes, choices, classes, data_alone
 from audit.counting import CONTEXTS, FIRST, Counts, count
 from audit.feature_cards import cards, of_interest
 from audit.label_noise import read_human
+from audit.lead import lead
 from audit.published import beside
 from audit.ranking import gradient_scores, rankings
 from audit.rules import Rules, by_rules, read_rules
@@ -489,13 +490,16 @@ def main() -> None:
 
 
 def summary(tables: dict[str, dict]) -> str:
-    """What was learned, in three lines for the terminal; "" where choices was not measured."""
-    found = verdict(tables)
-    if found is None:
-        return ""
-    asked = ("What was learned?", "How sure is that?", "By which features?")
-    learned, sure, features = (shown(found.answer(question)) for question in asked)
-    return "\n".join(["", f"{shown(found.headline)} {learned}", sure, features, ""])
+    """Three lines for the terminal: what the policy does, where that was measured, and what it
+    learned on the given pairs; "" where neither was measured.
+    """
+    found, does = verdict(tables), " ".join(lead(tables))
+    lines = [does] if does else []
+    if found is not None:
+        asked = ("By which features?",) if does else ("How sure is that?", "By which features?")
+        lines.append(f"{found.headline} {found.answer('What was learned?')}")
+        lines += [found.answer(question) for question in asked]
+    return "\n".join(["", *map(shown, lines), ""]) if lines else ""
 
 
 if __name__ == "__main__":

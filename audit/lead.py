@@ -60,7 +60,7 @@ def does(table: dict) -> list[str]:
         ]
     else:
         first, *others = map(phrase, changed)
-        said = [f"Its answers to {prompts} prompts have, beside the base model's, {first}."]
+        said = [f"Its answers to {prompts} prompts have, compared with the base model's, {first}."]
         said += [f"They also have {other}." for other in others]
     if length["low"] > 0 or length["high"] < 0:
         longer = "longer" if length["change"] > 0 else "shorter"
