@@ -46,7 +46,7 @@ import torch
 import eval_ablation
 from audit import card, change_tables, effect_tables, features, figures, ranking, report, static
 from audit.attribution import attribute
-from audit.behaviour import answered, answers_of, compare
+from audit.behaviour import answered, compare
 from audit.choices import Classes, choices, classes, data_alone
 from audit.counting import CONTEXTS, FIRST, Counts, count
 from audit.feature_cards import cards, of_interest
@@ -388,9 +388,8 @@ class Audit:
         found = {}
         for curve in curves:
             if curve.ranking in (best, "usage", "random"):
-                mask = ranking.kept(curve.order, ANSWERED).to(e.policy.device.name)
-                given = (e.policy, e.policy.steered, prompts, s.answer_tokens, s.seed)
-                kept = answers_of(*given, change=functools.partial(torch.mul, mask))
+                mask = ranking.kept(curve.order, ANSWERED)
+                kept = ranking.answers_keeping(e.policy, mask, prompts, s.answer_tokens, s.seed)
                 pairs = [p._replace(rejected=a) for p, a in zip(self.answers, kept, strict=True)]
                 (part,) = compare(pairs, [divided], seed=s.seed)
                 share = part.excess[c] / whole.excess[c].clamp(min=1e-30)

@@ -12,6 +12,7 @@ A ranking is good where few features keep much. Its score is the mean over NUMBE
 the policy's divergence in the class that remains, at most 1 each.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from audit.attribution import Attribution, Node, integrated
+from audit.behaviour import answers_of
 from audit.choices import Classes, Conditions, as_trained, rows_at_once
 from audit.shift import shifts
 from data import Pair
@@ -113,6 +115,16 @@ def keeping(policy: Policy, masks: Tensor) -> Conditions:
         yield from ablated_streams(policy.steered, stream.x, ~masks)
 
     return conditions
+
+
+def answers_keeping(
+    policy: Policy, mask: Tensor, prompts: Sequence[list[int]], tokens: int, seed: int
+) -> list[list[int]]:
+    """The policy's answers as behaviour.answers_of gives them, where only the mask's features
+    steer: bool [F].
+    """
+    only = functools.partial(torch.mul, mask.to(policy.device.name))
+    return answers_of(policy, policy.steered, prompts, tokens, seed, change=only)
 
 
 @torch.no_grad()

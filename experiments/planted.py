@@ -82,6 +82,8 @@ FINE = {
 }
 NOT_OF_INTEREST = ("content", "chat")  # labels of the tiny world that are no category of the audit
 ANSWER_TOKENS = 96  # of a sampled answer, at most
+# Rankings whose first features are tried in sampled answers, too.
+IN_ANSWERS = ("v · gradient", "usage", "random")
 
 
 @dataclass(frozen=True)
@@ -342,9 +344,9 @@ def features(
     classes: ch.Classes,
     category: str,
     found: Attribution,
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
     """Ranking -> the share of the policy's divergence in the category that its first features
-    keep alone, for each of ranking.NUMBERS.
+    keep alone, for each of ranking.NUMBERS; and ranking -> the features in its order.
     """
     counts = counting.count(policy, pairs)
     positions = counts.positions[1:].sum()
@@ -353,7 +355,29 @@ def features(
     given = (usage.numpy(), mean_v.numpy(), found, gradient)
     orders = ranking.rankings(category, tables, *given)
     curves = ranking.curves(policy, pairs, classes, category, orders)
-    return {curve.ranking: curve.shares.tolist() for curve in curves}
+    return {curve.ranking: curve.shares.tolist() for curve in curves}, orders
+
+
+def features_in_answers(
+    policy: Policy, orders: dict[str, Tensor], category: str, ground: "Ground"
+) -> dict[str, list[float]]:
+    """Ranking -> change of the category's tokens in answers beyond chance (behaviour) where its
+    first features steer alone, for each of ranking.NUMBERS; "policy": where all steer.
+    """
+    _, prompts, base = ground.plain
+    prompts, base = prompts[: ground.s.prompts], base[: ground.s.prompts]
+    classes = ground.pairs("none", ground.s.other_pairs)[1]["fires"]
+
+    def moved(mask: Tensor) -> float:
+        given = (prompts, ANSWER_TOKENS, ground.seed * 100_000)
+        answers = ranking.answers_keeping(policy, mask, *given)
+        (found,) = behaviour.compare(list(map(Pair, prompts, base, answers)), [classes])
+        return found.excess[classes.names.index(category)].item()
+
+    kept = {}
+    for name in IN_ANSWERS:
+        kept[name] = [moved(ranking.kept(orders[name], n)) for n in ranking.NUMBERS]
+    return kept | {"policy": [moved(torch.ones_like(ranking.kept(orders["usage"], 1)))]}
 
 
 # --- what a policy is audited on ------------------------------------------------------------------
@@ -423,9 +447,9 @@ def audit(policy: Policy, recipe: Recipe, ground: Ground) -> dict[str, dict[str,
 
 def audit_costly(
     policy: Policy, recipe: Recipe, ground: Ground
-) -> tuple[dict[str, Answer], dict[str, list[float]]]:
-    """Measures that need many passes, on the first pairs of the policy's own cause; and which
-    features carry the planted category.
+) -> tuple[dict[str, Answer], dict[str, list[float]], dict[str, list[float]]]:
+    """Measures that need many passes, on the first pairs of the policy's own cause; and how much
+    of the planted category the first features of each ranking keep (features), in answers, too.
     """
     s, tables = ground.s, ground.tables
     pairs, partitions = ground.pairs(recipe.cause, s.eval_pairs)
@@ -435,7 +459,8 @@ def audit_costly(
     moved, null = shift.shift(policy, few, classes), shift.null(policy, few, classes)
     answers |= beyond_null(moved, null, list(partitions))
     category = world.CAUSES[recipe.name].category
-    return answers, features(policy, few, tables, partitions["fires"], category, earned)
+    kept, orders = features(policy, few, tables, partitions["fires"], category, earned)
+    return answers, kept, features_in_answers(policy, orders, category, ground)
 
 
 def audit_answers(
@@ -495,10 +520,10 @@ class Runner:
         pairs, _ = self.ground.pairs(recipe.cause, s.eval_pairs)
         few = pairs[: s.loss_pairs]
         after = train.evaluate(policy.model, few, passes(policy, training_settings(seed)))
-        answers, kept = audit(policy, recipe, self.ground), {}
+        answers, kept, kept_in_answers = audit(policy, recipe, self.ground), {}, {}
         sampled, found, lengths = audit_answers(policy, self.ground)
         if world.CAUSES.get(recipe.name, (None,))[0] and seed < s.first_seed + s.costly_seeds:
-            more, kept = audit_costly(policy, recipe, self.ground)
+            more, kept, kept_in_answers = audit_costly(policy, recipe, self.ground)
             answers["own"] |= more
         return Audited(
             policy=recipe.name,
@@ -512,6 +537,7 @@ class Runner:
             does={name: list(of) for name, of in found.items()},
             lengths=lengths,
             kept=kept,
+            kept_in_answers=kept_in_answers,
             train_seconds=trained,
             audit_seconds=time.perf_counter() - began,
         )

@@ -59,6 +59,7 @@ class Audited(NamedTuple):
     does: dict[str, list]  # attribute -> the fields of Does
     lengths: list[float]  # mean tokens of an answer, before and after
     kept: dict[str, list[float]]  # ranking -> share of divergence kept by its first features
+    kept_in_answers: dict[str, list[float]]  # planted.features_in_answers
     train_seconds: float
     audit_seconds: float
 
@@ -171,6 +172,7 @@ class Found(NamedTuple):
     right: dict[str, list[bool]]  # kind of audit set -> it names the planted category, and is sure
     most: list[bool]  # on its own cause or on plain prompts it says what changed most in answers
     agrees: list[bool]  # it says one of the categories that changed; nothing, where none did
+    holds: list[bool]  # of the runs in which it names a category: that category changed
     none: list[bool]  # of `none`, on every audit set: any category named
     still: list[bool]  # the same of the policy with learning rate 0
     category: list[bool]  # on its own cause: the right category first of the categories
@@ -191,7 +193,7 @@ def summarise(rows: list[Audited]) -> dict[str, dict]:
 
 def count(key: str, rows: list[Audited]) -> Found:
     kind = key.split("|")[1]
-    found = Found({name: [] for name in SETS}, [], [], [], [], [], [], None, {})
+    found = Found({name: [] for name in SETS}, [], [], [], [], [], [], [], None, {})
     weights, differences = [], []
     for row in rows:
         here = {name: of[key] for name, of in row.answers.items() if key in of}
@@ -216,6 +218,8 @@ def count(key: str, rows: list[Audited]) -> Found:
             said, does = named(key, here[at]), done(row) or [None]
             found.most.append(said == does[0])
             found.agrees.append(said in does)
+            if said is not None:
+                found.holds.append(said in does)
         if row.policy in PLANTED:
             found.category.append(right(row.policy, kind, top(among)))
             found.first.append(right(row.policy, kind, top(here[at])))
@@ -302,6 +306,9 @@ def tables_md(rows: list[Audited], command: str) -> str:
             "Share of the shift in the planted category that the first n features of a ranking "
             "keep alone, mean over runs (smallest and largest):\n",
             rankings_table(rows),
+            "The same in answers: of the change in the planted category's tokens beyond chance, "
+            "summed over runs, what those features alone still show:\n",
+            answers_table(rows),
             "<details><summary>Every run, under labels of kind fires</summary>\n",
             runs_table(rows),
             "</details>\n",
@@ -323,9 +330,10 @@ def arbiter_table(found: dict[str, Found], order: list[str]) -> str:
     for key in order:
         f = found[key]
         if f.agrees or f.none or f.still:
-            rates = [rate(hits) for hits in (f.most, f.agrees, f.none, f.still)]
+            rates = [rate(hits) for hits in (f.most, f.agrees, f.holds, f.none, f.still)]
             lines.append((*key.split("|"), *rates))
     head = ("measure", "labels", "says what changed most", "… or what changed at all")
+    head += ("where it names one, that changed",)
     return table((*head, "false alarms, none", "…, rate 0"), lines)
 
 
@@ -413,6 +421,20 @@ def rankings_table(rows: list[Audited]) -> str:
                   zip(shares.mean(0), shares.min(0), shares.max(0), strict=True)]  # fmt: skip
         lines.append((name, *spread, f"{areas[name].mean():.2f}"))
     return table(("ranking", *(f"n = {n}" for n in NUMBERS), "area"), lines)
+
+
+def answers_table(rows: list[Audited]) -> str:
+    """Of the change in answers of all runs together, what the first features alone still show."""
+    kept = [row.kept_in_answers for row in rows if row.kept_in_answers]
+    if not kept:
+        return "–\n"
+    whole = sum(of["policy"][0] for of in kept) or np.nan
+    lines = []
+    for name in kept[0]:
+        if name != "policy":
+            shares = np.sum([of[name] for of in kept], 0) / whole
+            lines.append((name, *(f"{share:.2f}" for share in shares)))
+    return table(("ranking", *(f"n = {n}" for n in NUMBERS)), lines)
 
 
 def what_was_run(rows: list[Audited], command: str) -> str:

@@ -14,6 +14,7 @@ from conftest import load, script
 import data
 import simpo
 from audit import choices as ch
+from audit.ranking import NUMBERS
 from data import Pair
 from experiments import fitting, planted, planting
 from experiments import planted_tables as tables
@@ -231,6 +232,9 @@ def test_runs_are_written_counted_and_not_made_twice(tmp_path):
     others = {cause for cause in world.CAUSES if cause != "bold"}
     sets = {"own", "base's texts", "policy's texts", "answers", *others}
     assert set(rows[0].answers) == sets and {"v · gradient", "random"} <= rows[0].kept.keys()
+    in_answers = rows[0].kept_in_answers
+    assert set(in_answers) == {*planted.IN_ANSWERS, "policy"}
+    assert all(len(in_answers[name]) == len(NUMBERS) for name in planted.IN_ANSWERS)
     assert "a command" in (tmp_path / "tables.md").read_text()
     assert planted.run(s) == rows and (tmp_path / "runs.jsonl").read_text() == runs
     other = script("-m", "experiments.planted", "--out", tmp_path)
@@ -242,7 +246,7 @@ def audited(policy, seed=0, does=None, **answers) -> tables.Audited:
     """A made-up row; answers: measure -> answer on its own pairs, under labels of kind fires."""
     sets = {"own": {f"{name}|fires": answer for name, answer in answers.items()}}
     numbers = (0.0, 1.0, 1.0)
-    rest = (does or {}, [1.0, 1.0], {}, 1.0, 1.0)
+    rest = (does or {}, [1.0, 1.0], {}, {}, 1.0, 1.0)
     return tables.Audited(policy, policy, seed, {}, *numbers, sets, *rest)
 
 
