@@ -111,6 +111,33 @@ def stored_round(path: Path, model: Gemma2, texts: list, layer: int, device: Dev
     return load_file(path)["x"].to(device.name).float()
 
 
+def spread(x: Tensor) -> Tensor:
+    """Standard deviation of each dimension of a stream [n, d], at positions of usual norm: [d].
+
+    A few dimensions and a few positions are so large that an SAE of the stream as it is would learn
+    them alone: in Gemma 3 270M one dimension of 640 has a third of the variance. The blocks divide
+    it out again, by the weights of their norms. With every dimension divided by this first, the
+    SAE's reconstruction keeps much more of the model's loss.
+    """
+    norm = x.norm(dim=1)
+    return x[norm < 3 * norm.median()].std(0).clamp(min=1e-6)
+
+
+def undo(arrays: dict[str, Tensor], spread: Tensor) -> dict[str, Tensor]:
+    """GemmaScope's arrays of an SAE of x / spread -> those of the same SAE of x, with rows of W_dec
+    of norm 1.
+    """
+    W_dec = arrays["W_dec"] * spread  # [F, d]
+    norm = W_dec.norm(dim=1)  # f grows by it
+    return {
+        "W_enc": arrays["W_enc"] / spread[:, None] * norm,
+        "W_dec": W_dec / norm[:, None],
+        "b_enc": arrays["b_enc"] * norm,
+        "b_dec": arrays["b_dec"] * spread,
+        "threshold": arrays["threshold"] * norm,
+    }
+
+
 # --- what it is worth -----------------------------------------------------------------------------
 
 
@@ -205,18 +232,19 @@ def train(s: Settings) -> Path:
         path = out / "stream" / f"round{i:04d}.safetensors"
         return stored_round(path, model, plan[i], s.layer, device)
 
-    before = round_of(0)
+    scale = spread(round_of(0))  # [d]
+    before = round_of(0) / scale
     trainer = Trainer(before, s.width, s.l0, s.lr, generator)
     done, state = 0, out / f"{name}.state.safetensors"
     if state.exists():
         held = load_file(state, device=device.name)
         done = int(held.pop("rounds"))
         trainer.load(held)
-        before = round_of(done - 1)
+        before = round_of(done - 1) / scale
         print(f"Going on after round {done} of {s.passes * len(plan)}.", file=sys.stderr)
     count = s.passes * len(plan)
     for number in parts(range(done, count), "SAE", "rounds"):
-        now = round_of(number)
+        now = round_of(number) / scale
         mixed = torch.cat([before, now])
         order = torch.Generator().manual_seed(s.seed * 100_003 + number)
         chosen = torch.randperm(len(mixed), generator=order)[: len(now)]
@@ -232,7 +260,7 @@ def train(s: Settings) -> Path:
         before = now
 
     folder = out / "resid_post" / name
-    arrays = trainer.arrays(before)
+    arrays = undo(trainer.arrays(before), scale)
     with replacing(folder) as part:
         save_gemmascope2(part, arrays, str(s.model), s.layer)
     sae = JumpReLUSAE.from_pretrained(out, f"resid_post/{name}", device=device.name)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from kernels.pointwise import at_least_float32
+
 NEVER = 1 << 30  # position of padding among the keys: no query is that far
 TILE = 128  # queries that share their keys; longer tiles waste more scores on later keys
 SCORES = 1 << 18  # limit on a bucket's scores per head, so that they stay in the processor's cache
@@ -148,7 +150,7 @@ class _Plain(torch.autograd.Function):
             else:
                 t.masked_fill_(hidden, -torch.inf)
                 e = t.sub_(t.amax(-1, keepdim=True)).exp_()
-            n = e.sum(-1, keepdim=True, dtype=torch.promote_types(e.dtype, torch.float32))
+            n = e.sum(-1, keepdim=True, dtype=at_least_float32(e.dtype))
             o = (e @ vb).div_(n)
             out[bucket.queries] = _ungather(o, bucket.queries)  # padding writes the same row again
             if keep:

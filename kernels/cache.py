@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels.pointwise import at_least_float32
+
 # (attention module, q, k, v) -> out; of the module it reads index, window, scale and softcap.
 Attend = Callable[[object, Tensor, Tensor, Tensor], Tensor]
 
@@ -94,8 +96,7 @@ class Cache:
             scores.tanh_().mul_(block.softcap)
         if first < self.last:
             scores.view(B, H, -1).masked_fill_(self.empty[:, None, first : self.end], -torch.inf)
-        dtype = torch.promote_types(scores.dtype, torch.float32)
-        weights = scores.softmax(-1, dtype=dtype).to(v.dtype)
+        weights = scores.softmax(-1, dtype=at_least_float32(scores.dtype)).to(v.dtype)
         return torch.bmm(weights, v).view(B, H, hd)
 
     def _double(self) -> None:

@@ -50,11 +50,8 @@ def token_scores(
     """token_logps without gradients, and whether each target is the likeliest token."""
     logps = torch.empty(len(hidden), dtype=at_least_float32(hidden.dtype), device=hidden.device)
     greedy = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-    with _head_for_products(weight) as head:
-        buffers = _buffers(hidden, weight)
-        for rows in chunks(hidden, weight):
-            chunk = _chunk(hidden[rows], head, target[rows], softcap, buffers, want_greedy=True)
-            logps[rows], greedy[rows] = chunk.logp, chunk.greedy
+    for rows, _, chunk in _walk(hidden, weight, target, softcap, want_greedy=True):
+        logps[rows], greedy[rows] = chunk.logp, chunk.greedy
     return TokenScores(logps, greedy)
 
 
@@ -97,14 +94,11 @@ class _TokenLogps(torch.autograd.Function):
         keep_gradient = ctx.needs_input_grad[0] and not ctx.trains_head
         gradient = torch.empty_like(hidden) if keep_gradient else None
         logps = torch.empty(len(hidden), dtype=at_least_float32(hidden.dtype), device=hidden.device)
-        with _head_for_products(weight) as head:
-            buffers = _buffers(hidden, weight)
-            gradient_dtype = head.dtype if keep_gradient else None
-            for rows in chunks(hidden, weight):
-                chunk = _chunk(hidden[rows], head, target[rows], softcap, buffers, gradient_dtype)
-                logps[rows] = chunk.logp
-                if keep_gradient:
-                    gradient[rows] = head.back(chunk.gradient)
+        dtype = _product_dtype(weight) if keep_gradient else None
+        for rows, head, chunk in _walk(hidden, weight, target, softcap, dtype):
+            logps[rows] = chunk.logp
+            if keep_gradient:
+                gradient[rows] = head.back(chunk.gradient)
         if keep_gradient:
             ctx.save_for_backward(gradient)
         return logps
@@ -120,13 +114,10 @@ class _TokenLogps(torch.autograd.Function):
         wide = at_least_float32(weight.dtype)
         # Chunks are added up in float32; autograd rounds only the sum to the weight's dtype.
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
-        with _head_for_products(weight) as head:
-            buffers = _buffers(hidden, weight)
-            for rows in chunks(hidden, weight):
-                chunk = _chunk(hidden[rows], head, target[rows], ctx.softcap, buffers, wide)
-                dlogits = chunk.gradient.mul_(grad[rows, None])
-                grad_hidden[rows] = head.back(dlogits)
-                grad_weight += _matmul(dlogits.T, hidden[rows].to(head.dtype))
+        for rows, head, chunk in _walk(hidden, weight, target, ctx.softcap, wide):
+            dlogits = chunk.gradient.mul_(grad[rows, None])
+            grad_hidden[rows] = head.back(dlogits)
+            grad_weight += _matmul(dlogits.T, hidden[rows].to(head.dtype))
         return grad_hidden, grad_weight, None, None
 
 
@@ -136,17 +127,26 @@ class _Chunk(NamedTuple):
     gradient: Tensor | None  # [n, V], of logp with respect to the products h Wᵀ, if wanted
 
 
-def _chunk(
-    hidden, head, target, softcap, buffers, gradient_dtype=None, want_greedy=False
-) -> _Chunk:
-    """The _Chunk of some rows of hidden [n, d]; on a CPU computed within the two buffers."""
-    if hidden.is_cuda:
-        products = head.products(hidden)
-        # Compiled, it is few kernels; each operation alone would read and write all logits.
-        return compiled(_log_softmax)(products, target, softcap, gradient_dtype, want_greedy)
-    z, products = (buffer[: len(hidden)] for buffer in buffers)
-    head.products(hidden, out=products)
-    return _log_softmax(products, target, softcap, gradient_dtype, want_greedy, (products, z))
+def _walk(
+    hidden, weight, target, softcap, gradient_dtype=None, want_greedy=False
+) -> Iterator[tuple[slice, "_Head", _Chunk]]:
+    """Yield (rows, the head, the _Chunk of these rows of hidden) until all rows are passed."""
+    slices = chunks(hidden, weight)
+    options = softcap, gradient_dtype, want_greedy
+    with _head_for_products(weight) as head:
+        if weight.is_cuda:
+            # Compiled, it is few kernels; each operation alone would read and write all logits.
+            log_softmax = compiled(_log_softmax)
+            for rows in slices:
+                yield rows, head, log_softmax(head.products(hidden[rows]), target[rows], *options)
+            return
+        # Two buffers for all chunks, because new memory for each costs many page faults.
+        shape = max((rows.stop - rows.start for rows in slices), default=0), len(weight)
+        buffers = [torch.empty(shape, dtype=at_least_float32(weight.dtype)) for _ in range(2)]
+        for rows in slices:
+            z, products = (buffer[: rows.stop - rows.start] for buffer in buffers)
+            head.products(hidden[rows], out=products)
+            yield rows, head, _log_softmax(products, target[rows], *options, (products, z))
 
 
 def _log_softmax(
@@ -177,23 +177,20 @@ def _log_softmax(
         gradient.addcmul_(gradient, tanh.square_(), value=-1)  # times 1 - tanh²
         at_target.mul_(1 - (z_target / softcap).square_())
     gradient = gradient.to(gradient_dtype)
-    return _Chunk(
-        logps, greedy, gradient.scatter_(1, target[:, None], at_target.to(gradient_dtype))
-    )
-
-
-def _buffers(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """Two buffers of a chunk's size. On a CPU, new memory for each chunk costs many page faults."""
-    if weight.is_cuda:
-        return ()
-    rows = max((s.stop - s.start for s in chunks(hidden, weight)), default=0)
-    shape = rows, len(weight)
-    return tuple(torch.empty(shape, dtype=at_least_float32(weight.dtype)) for _ in range(2))
+    gradient.scatter_(1, target[:, None], at_target.to(gradient_dtype))
+    return _Chunk(logps, greedy, gradient)
 
 
 def _in_pieces(weight: Tensor) -> bool:
     large = weight.numel() > WHOLE_ELEMENTS
     return large and weight.dtype == torch.bfloat16 and not weight.is_cuda
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """Of the factors of h Wᵀ: a GPU multiplies bfloat16 matrices into float32, torch on a CPU does
+    not.
+    """
+    return weight.dtype if weight.is_cuda else at_least_float32(weight.dtype)
 
 
 class _Head(NamedTuple):
@@ -228,24 +225,21 @@ class _Head(NamedTuple):
 
 @contextmanager
 def _head_for_products(weight: Tensor) -> Iterator[_Head]:
-    """Yield the head in the dtype that its matmul needs.
-
-    A GPU multiplies bfloat16 matrices into float32. On a CPU, torch does not, but it can round
-    float32 factors to bfloat16 while reading them, which is fast and changes no bfloat16 weight.
+    """Yield the head in _product_dtype. A bfloat16 head is cast to float32 on a CPU, whose products
+    then round float32 factors to bfloat16 while reading them: fast, and no weight changes.
     """
+    dtype = _product_dtype(weight)
     if weight.is_cuda or weight.dtype != torch.bfloat16:
-        dtype = weight.dtype if weight.is_cuda else at_least_float32(weight.dtype)
         yield _Head(weight.to(dtype), dtype, None)
         return
     settings = torch.backends.mkldnn.matmul
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:
         if _in_pieces(weight):
-            d = weight.shape[1]
-            buffer = torch.empty(max(1, PIECE_ELEMENTS // d), d)
-            yield _Head(weight, torch.float32, buffer)
+            rows = max(1, PIECE_ELEMENTS // weight.shape[1])
+            yield _Head(weight, dtype, torch.empty(rows, weight.shape[1]))
         else:
-            yield _Head(weight.float(), torch.float32, None)
+            yield _Head(weight.to(dtype), dtype, None)
     finally:
         settings.fp32_precision = before
 

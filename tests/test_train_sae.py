@@ -75,3 +75,22 @@ def test_the_arrays_act_on_the_raw_stream_as_the_trainer_does_on_the_scaled_one(
     torch.testing.assert_close(sae.decode(encoded)[clear], decoded[clear], atol=0.05, rtol=1e-4)
     assert clear.sum() > 390
     assert (f > 0).sum().item() == pytest.approx(4 * len(x), abs=2)
+
+
+def test_the_sae_of_a_scaled_stream_becomes_that_of_the_stream():
+    g = torch.Generator().manual_seed(0)
+    spread = torch.rand(8, generator=g) * 100 + 1
+    x = spread * torch.randn(50, 8, generator=g)
+    shapes = dict(W_enc=(8, 32), W_dec=(32, 8), b_enc=(32,), b_dec=(8,))
+    arrays = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    arrays["threshold"] = torch.rand(32, generator=g)
+    scaled, raw = JumpReLUSAE(arrays), JumpReLUSAE(train_sae.undo(arrays, spread))
+    decoded = spread * scaled.decode(scaled.encode(x / spread))
+    torch.testing.assert_close(raw.decode(raw.encode(x)), decoded, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(raw.W_dec.norm(dim=1), torch.ones(32))
+
+
+def test_spread_is_that_of_positions_of_usual_norm():
+    x = torch.randn(1000, 4) * torch.tensor([1.0, 2.0, 3.0, 400.0])
+    found = train_sae.spread(torch.cat([x, torch.full((5, 4), 1e5)]))
+    torch.testing.assert_close(found, x.std(0), rtol=0.15, atol=0)
