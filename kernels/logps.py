@@ -8,7 +8,6 @@ to 0.07, and a SimPO loss with β = 10 by up to 0.2.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -117,7 +116,7 @@ class _TokenLogps(torch.autograd.Function):
         for rows, head, chunk in _walk(hidden, weight, target, ctx.softcap, wide):
             dlogits = chunk.gradient.mul_(grad[rows, None])
             grad_hidden[rows] = head.back(dlogits)
-            grad_weight += _matmul(dlogits.T, hidden[rows].to(head.dtype))
+            grad_weight += head.matmul(dlogits.T, hidden[rows].to(head.dtype))
         return grad_hidden, grad_weight, None, None
 
 
@@ -131,22 +130,21 @@ def _walk(
     hidden, weight, target, softcap, gradient_dtype=None, want_greedy=False
 ) -> Iterator[tuple[slice, "_Head", _Chunk]]:
     """Yield (rows, the head, the _Chunk of these rows of hidden) until all rows are passed."""
-    slices = chunks(hidden, weight)
+    slices, head = chunks(hidden, weight), _Head.of(weight)
     options = softcap, gradient_dtype, want_greedy
-    with _head_for_products(weight) as head:
-        if weight.is_cuda:
-            # Compiled, it is few kernels; each operation alone would read and write all logits.
-            log_softmax = compiled(_log_softmax)
-            for rows in slices:
-                yield rows, head, log_softmax(head.products(hidden[rows]), target[rows], *options)
-            return
-        # Two buffers for all chunks, because new memory for each costs many page faults.
-        shape = max((rows.stop - rows.start for rows in slices), default=0), len(weight)
-        buffers = [torch.empty(shape, dtype=at_least_float32(weight.dtype)) for _ in range(2)]
+    if weight.is_cuda:
+        # Compiled, it is few kernels; each operation alone would read and write all logits.
+        log_softmax = compiled(_log_softmax)
         for rows in slices:
-            z, products = (buffer[: rows.stop - rows.start] for buffer in buffers)
-            head.products(hidden[rows], out=products)
-            yield rows, head, _log_softmax(products, target[rows], *options, (products, z))
+            yield rows, head, log_softmax(head.products(hidden[rows]), target[rows], *options)
+        return
+    # Two buffers for all chunks, because new memory for each costs many page faults.
+    shape = max((rows.stop - rows.start for rows in slices), default=0), len(weight)
+    buffers = [torch.empty(shape, dtype=at_least_float32(weight.dtype)) for _ in range(2)]
+    for rows in slices:
+        z, products = (buffer[: rows.stop - rows.start] for buffer in buffers)
+        head.products(hidden[rows], out=products)
+        yield rows, head, _log_softmax(products, target[rows], *options, (products, z))
 
 
 def _log_softmax(
@@ -198,7 +196,19 @@ class _Head(NamedTuple):
 
     weight: Tensor
     dtype: torch.dtype
+    rounds: bool  # whether products round float32 factors to bfloat16 while reading them
     buffer: Tensor | None  # [rows, d] to cast pieces into; None: the weight has the dtype already
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "_Head":
+        """A bfloat16 head is cast to float32 on a CPU; rounding then changes none of its weights,
+        and its products are as fast as bfloat16's.
+        """
+        dtype, rounds = _product_dtype(weight), weight.dtype == torch.bfloat16 and weight.is_cpu
+        if _in_pieces(weight):
+            rows = max(1, PIECE_ELEMENTS // weight.shape[1])
+            return cls(weight, dtype, rounds, torch.empty(rows, weight.shape[1]))
+        return cls(weight.to(dtype), dtype, rounds, None)
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (slice of rows, these rows of the head in its dtype) until all are passed."""
@@ -211,42 +221,29 @@ class _Head(NamedTuple):
     def products(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [n, d] -> h Wᵀ [n, V]."""
         if self.buffer is None:
-            return _matmul(hidden, self.weight.T, out=out)
+            return self.matmul(hidden, self.weight.T, out=out)
         for rows, piece in self.pieces():
-            out[:, rows] = _matmul(hidden, piece.T)
+            out[:, rows] = self.matmul(hidden, piece.T)
         return out
 
     def back(self, gradient: Tensor) -> Tensor:
         """Gradient of the products [n, V] -> gradient of the hidden states [n, d]."""
         if self.buffer is None:
-            return _matmul(gradient, self.weight)
-        return sum(_matmul(gradient[:, rows], piece) for rows, piece in self.pieces())
+            return self.matmul(gradient, self.weight)
+        return sum(self.matmul(gradient[:, rows], piece) for rows, piece in self.pieces())
 
+    def matmul(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        """a @ b with a cast to b's dtype; the result is not rounded to that, but at least float32.
 
-@contextmanager
-def _head_for_products(weight: Tensor) -> Iterator[_Head]:
-    """Yield the head in _product_dtype. A bfloat16 head is cast to float32 on a CPU, whose products
-    then round float32 factors to bfloat16 while reading them: fast, and no weight changes.
-    """
-    dtype = _product_dtype(weight)
-    if weight.is_cuda or weight.dtype != torch.bfloat16:
-        yield _Head(weight.to(dtype), dtype, None)
-        return
-    settings = torch.backends.mkldnn.matmul
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
-    try:
-        if _in_pieces(weight):
-            rows = max(1, PIECE_ELEMENTS // weight.shape[1])
-            yield _Head(weight, dtype, torch.empty(rows, weight.shape[1]))
-        else:
-            yield _Head(weight.to(dtype), dtype, None)
-    finally:
-        settings.fp32_precision = before
-
-
-def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b with a cast to b's dtype; the result is not rounded to that, but at least float32."""
-    with torch.autocast(a.device.type, enabled=False):
-        if b.dtype == torch.bfloat16:  # on CUDA; this product takes no `out`
-            return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
-        return torch.mm(a.to(b.dtype), b, out=out)
+        b is in the head's dtype.
+        """
+        with torch.autocast(a.device.type, enabled=False):
+            if b.dtype == torch.bfloat16:  # on CUDA; this product takes no `out`
+                return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
+            settings = torch.backends.mkldnn.matmul
+            before = settings.fp32_precision
+            try:
+                settings.fp32_precision = "bf16" if self.rounds else before
+                return torch.mm(a.to(b.dtype), b, out=out)
+            finally:
+                settings.fp32_precision = before

@@ -1,7 +1,9 @@
 """Shared by all tests: the golden model, scripts run as subprocesses, a token cache of ours."""
 
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 SHARED = ROOT.parent / "shared"  # larger real data, where the checkout stands beside it
 SAE_ID = "layer_1/width_256/average_l0_8"
+HOSTILE = "<script>alert('x')</script> & \"$x^{2$ \u202e"  # an explanation of a feature
+# A short audit of the small world.
+SMALL = ("--pairs", 12, "--bootstrap", 40, "--random-sets", 1, "--keep", 1, "--nodes", 2)
+SMALL += ("--static-pairs", 16, "--coefficients", 1, 2, "--top-features", 4, 8)
+SMALL += ("--shift-pairs", 4, "--prompts", 4, "--answer-tokens", 8, "--carrier-pairs", 2)
 
 sys.path.insert(0, str(ROOT))
 
@@ -39,11 +46,42 @@ def tiny_run(tmp_path_factory) -> Path:
     """A run on the small world, long enough for a sparse policy that lowers the loss."""
     out = tmp_path_factory.mktemp("tiny") / "run"
     result = script(
-        "train.py", "--model", "tiny", "--max-steps", 24, "--eval-every", 0, "--out", out
+        "train.py", "--model", "tiny", "--max-steps", 16, "--eval-every", 0, "--out", out
     )
     assert result.returncode == 0, result.stderr
     (out.parent / "stdout").write_text(result.stdout)
     return out
+
+
+@pytest.fixture(scope="session")
+def audited(tiny_run, tmp_path_factory) -> tuple[Path, tuple]:
+    """A copy of the short run, audited with a label file that means harm, the usual promotion
+    labels, and a person's judgements; and the flags that did it.
+    """
+    import labels
+    import tiny
+
+    folder = tmp_path_factory.mktemp("audit")
+    out = shutil.copytree(tiny_run, folder / "run")
+    _, rows = labels.read_rows(tiny.LABELS_DIR / "fires.jsonl")
+    for row in rows:
+        row["description"] = HOSTILE
+    header = dict(kind="fires", sae="tiny", sae_id=tiny.SAE_ID, judge="<b>nobody</b>")
+    labels.write_labels(folder / "hostile.jsonl", header, rows)
+    human = [f"{k},style,{int(rows[k]['category'] == 'style')}" for k in range(60)]
+    (folder / "human.csv").write_text("\n".join(["feature,category,label", *human]))
+    files = (folder / "hostile.jsonl", tiny.LABELS_DIR / "promotes.jsonl")
+    flags = ("--run", out, "--labels", *files, "--human", folder / "human.csv", *SMALL)
+    audit(*flags)
+    return out, flags
+
+
+def audit(*flags) -> None:
+    """python -m audit in this process."""
+    command = importlib.import_module("audit.__main__")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["audit", *map(str, flags)])
+        command.main()
 
 
 def load(dtype: torch.dtype = torch.float32, adapter: str = "mid") -> SimpleNamespace:

@@ -17,7 +17,7 @@ import time
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import GOLDEN, ROOT, SAE_ID, metrics, script
+from conftest import GOLDEN, HOSTILE, ROOT, SAE_ID, SMALL, audit, metrics, script
 from PIL import Image
 
 import labels
@@ -30,41 +30,11 @@ from runtime.sources import UserError
 
 command = importlib.import_module("audit.__main__")
 
-HOSTILE = "<script>alert('x')</script> & \"$x^{2$ \u202e"
 USAGE = ("top_usage", "top_value", "value_difference", "usage_rank", "l0", "l0_by_position")
 EFFECTS = ("topk", "ablation", "static", "choices", "attribution", "attribution_features")
 CHANGES = ("shift", "behaviour", "carriers", "carried_by")
 COMPOSITIONS = ("composition_paper", "composition")
 TABLES = (*COMPOSITIONS, *USAGE, *EFFECTS, *CHANGES)
-SMALL = ("--pairs", 12, "--bootstrap", 40, "--random-sets", 1, "--keep", 1, "--nodes", 2)
-SMALL += ("--static-pairs", 16, "--coefficients", 1, 2, "--top-features", 4, 8)
-SMALL += ("--shift-pairs", 4, "--prompts", 4, "--answer-tokens", 8, "--carrier-pairs", 2)
-
-
-def run(*flags) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["audit", *map(str, flags)])
-        command.main()
-
-
-@pytest.fixture(scope="module")
-def audited(tiny_run, tmp_path_factory):
-    """A copy of the short run, audited with a label file that means harm, the usual promotion
-    labels, and a person's judgements; and the flags that did it.
-    """
-    folder = tmp_path_factory.mktemp("audit")
-    out = shutil.copytree(tiny_run, folder / "run")
-    _, rows = labels.read_rows(tiny.LABELS_DIR / "fires.jsonl")
-    for row in rows:
-        row["description"] = HOSTILE
-    header = dict(kind="fires", sae="tiny", sae_id=tiny.SAE_ID, judge="<b>nobody</b>")
-    labels.write_labels(folder / "hostile.jsonl", header, rows)
-    human = [f"{k},style,{int(rows[k]['category'] == 'style')}" for k in range(60)]
-    (folder / "human.csv").write_text("\n".join(["feature,category,label", *human]))
-    files = (folder / "hostile.jsonl", tiny.LABELS_DIR / "promotes.jsonl")
-    flags = ("--run", out, "--labels", *files, "--human", folder / "human.csv", *SMALL)
-    run(*flags)
-    return out, flags
 
 
 def read(out, name: str) -> dict:
@@ -217,7 +187,7 @@ def test_only_what_is_missing_or_out_of_date_is_made_again(audited, tmp_path, ca
     flags = ("--run", copy, *flags[2:])
 
     def made() -> dict[str, bool]:
-        run(*flags)
+        audit(*flags)
         lines = capsys.readouterr().out.splitlines()
         named = [line for line in lines if line.split(" ")[0] in command.PARTS]
         return {line.split()[0]: "there already" not in line for line in named}
@@ -243,7 +213,7 @@ def test_tables_of_another_adapter_are_marked_and_made_again(audited, tmp_path, 
     (copy / "eval" / "topk.json").write_text(json.dumps(table))
     text = report.write_report(copy).read_text()
     assert "Made with another adapter than the one in this folder: topk." in text
-    run("--run", copy, *flags[2:])
+    audit("--run", copy, *flags[2:])
     assert read(copy, "topk")["about"]["adapter_sha256"] != "0" * 64
     assert "to make: ablation; about" in capsys.readouterr().out
     assert "Made with another adapter" not in (copy / "report.html").read_text()
@@ -257,7 +227,7 @@ def test_published_figures_stand_beside_a_run_of_their_shape(audited, tmp_path, 
     about, theirs = read(copy, "topk")["about"], published.published()
     shape = {key: about[key] for key in ("d_model", "d_sae", "layer")}
     monkeypatch.setattr(published, "published", lambda: theirs | dict(setting=shape))
-    run("--run", copy, *flags[2:])
+    audit("--run", copy, *flags[2:])
 
     found = {row["figure"]: row for row in read(copy, "beside_published")["rows"]}
     last = metrics(copy, "eval")[-1]
@@ -295,7 +265,7 @@ def test_mistakes_end_in_a_sentence_and_leave_nothing(tiny_run, tmp_path):
         ((), "--run"),
     ):
         with pytest.raises(UserError, match=named):
-            run(*flags)
+            audit(*flags)
     assert not (out / "eval").exists() and not (out / "report.html").exists()
 
 
@@ -341,7 +311,7 @@ def test_an_adapter_folder_without_labels(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.write_bytes(b""))
     where = dict(run="adapter_mid", model="model", sae="sae", data="dataset")
     flags = [word for name, folder in where.items() for word in (f"--{name}", GOLDEN / folder)]
-    run(*flags, "--sae-id", SAE_ID, *SMALL, "--device", "cpu", "--out", tmp_path / "out")
+    audit(*flags, "--sae-id", SAE_ID, *SMALL, "--device", "cpu", "--out", tmp_path / "out")
     files = {path.stem for path in (tmp_path / "out" / "eval").iterdir()}
     without = {*COMPOSITIONS, "ablation", "choices", *CHANGES}
     others = {"features", "examples", "attribution_cards", "masks"}

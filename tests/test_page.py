@@ -4,7 +4,6 @@ script shows cards. The words about a training run.
 
 import pytest
 from browser import browser
-from test_audit import audited  # noqa: F401 (fixture)
 
 from runtime.outcome import Sample, outcome, repetition
 
@@ -45,7 +44,7 @@ def chromium(tmp_path_factory):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 390])
-def test_the_report_in_a_browser(audited, chromium, width, scheme):  # noqa: F811
+def test_the_report_in_a_browser(audited, chromium, width, scheme):
     chromium.log("performance")
     page = audited[0] / "report.html"
     chromium.open(page, width, scheme)
@@ -65,7 +64,7 @@ def test_the_report_in_a_browser(audited, chromium, width, scheme):  # noqa: F81
     assert chromium.run("return document.documentElement.scrollWidth") <= width
 
 
-def test_a_tap_shows_cards(audited, chromium):  # noqa: F811
+def test_a_tap_shows_cards(audited, chromium):
     chromium.open(audited[0] / "report.html", 390)
     shown = "const d = document.querySelector('dialog'); const text = d.open && d.textContent; "
     shown += "d.close(); return text"
