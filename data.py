@@ -6,8 +6,8 @@ The text is rendered as the authors' code renders it:
     response  <start_of_turn>model\\n{content}<end_of_turn>\\n<eos>      (every token is scored)
 
 The markup is inserted as token ids and the content is encoded as plain text, so that a literal
-"<start_of_turn>" in a user's message is no markup. For any other content the ids equal those of
-the whole rendered string, because the tokenizer splits text at special tokens anyway.
+"<start_of_turn>" in a user's message stays text. For content without such literals the ids equal
+those of the whole rendered string, because the tokenizer splits text at special tokens anyway.
 
 A packed stream holds prompts with their continuations, without padding. Every forward pass of this
 project reads one:
@@ -27,7 +27,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,17 +40,19 @@ from torch import Tensor
 
 from kernels.attention import Bucket, Stretch, buckets
 from runtime.messages import brief
+from runtime.output import Arrays, cached_arrays
 from runtime.progress import progress_bar, say
-from runtime.sources import Arrays, UserError, cached_arrays, fetch, sha256
+from runtime.sources import UserError, fetch, sha256
 
 ROLES = {"system": "system", "user": "user", "assistant": "model", "model": "model"}
 SPLITS = ("train", "test")  # train_prefs and the like count as these: see split_name
 # The split in a file's path: train-00000.parquet, data/test/0.jsonl.
 NAMED_SPLIT = re.compile(r"(?:^|[/._-])(train|test|validation)(?=[/._-])", re.IGNORECASE)
 SUFFIXES = (".parquet", ".jsonl")
-# Characters of one message: the tokenizer needs gigabytes for far longer ones.
+SPECIAL = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+# Limit on the characters of one message, because the tokenizer needs gigabytes for far longer ones.
 LONGEST_TEXT = 1 << 20
-LONGEST_LINE = 1 << 24  # bytes of one line of jsonl
+LONGEST_LINE = 1 << 24  # limit on the bytes of one line of jsonl
 CACHE_FORMAT = "4"  # raise it when rendering or tokenising changes, so that old caches are not used
 
 
@@ -82,18 +84,14 @@ def data_files(source: str | Path) -> tuple[list[DataFile], str | None]:
     because Spark and the Hub's client mark their own files so. Raises UserError for no files.
     """
     root, commit = fetch(source, "data", [f"*{suffix}" for suffix in SUFFIXES])
-    if root.is_file():
-        paths = [root]
-    else:
-        inside = (path.relative_to(root).parts for path in root.rglob("*"))
-        plain = (parts for parts in inside if not any(p.startswith((".", "_")) for p in parts))
-        paths = [root.joinpath(*parts) for parts in plain]
-        paths = sorted(path for path in paths if path.is_file())
+    # Spark writes a folder that is itself called NAME.parquet, and its name may state the split.
+    above = root.parent if root.suffix in SUFFIXES else root
     files = []
-    for path in paths:
-        if path.suffix in SUFFIXES:
-            # A folder that Spark wrote is itself called NAME.parquet.
-            above = root.parent if root.suffix in SUFFIXES else root
+    for path in sorted([root, *root.rglob("*")]):
+        inside = path.relative_to(root).parts
+        if any(part.startswith((".", "_")) for part in inside):
+            continue
+        if path.suffix in SUFFIXES and path.is_file():
             named = NAMED_SPLIT.findall(path.relative_to(above).as_posix())
             files.append(DataFile(path, split_name(named[-1]) if named else None))
     if not files:
@@ -102,13 +100,13 @@ def data_files(source: str | Path) -> tuple[list[DataFile], str | None]:
 
 
 def split_name(given: object) -> str:
-    """A split's name in lower case; those that begin with train or test as just that."""
+    """A split's name in lower case; train_prefs becomes train, and test_prefs becomes test."""
     name = brief(given).strip().lower()
     return next((split for split in SPLITS if re.match(rf"{split}(_|$)", name)), name)
 
 
 def split_of(row: dict, file: DataFile) -> str:
-    """The row's `split`, or if it has none the one in the file's path, or else train."""
+    """The row's own `split`; without one, the split in the file's path; without both, train."""
     own = row.get("split")
     return split_name(own) if own is not None else file.split or "train"
 
@@ -116,8 +114,8 @@ def split_of(row: dict, file: DataFile) -> str:
 def read_rows(path: Path) -> Iterator[tuple[str, dict | bytes]]:
     """Yield (where, row) for each row of a file; `where` names file and row in messages.
 
-    A row of parquet is a dict. A row of jsonl is its line, undecoded, and cut off after
-    LONGEST_LINE + 1 bytes: see decode_row. Raises UserError for a file that cannot be read.
+    A row of parquet is a dict. A row of jsonl is its line, still to be decoded by decode_row, and
+    cut off after LONGEST_LINE + 1 bytes. Raises UserError for a file that cannot be read.
     """
     try:
         rows = _parquet(path) if path.suffix == ".parquet" else _lines(path)
@@ -145,7 +143,7 @@ def _parquet(path: Path) -> Iterator[dict]:
 
 
 def decode_row(where: str, row: dict | bytes) -> dict:
-    """A row of read_rows as a dict. Raises UserError naming the row where it is none."""
+    """A row of read_rows as a dict. Raises UserError naming a row that is not a json object."""
     if isinstance(row, bytes):
         if len(row) > LONGEST_LINE:
             raise UserError(f"{where}: a line of more than {LONGEST_LINE >> 20} MB.")
@@ -162,7 +160,7 @@ Turns = list[tuple[str, str]]  # (role, content), role "user" or "model"
 
 
 class Conversation(NamedTuple):
-    """A valid row: the turns of the prompt and the two answers, without space around them."""
+    """A valid row: the turns of the prompt and the two answers, all stripped of outer space."""
 
     prompt: Turns
     chosen: str
@@ -177,7 +175,7 @@ def parse_row(where: str, row: dict) -> Conversation:
     - `prompt` is a list of turns, `chosen` and `rejected` are lists of one message (TRL's layout);
     - `prompt` is a string, which becomes one user turn, and `chosen` and `rejected` are strings.
 
-    Raises UserError naming the row for any other, since training should not guess.
+    Raises UserError naming the row for any other layout, since training should not guess.
     """
     sides = []
     for column in ("chosen", "rejected"):
@@ -244,7 +242,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises bare Exception
         raise UserError(f"{path}: not a readable tokenizer.json ({e}).") from e
-    for token in ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"):
+    for token in SPECIAL:
         if tokenizer.token_to_id(token) is None:
             raise UserError(f"{path}: has no token {token}; a Gemma chat tokenizer was expected.")
     return tokenizer
@@ -253,7 +251,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 class Encoder:
     """Turns -> token ids. Markup inside a message is encoded as text.
 
-    `learn` encodes many messages in a few calls, which is fast; the other methods look them up.
+    `learn` encodes many turns in a few calls, which is fast; the other methods look them up.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -262,29 +260,30 @@ class Encoder:
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        special = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
-        self.bos, self.eos, self.start, self.end = map(tokenizer.token_to_id, special)
-        self.ids: dict[str, list[int]] = {}
+        self.bos, self.eos, self.start, self.end = map(tokenizer.token_to_id, SPECIAL)
+        self.newline = self.tokenizer.encode("\n", add_special_tokens=False).ids
+        self.ids: dict[tuple[str, str], list[int]] = {}
 
-    def learn(self, texts: Sequence[str], progress: bool = False) -> None:
-        """Encode f"{role}\\n{content}" of every turn that prompt and response will be asked for."""
-        texts = list(dict.fromkeys(["\n", *texts]))
-        how = dict(total=len(texts), desc="tokenising", unit="text", leave=False, shown=progress)
+    def learn(self, turns: Turns, progress: bool = False) -> None:
+        """Encode every turn that prompt and response will be asked for."""
+        turns = list(dict.fromkeys(turns))
+        how = dict(total=len(turns), desc="tokenising", unit="text", leave=False, shown=progress)
         with progress_bar(**how) as bar:
-            for i in range(0, len(texts), 1000):
-                part = texts[i : i + 1000]
-                encodings = self.tokenizer.encode_batch(part, add_special_tokens=False)
-                self.ids.update((text, e.ids) for text, e in zip(part, encodings, strict=True))
+            for i in range(0, len(turns), 1000):
+                part = turns[i : i + 1000]
+                texts = [f"{role}\n{content}" for role, content in part]
+                encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+                self.ids.update((turn, e.ids) for turn, e in zip(part, encodings, strict=True))
                 bar.update(len(part))
 
-    def turn(self, role: str, content: str) -> list[int]:
-        return [self.start, *self.ids[f"{role}\n{content}"], self.end, *self.ids["\n"]]
+    def turn(self, turn: tuple[str, str]) -> list[int]:
+        return [self.start, *self.ids[turn], self.end, *self.newline]
 
     def prompt(self, turns: Turns) -> list[int]:
-        return [self.bos, *chain.from_iterable(self.turn(*turn) for turn in turns)]
+        return [self.bos, *chain.from_iterable(map(self.turn, turns))]
 
     def response(self, content: str) -> list[int]:
-        return [*self.turn("model", content), self.eos]
+        return [*self.turn(("model", content)), self.eos]
 
 
 def header_ids(tokenizer: Tokenizer) -> list[int]:
@@ -293,14 +292,6 @@ def header_ids(tokenizer: Tokenizer) -> list[int]:
         tokenizer.token_to_id("<start_of_turn>"),
         *tokenizer.encode("model\n", add_special_tokens=False).ids,
     ]
-
-
-def prompt_ids(tokenizer: Tokenizer, turns: Turns) -> list[int]:
-    """Token ids of a prompt, as in Pair.prompt."""
-    encoder = Encoder(tokenizer)
-    turns = [(role, content.strip()) for role, content in turns]
-    encoder.learn([f"{role}\n{content}" for role, content in turns])
-    return encoder.prompt(turns)
 
 
 def truncate(pair: Pair, max_length: int, max_prompt_length: int) -> Pair:
@@ -351,11 +342,11 @@ def load_pairs(
     if progress:
         _report(source, stored, split)
 
-    # Lists of shared int objects: 8 bytes a token, where fresh ones would take 36.
+    # All lists share one int object for each token id: 8 bytes a token instead of 36.
     shared = list(range(tokenizer.get_vocab_size(with_added_tokens=True)))
     ids = [shared[i] for i in stored["ids"]]
     ends = np.cumsum(stored["lengths"]).tolist()
-    parts = [ids[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+    parts = [ids[start:end] for start, end in pairwise([0, *ends])]
     pairs = map(Pair, parts[0::3], parts[1::3], parts[2::3])
     return [truncate(pair, max_length, max_prompt_length) for pair in pairs]
 
@@ -365,9 +356,9 @@ def _tokenise(
 ) -> Arrays:
     """The rows of a split as arrays that a cache can hold.
 
-    ids, lengths: all token ids in one array, and how many belong to the first prompt, chosen,
-    rejected, the second prompt, ... empty: number of empty responses. splits, counts: the rows of
-    each split in the files. bad: where the malformed rows are.
+    ids: all token ids. lengths: how many of them belong to the first prompt, its chosen and its
+    rejected response, the second prompt, ... empty: number of empty responses. splits, counts:
+    names of the splits in the files, and rows of each. bad: where the malformed rows are.
     """
     rows, bad, splits = [], [], Counter()
     for file in files:
@@ -386,7 +377,7 @@ def _tokenise(
     encoder = Encoder(tokenizer)
     turns = [*chain.from_iterable(row.prompt for row in rows)]
     turns += [("model", answer) for row in rows for answer in (row.chosen, row.rejected)]
-    encoder.learn([f"{role}\n{content}" for role, content in turns], progress)
+    encoder.learn(turns, progress)
     parts = []
     for row in rows:
         answers = [encoder.response(answer) for answer in (row.chosen, row.rejected)]
@@ -434,18 +425,18 @@ def microbatches(pairs: Sequence[Pair], tokens: int) -> list[list[int]]:
     First-fit, the longest pair first, which needs few micro-batches. A pair that is longer than
     `tokens` gets one to itself.
     """
-    bins: list[list[int]] = []
-    room: list[int] = []
+    batches: list[list[int]] = []
+    free: list[int] = []  # tokens that each batch may still take
     for index in _longest_first(pairs):
         size = pairs[index].tokens
-        fits = next((i for i, r in enumerate(room) if r >= size), None)
+        fits = next((i for i, left in enumerate(free) if left >= size), None)
         if fits is None:
-            bins.append([index])
-            room.append(tokens - size)
-        else:
-            bins[fits].append(index)
-            room[fits] -= size
-    return bins
+            fits = len(batches)
+            batches.append([])
+            free.append(tokens)
+        batches[fits].append(index)
+        free[fits] -= size
+    return batches
 
 
 def shares(pairs: Sequence[Pair], processes: int) -> list[list[int]]:
@@ -454,12 +445,12 @@ def shares(pairs: Sequence[Pair], processes: int) -> list[list[int]]:
     The longest pair first, each pair goes to the process with the fewest tokens so far. With fewer
     pairs than processes, some get none.
     """
-    chosen, tokens = [[] for _ in range(processes)], [0] * processes
+    indices, tokens = [[] for _ in range(processes)], [0] * processes
     for index in _longest_first(pairs):
         least = tokens.index(min(tokens))
-        chosen[least].append(index)
+        indices[least].append(index)
         tokens[least] += pairs[index].tokens
-    return chosen
+    return indices
 
 
 def _longest_first(pairs: Sequence[Pair]) -> list[int]:
@@ -534,17 +525,16 @@ def pack(trees: Sequence[Tree]) -> Packed:
                 stretches.append(Stretch(first, n, start, p))
         tree += [index] * (len(tokens) - start)
 
-    is_target = torch.tensor(branch) > 0
-    tokens, position = torch.tensor(tokens), torch.tensor(position)
+    tokens, position, branch = map(torch.tensor, (tokens, position, branch))
     lengths = torch.tensor(lengths, dtype=torch.int64)
     return Packed(
         tokens=tokens,
         position=position,
         tree=torch.tensor(tree),
-        branch=torch.tensor(branch),
+        branch=branch,
         copies=torch.tensor(copies, dtype=torch.float32),
         source=torch.tensor(source, dtype=torch.int64),
-        target=tokens[is_target],
+        target=tokens[branch > 0],
         sequence=torch.repeat_interleave(lengths),
         lengths=lengths,
         buckets=buckets(stretches, position),

@@ -33,8 +33,8 @@ ADAPTER_FILES = (
     ("adapter_config.json", "adapter.safetensors"),  # (config, weights) as this project writes them
     ("fsrl_adapter_config.json", "adapter_weights.safetensors"),  # as the authors' code does
 )
-# v [rows, F] is computed for some rows at a time: about so many elements, but at least so many
-# rows, because the backward of each piece adds to the whole weight gradient [F, d].
+# v [T, F] is computed in pieces of about STEER_ELEMENTS elements, but of STEER_ROWS rows at least,
+# because the backward of each piece adds to the whole weight gradient [F, d].
 STEER_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 21}
 STEER_ROWS = 256
 INIT_RANGE = 1e-9  # weights start within ± this, as the authors' do: close to the unsteered model
@@ -42,8 +42,8 @@ INIT_RANGE = 1e-9  # weights start within ± this, as the authors' do: close to 
 # Values of --adapter. jumprelu-log trains log θ, as the authors' code does; saved as jumprelu.
 KINDS = ("relu", "jumprelu", "jumprelu-log", "soft-threshold")
 THRESHOLD_INIT = {"jumprelu": 0.001, "jumprelu-log": 0.001, "soft-threshold": 0.0}
-# Width ε of the estimator of θ's gradient. The authors have 0.001 and log θ, which hardly moves
-# under Adam; θ itself with a wider ε does move.
+# Width ε of the window that estimates θ's gradient. The authors train log θ with ε = 0.001, and it
+# hardly moves under Adam; θ itself with a wider ε does move.
 BANDWIDTH = {"jumprelu": 0.05, "jumprelu-log": 0.001}
 
 
@@ -56,8 +56,8 @@ class Steering(NamedTuple):
 class Adapter(nn.Module):
     """Trained weights, float32: weight [F, d], bias [F] and, except for relu, raw_threshold [F].
 
-    kind: one of KINDS. bandwidth: ε of jumprelu's straight-through estimator; None: that of the
-    kind. It changes the gradient of θ and not v.
+    kind: one of KINDS. bandwidth: ε of jumprelu's straight-through estimator; None: the kind's
+    own. It changes the gradient of θ and not v.
     """
 
     forward_methods = ("steering",)  # called beside forward; FSDP2 must know of them
@@ -122,7 +122,7 @@ class Adapter(nn.Module):
         self.weight[features] = 0
         self.bias[features] = 0
         if self.activation == "jumprelu":
-            self.bias[features] = -self.bandwidth  # so far below θ that its estimator is 0, too
+            self.bias[features] = -self.bandwidth  # so far below θ that θ gets no gradient either
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual stream x [T, d] -> steering v [T, F]."""
@@ -181,9 +181,9 @@ class Adapter(nn.Module):
     def from_pretrained(cls, source: str | Path, kind: str | None = None) -> "Adapter":
         """Read an adapter folder, a run's folder or a Hub repository, ours or the authors'.
 
-        kind: the kind to train it on as, where the file's activation leaves a choice (jumprelu or
-        jumprelu-log); None: the activation. Raises UserError for anything missing or of a wrong
-        shape. SteeredModel checks that it belongs to the SAE.
+        kind: the value of --adapter. A file of activation jumprelu can go on as jumprelu or as
+        jumprelu-log; None: as the file's activation. Raises UserError for anything missing or of a
+        wrong shape. SteeredModel checks that the adapter belongs to the SAE.
         """
         names = [name for pair in ADAPTER_FILES for name in pair]
         folder = fetch(source, "init-adapter", names).path
@@ -224,7 +224,7 @@ class Adapter(nn.Module):
 
 
 def _from_authors(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor], dict]:
-    """The authors' tensors under our names, and an identity."""
+    """The authors' tensors and config under the names of ours."""
     named = config.get("activation_type")  # their earlier files have use_jump_relu instead
     if not named:
         named = "jump_relu" if config.get("use_jump_relu") else "relu"
@@ -389,9 +389,3 @@ def _check_fit(model: Gemma2, sae: JumpReLUSAE, adapter: Adapter, layer: int) ->
         theirs, ours = recorded.get(name), here[name]
         if theirs is not None and ours is not None and theirs != ours:
             raise UserError(f"The adapter belongs to {name} {theirs}; this run has {ours}.")
-
-
-def steer_long_form(x: Tensor, sae: JumpReLUSAE, v: Tensor) -> Tensor:
-    """x' as the paper writes it, to test SteeredModel.add with: x [T, d], v [T, F] -> x' [T, d]."""
-    f = sae.encode(x)
-    return sae.decode(f + v) + (x - sae.decode(f))

@@ -316,7 +316,10 @@ class Session:
         """Texts of the answers; what is steered goes into the traces."""
         tokenizer = self.policy.tokenizer
         head = data.header_ids(tokenizer)
-        prompts = [data.prompt_ids(tokenizer, turns) + head for turns in conversations]
+        encoder = data.Encoder(tokenizer)
+        conversations = [[(role, text.strip()) for role, text in c] for c in conversations]
+        encoder.learn([turn for turns in conversations for turn in turns])
+        prompts = [encoder.prompt(turns) + head for turns in conversations]
         traced = self.s.trace and way.model is self.policy.model
         kept = Trace(self.s.top) if traced else None
         new = answers(way.model, tokenizer, prompts, self.s, way.change, kept, show)

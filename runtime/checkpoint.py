@@ -26,6 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from runtime.messages import first_line
+from runtime.output import writing
 from runtime.ranks import Ranks, forget_gathered, on_first, together
 from runtime.sources import UserError, read_json, sha256
 
@@ -50,7 +52,7 @@ def save(
     final = folder / f"step-{step:08d}"
     part = final.with_name(final.name + ".part")
     on_first(ranks, lambda: _make(folder, part))
-    together(ranks, lambda: _see(part, ranks))
+    together(ranks, lambda: _check_shared(part, ranks))
     together(ranks, lambda: _write(part, module, optimizer, ranks))
     on_first(ranks, lambda: _publish(folder, part, final, step, ranks))
 
@@ -98,16 +100,14 @@ def _tensors(weights: dict, state: dict) -> dict[str, Tensor]:
 
 
 def _make(folder: Path, part: Path) -> None:
-    try:
+    with writing(part):
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.part"):  # of a save that was killed
             shutil.rmtree(leftover)
         part.mkdir()
-    except OSError as e:
-        raise UserError(f"{part}: the checkpoint cannot be written ({e}).") from e
 
 
-def _see(part: Path, ranks: Ranks) -> None:
+def _check_shared(part: Path, ranks: Ranks) -> None:
     if not part.is_dir():
         raise UserError(
             f"--out: rank {ranks.rank} does not see {part}; all hosts must share the folder."
@@ -168,8 +168,8 @@ def saved(folder: Path) -> list[Path]:
 def newest(folder: Path, ranks: Ranks) -> Path | None:
     """The newest checkpoint that is complete, or None where there is no checkpoint.
 
-    Damaged ones are skipped with a message, and marked so that the next save removes them. Raises
-    UserError where all are damaged.
+    Damaged checkpoints are skipped with a message, and marked so that the next save removes them.
+    Raises UserError where all are damaged.
     """
 
     def find() -> Path | None:
@@ -182,7 +182,7 @@ def newest(folder: Path, ranks: Ranks) -> Path | None:
                         os.replace(other, other.with_name(other.name + ".part"))
                 return path
             damaged.append(path)
-            print(f"{path}: {problem}; the one before it is taken.", file=sys.stderr)
+            print(f"{path}: {problem}; the checkpoint before it is tried.", file=sys.stderr)
         if damaged:
             raise UserError(
                 f"--resume: no checkpoint in {folder} is whole; remove them to start again."
@@ -204,7 +204,7 @@ def _damage(path: Path) -> str | None:
             return "progress.json is of another format"
         here = {file.name for file in path.iterdir()} - {"progress.json"}
         if here != set(progress["files"]):
-            return "it misses files, or has others"
+            return "its files are not those that progress.json lists"
         for name, digest in progress["files"].items():
             if sha256(path / name) != digest:
                 return f"{name} is damaged"
@@ -214,7 +214,6 @@ def _damage(path: Path) -> str | None:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of the error on the first process that failed, without torch's wrapping."""
+    """The error on the first process that failed, without torch's wrapping."""
     failures = getattr(error, "failures", None)  # of a CheckpointException, by process
-    inner = next(iter(failures.values()))[0] if failures else error
-    return (str(inner).strip().splitlines() or [type(inner).__name__])[0]
+    return first_line(next(iter(failures.values()))[0] if failures else error)

@@ -2,7 +2,7 @@
 
 from unicodedata import category
 
-LONGEST = 200  # characters of it inside a message
+LONGEST = 200  # limit on the characters of foreign text inside a message
 
 
 def shown(text: str) -> str:
@@ -20,6 +20,11 @@ def brief(text: object) -> str:
     cut = str(text)[: LONGEST + 1]
     cut = cut if len(cut) <= LONGEST else cut[: LONGEST - 1] + "…"
     return "".join(c if c.isprintable() else _escaped(c) for c in cut)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _escaped(character: str) -> str:

@@ -1,12 +1,16 @@
 """Write files so that a failure leaves either the old file or the new one, never half of it."""
 
+import fcntl
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 
 from runtime.sources import UserError
@@ -16,7 +20,7 @@ def writable(folder: Path, flag: str = "out") -> Path:
     """The folder, which need not exist yet. Raises UserError where it could not be written."""
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = f"{there} is no folder, or not yours to write"
+        why = f"{there} is not a folder, or you may not write in it"
         raise UserError(f"--{flag} {folder}: cannot be written ({why}).")
     return folder
 
@@ -88,3 +92,33 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+# --- the cache of arrays --------------------------------------------------------------------------
+
+Arrays = dict[str, np.ndarray]
+
+
+def cached_arrays(name: str, make: Callable[[], Arrays]) -> Arrays:
+    """The arrays that make() returns, from $FSRL_CACHE if an earlier call stored them there.
+
+    Without this variable the folder is fsrl/ in the user's cache folder. Processes that ask at the
+    same time wait for the first of them. Where the folder cannot be written, every call makes them.
+    """
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fsrl"
+    path = Path(os.environ.get("FSRL_CACHE") or default) / f"{name}.npz"
+    with ExitStack() as stack:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        damaged = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+        with suppress(*damaged), np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+        arrays = make()  # the file is absent or damaged
+        try:
+            with replacing(path) as part, open(part, "wb") as file:
+                np.savez(file, **arrays)
+        except UserError as e:  # go on without a cache
+            print(f"Tokens were not cached: {e}", file=sys.stderr)
+    return arrays

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from runtime.messages import first_line
 from runtime.sources import UserError
 
 T = TypeVar("T")
@@ -93,9 +94,8 @@ def joined(device: str, minutes: float) -> Iterator[Ranks]:
     except RuntimeError as e:
         if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
-        why = str(e).strip().splitlines()[0]
         lost = f"it lost the others or waited {minutes:g} minutes"
-        print(f"Rank {ranks.rank} ends: {lost} ({why}).", file=sys.stderr)
+        print(f"Rank {ranks.rank} ends: {lost} ({first_line(e)}).", file=sys.stderr)
         # The interpreter's usual end would wait for threads that still wait for the others.
         sys.stderr.flush()
         os._exit(1)
@@ -184,19 +184,19 @@ class Interrupts:
     """SIGTERM and Ctrl-C become requests to save and end; a second one ends the process at once."""
 
     def __init__(self, ranks: Ranks):
-        self.ranks, self.here = ranks, False
+        self.ranks, self.asked_here = ranks, False
         signals = (signal.SIGTERM, signal.SIGINT)
         self.before = {number: signal.signal(number, self._ask) for number in signals}
 
     def _ask(self, number, frame) -> None:
-        self.here = True
+        self.asked_here = True
         self.restore()
 
     def asked(self) -> bool:
         """Whether any process was asked to end; a collective call."""
         if self.ranks.world == 1:
-            return self.here
-        said = torch.tensor([self.here], dtype=torch.int32)
+            return self.asked_here
+        said = torch.tensor([self.asked_here], dtype=torch.int32)
         dist.all_reduce(said, dist.ReduceOp.MAX)
         return bool(said)
 

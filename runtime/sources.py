@@ -5,23 +5,16 @@ comes before the Hub. `owner/name@revision` names a branch, tag or commit on the
 returned with its commit, which the caller records.
 """
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import json
-import os
 import re
-import sys
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from runtime.messages import brief
+from runtime.messages import brief, first_line
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 LARGEST_JSON = 64 << 20  # bytes; the index of a 27B model takes 50 thousand
@@ -58,9 +51,7 @@ def fetch(name: str | Path, kind: str, patterns: list[str]) -> Source:
     path = local(name, kind)
     if path is not None:
         return Source(path, None)
-    if Path(name).suffix in FILES:
-        raise UserError(f"--{kind} {brief(name)}: there is no such file.")
-    if not HUB_ID.fullmatch(str(name)) or ".." in str(name):
+    if not HUB_ID.fullmatch(str(name)) or ".." in str(name) or Path(name).suffix in FILES:
         known = "no such file or folder, and not a Hub id of the form owner/name"
         raise UserError(f"--{kind} {brief(name)}: {known}.")
     return _download(str(name), kind, patterns)
@@ -117,13 +108,9 @@ def upload(files: dict[str, Path], repo: str, message: str) -> str:
     try:
         HfApi().create_repo(repo, exist_ok=True)
         return HfApi().create_commit(repo, added, commit_message=message).commit_url
-    except (
-        errors.HTTPError,
-        OSError,
-        ValueError,
-        LookupError,
-    ) as e:  # the last: not a Hub's answer
-        why = brief(_first_line(e))
+    except (errors.HTTPError, OSError, ValueError, LookupError) as e:
+        # The last two are raised for an answer that is not the Hub's.
+        why = brief(first_line(e))
         raise UserError(f"--push-to {repo}: the Hub did not take it ({why}).") from e
 
 
@@ -163,15 +150,11 @@ def _hub_errors(name: str, kind: str) -> Iterator[None]:
             f"--{kind} {repo}: no such {REPO_TYPE[kind]} on the Hub, nor a local path."
         ) from e
     except (errors.LocalEntryNotFoundError, errors.RevisionResolutionError) as e:
-        why = f"the Hub did not answer and no whole copy is cached ({_first_line(e)})"
+        why = f"the Hub did not answer and no whole copy is cached ({first_line(e)})"
         raise UserError(f"--{kind} {repo}: {why}.") from e
     except (errors.HTTPError, OSError, ValueError) as e:
         # A lost connection, a name that is no Hub id, or an answer that is not the Hub's.
-        raise UserError(f"--{kind} {repo}: the Hub could not serve it ({_first_line(e)}).") from e
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--{kind} {repo}: the Hub could not serve it ({first_line(e)}).") from e
 
 
 def sha256(path: Path) -> str:
@@ -199,55 +182,3 @@ def read_json(path: str | Path, kind: type = dict):
     if not isinstance(value, kind):
         raise ValueError(f"not {'an object' if kind is dict else 'a list'}")
     return value
-
-
-# --- the cache on disk ----------------------------------------------------------------------------
-
-Arrays = dict[str, np.ndarray]
-
-
-def cached_arrays(name: str, make: Callable[[], Arrays]) -> Arrays:
-    """The arrays that make() returns, from the cache folder if an earlier call stored them there.
-
-    Processes that ask at the same time wait for the first of them. Where the folder cannot be
-    written, every call makes them.
-    """
-    folder = cache_folder()
-    path = folder / f"{name}.npz"
-    with contextlib.ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(folder / f"{name}.lock", "w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass
-        stored = _read_arrays(path)
-        if stored is None:
-            stored = make()
-            _write_arrays(path, stored)
-    return stored
-
-
-def cache_folder() -> Path:
-    """$FSRL_CACHE, or fsrl/ in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fsrl"
-    return Path(os.environ.get("FSRL_CACHE") or default)
-
-
-def _read_arrays(path: Path) -> Arrays | None:
-    try:
-        with np.load(path, allow_pickle=False) as npz:
-            return {name: npz[name] for name in npz.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # absent or damaged: it is made again
-
-
-def _write_arrays(path: Path, arrays: Arrays) -> None:
-    part = path.with_name(f"{path.stem}-{os.getpid()}.part.npz")
-    try:
-        np.savez(part, **arrays)
-        os.replace(part, path)
-    except OSError as e:  # the run goes on without a cache
-        with contextlib.suppress(OSError):
-            part.unlink()
-        print(f"Tokens were not cached in {path.parent} ({e}).", file=sys.stderr)

@@ -137,7 +137,7 @@ def test_the_example_tells_markdown_apart(tmp_path):
     t = data.load_tokenizer(tiny.MODEL_DIR)
     rules = rl.read_rules(EXAMPLE)
     encoder = data.Encoder(t)
-    encoder.learn([f"model\n{text}"])
+    encoder.learn([("model", text)])
     response = encoder.response(text)
     found = rl.response_kinds(rules, response, t)
     by_name = {name: "" for name in rules.names}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import fsrl
 from data import pack
-from fsrl import INIT_RANGE, Adapter, SteeredModel, steer_long_form
+from fsrl import INIT_RANGE, Adapter, SteeredModel
 from runtime.sources import UserError
 from sae import JumpReLUSAE
 
@@ -27,6 +27,12 @@ def test_steered_logits_equal_the_authors_stack(expected, adapter):
         )
     y = x + golden.adapter(x) @ golden.sae.W_dec
     torch.testing.assert_close(y, expected[f"sae_{adapter}_y"][0], atol=1e-5, rtol=1e-5)
+
+
+def steer_long_form(x, sae, v):
+    """x' as the paper writes it: x [T, d], v [T, F] -> x' [T, d]."""
+    f = sae.encode(x)
+    return sae.decode(f + v) + (x - sae.decode(f))
 
 
 def test_the_short_form_equals_the_long_form_with_gradients():
