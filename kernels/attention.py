@@ -19,8 +19,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from kernels.pointwise import at_least_float32
 
-NEVER = 1 << 30  # position of padding among the keys: no query is that far
-TILE = 128  # queries that share their keys; longer tiles waste more scores on later keys
+NEVER = 1 << 30  # position given to padding among the keys, larger than that of any query
+TILE = 128  # queries that share their keys; a longer tile computes more scores of hidden keys
 SCORES = 1 << 18  # limit on a bucket's scores per head, so that they stay in the processor's cache
 
 # --- the plain kernel -----------------------------------------------------------------------------
@@ -42,67 +42,63 @@ class Bucket(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """A whole prompt or a whole continuation in a stream."""
+    """Consecutive tokens of a prompt or of a continuation in a stream."""
 
     first: int  # index in the stream of its first token
     length: int
     prompt: int  # index in the stream of the prompt's first token
     before: int  # length of the prompt before a continuation; 0 for a prompt
-
-
-class _Tile(NamedTuple):
-    first: int  # index in the stream of the first query
-    queries: int
-    prompt: int  # as in Stretch
-    before: int
-    own: int  # tokens of the stretch before the first query
+    own: int = 0  # earlier tokens of the same prompt or continuation
 
     @property
     def keys(self) -> int:
-        return self.before + self.own + self.queries
+        """How many keys its last token sees; the others see the first of these."""
+        return self.before + self.own + self.length
 
 
 def buckets(stretches: list[Stretch], position: Tensor) -> tuple[Bucket, ...]:
-    """Cut stretches into tiles, and group tiles of similar shape into buckets.
+    """Cut whole prompts and continuations into tiles, and group similar tiles into buckets.
 
     position: int64 [T], of the stream.
     """
     tiles = []
-    for first, length, prompt, before in stretches:
-        for own in range(0, length, TILE):
-            tiles.append(_Tile(first + own, min(TILE, length - own), prompt, before, own))
-    tiles.sort(key=lambda tile: (tile.keys, tile.queries))
+    for whole in stretches:
+        for own in range(0, whole.length, TILE):
+            length = min(TILE, whole.length - own)
+            tiles.append(whole._replace(first=whole.first + own, length=length, own=own))
+    tiles.sort(key=lambda tile: (tile.keys, tile.length))
 
-    groups: list[list[_Tile]] = []
+    groups: list[list[Stretch]] = []
     longest, area = 0, 0  # of the last group: most queries of a tile; scores without padding
     for tile in tiles:
-        scores = tile.queries * tile.keys
+        scores = tile.length * tile.keys
         if groups:
             # Tiles are sorted by keys, so this one has the most of its group.
-            padded = (len(groups[-1]) + 1) * max(longest, tile.queries) * tile.keys
+            padded = (len(groups[-1]) + 1) * max(longest, tile.length) * tile.keys
             # Padding by a third, or by 32k scores per head, costs less time than another bucket.
             most = max(1.33 * (area + scores), area + scores + 32_768)
             if padded <= min(SCORES, most):
                 groups[-1].append(tile)
-                longest, area = max(longest, tile.queries), area + scores
+                longest, area = max(longest, tile.length), area + scores
                 continue
         groups.append([tile])
-        longest, area = tile.queries, scores
+        longest, area = tile.length, scores
     return tuple(_bucket(group, position) for group in groups)
 
 
-def _bucket(group: list[_Tile], position: Tensor) -> Bucket:
-    Lq, Lk = max(tile.queries for tile in group), max(tile.keys for tile in group)
-    queries = torch.empty(len(group), Lq, dtype=torch.int64)
-    keys = torch.zeros(len(group), Lk, dtype=torch.int64)
-    key_position = torch.full((len(group), Lk), NEVER, dtype=torch.int64)
-    real = torch.zeros(len(group), Lq, dtype=torch.bool)
-    for row, (first, n, prompt, before, own) in enumerate(group):
+def _bucket(tiles: list[Stretch], position: Tensor) -> Bucket:
+    Lq, Lk = max(tile.length for tile in tiles), max(tile.keys for tile in tiles)
+    queries = torch.empty(len(tiles), Lq, dtype=torch.int64)
+    keys = torch.zeros(len(tiles), Lk, dtype=torch.int64)
+    key_position = torch.full((len(tiles), Lk), NEVER, dtype=torch.int64)
+    real = torch.zeros(len(tiles), Lq, dtype=torch.bool)
+    for row, tile in enumerate(tiles):
+        first, n, prompt, before, own = tile
         queries[row] = torch.arange(first, first + Lq).clamp(max=first + n - 1)
         real[row, :n] = True
         keys[row, :before] = torch.arange(prompt, prompt + before)
-        keys[row, before : before + own + n] = torch.arange(first - own, first + n)
-        key_position[row, : before + own + n] = torch.arange(before + own + n)
+        keys[row, before : tile.keys] = torch.arange(first - own, first + n)
+        key_position[row, : tile.keys] = torch.arange(tile.keys)
     return Bucket(queries, keys, position[queries], key_position, real)
 
 
@@ -117,14 +113,15 @@ def plain(
 ) -> Tensor:
     """The attention above, bucket by bucket: q [T, H, hd], k and v [T, KV, hd] -> o [T, H, hd].
 
-    softcap: at most 80, because no maximum is subtracted from capped scores before exp, and float32
-    holds exp(80) times any length.
+    softcap: at most 80, because no maximum is subtracted from capped scores before exp: float32
+    still holds exp(80) times any number of keys.
     """
     return _Plain.apply(q, k, v, buckets, window, scale, softcap)
 
 
 class _Plain(torch.autograd.Function):
-    """With a backward of its own, so that a bucket's scores stay in the cache, computed in place.
+    """plain, with its backward written out: scores are computed in place, a bucket at a time, so
+    that they stay in the processor's cache.
 
         e = visible · exp(c tanh(s q kᵀ / c)),   n = Σ_keys e,   o = e v / n
         δ = do / n;   dv = eᵀ δ;   dS = e (δ vᵀ - Σ δ o) (1 - tanh²);   dq = s dS k;   dk = s dSᵀ q
@@ -216,7 +213,7 @@ def _visible(bucket: Bucket, window: int | None) -> Tensor:
 
 
 def tree_mask(tree: Tensor, branch: Tensor, position: Tensor, window: int | None):
-    """The visibility above as a mask_mod of FlexAttention; tree, branch, position int64 [T]."""
+    """Which keys a query sees, as a mask_mod of FlexAttention; tree, branch, position int64 [T]."""
 
     def visible(b, h, q, k):
         own_branch = (branch[k] == 0) | (branch[k] == branch[q])
@@ -273,18 +270,20 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def _make_block_mask(visible, T: int, device: torch.device) -> BlockMask:
-    """A function around the call, so that dynamic=True makes T a symbol, but not its block size."""
+    """Of create_block_mask's arguments, dynamic=True may make T symbolic, but not the block size;
+    a function that takes T alone leaves the block size a constant.
+    """
     return create_block_mask(visible, None, None, T, T, device=device)
 
 
 @functools.cache
 def compiled(function: Callable, **options) -> Callable:
-    """torch.compile, once for each function. It raises after too many recompilations, where
-    torch.compile would otherwise fall back in silence to the unfused form.
+    """torch.compile, once for each function.
 
-    A few graphs are expected: with and without a window, gradients, autocast; lengths become
-    symbolic when they differ a second time. The settings are made here, because importing
-    torch._dynamo takes 0.6 s.
+    After too many recompilations it raises an error, where torch.compile by default would go on
+    with the slow, unfused form without a word. A few graphs are expected: with and without a
+    window, gradients and autocast; lengths become symbolic when they differ a second time. The
+    settings are made here, because importing torch._dynamo takes 0.6 s.
     """
     torch.compiler.assume_constant_result(_shared_memory)  # torch.compile cannot trace it
     torch._dynamo.config.recompile_limit = 64

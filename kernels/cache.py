@@ -30,13 +30,13 @@ class Cache:
     def __init__(self, lengths: list[int], room: int, device: torch.device | str):
         self.end = max(lengths)  # slots in use
         self.capacity = self.end + max(1, room)
-        # Block -> [B, KV, capacity, hd], made when the block first writes, with the dtype that it
-        # computes in; under FSDP2 its weights have another.
+        # Block -> [B, KV, capacity, hd], made when the block first writes, in the dtype that the
+        # block computes in; under FSDP2 its weights have another dtype.
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.starts = [self.end - n for n in lengths]  # first slot of each sequence
         self.device = device
-        self._rows_changed()
+        self._mark_empty_slots()
 
     def prefill(self, tree: Tensor, position: Tensor, first: int, attend: Attend) -> Attend:
         """Attention for a packed stream of whole prompts, which also stores their keys and values.
@@ -74,7 +74,7 @@ class Cache:
             for block, old in tensors.items():
                 tensors[block] = old[index]
         self.starts = [self.starts[row] for row in rows]
-        self._rows_changed()
+        self._mark_empty_slots()
 
     def _write(self, block: int, rows, slots, k: Tensor, v: Tensor) -> None:
         if block not in self.keys:
@@ -104,9 +104,10 @@ class Cache:
             for block, old in tensors.items():  # a block's old tensor is freed before the next one
                 tensors[block] = torch.cat([old, torch.zeros_like(old)], dim=2)
         self.capacity *= 2
-        self._rows_changed()
+        self._mark_empty_slots()
 
-    def _rows_changed(self) -> None:
+    def _mark_empty_slots(self) -> None:
+        """Find the empty slots again, after sequences or slots have changed."""
         self.start = torch.tensor(self.starts, device=self.device)  # [B]
         slots = torch.arange(self.capacity, device=self.device)
         self.empty = slots < self.start[:, None]  # [B, capacity]

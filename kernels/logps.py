@@ -17,13 +17,14 @@ from torch import Tensor
 from kernels.attention import compiled
 from kernels.pointwise import at_least_float32, linear
 
-# Logits in memory together: on a GPU 256 MB in float32, which is 262 tokens with a vocabulary of
-# 256,000; on a CPU so many that they stay in the cache, but those of CHUNK_ROWS tokens at least,
-# because each chunk reads the whole head: 16 tokens a chunk take 1.6 times as long as 64.
+# How many logits are in memory together. On a GPU they take 256 MB in float32, which is 262 tokens
+# with a vocabulary of 256,000. On a CPU they fit the cache, but a chunk has at least CHUNK_ROWS
+# tokens, because it reads the whole head: chunks of 16 tokens take 1.6 times as long as of 64.
 CHUNK_ELEMENTS = {"cuda": 1 << 26, "cpu": 1 << 22}
 CHUNK_ROWS = 64
 # On a CPU a bfloat16 head of more than WHOLE_ELEMENTS is cast to float32 PIECE_ELEMENTS at a time,
-# because a copy of Gemma-2-2B's would take 2.4 GB; PIECED_CHUNK logits then share each piece.
+# because a float32 copy of Gemma-2-2B's head would take 2.4 GB. Chunks then have PIECED_CHUNK
+# logits, so that more tokens share each cast.
 WHOLE_ELEMENTS, PIECE_ELEMENTS, PIECED_CHUNK = 1 << 28, 1 << 26, 1 << 26
 EXACT = 256  # how many of the largest logits all_logits computes without rounding to bfloat16
 
@@ -61,8 +62,9 @@ def all_logits(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear(hidden.to(dtype), weight.to(dtype))
     if weight.is_cuda:
         return torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
-    # torch has no such product on a CPU, and casting a head of 256,000 rows to float32 takes 15
-    # times as long as a product rounded to bfloat16. So the latter, and the largest logits again.
+    # On a CPU torch has no bfloat16 product with a float32 result, and casting a head of 256,000
+    # rows to float32 takes 15 times as long as a product that is rounded to bfloat16. So the
+    # product is rounded, and the largest logits are then computed again in float32.
     logits = F.linear(hidden.to(weight.dtype), weight).float()  # rounded by up to 2^-8 of a logit
     top = logits.topk(min(EXACT, len(weight))).indices  # [N, k]
     exact = torch.bmm(weight[top].float(), hidden.float()[:, :, None]).squeeze(2)  # [N, k]
@@ -129,16 +131,17 @@ class _Chunk(NamedTuple):
 def _walk(
     hidden, weight, target, softcap, gradient_dtype=None, want_greedy=False
 ) -> Iterator[tuple[slice, "_Head", _Chunk]]:
-    """Yield (rows, the head, the _Chunk of these rows of hidden) until all rows are passed."""
+    """Yield (rows, the head, the _Chunk of these rows of hidden), chunk by chunk."""
     slices, head = chunks(hidden, weight), _Head.of(weight)
     options = softcap, gradient_dtype, want_greedy
     if weight.is_cuda:
-        # Compiled, it is few kernels; each operation alone would read and write all logits.
+        # torch.compile fuses it into few kernels; run one by one, its operations would each read
+        # and write all logits.
         log_softmax = compiled(_log_softmax)
         for rows in slices:
             yield rows, head, log_softmax(head.products(hidden[rows]), target[rows], *options)
         return
-    # Two buffers for all chunks, because new memory for each costs many page faults.
+    # All chunks share two buffers, because new memory for each chunk costs many page faults.
     shape = max((rows.stop - rows.start for rows in slices), default=0), len(weight)
     buffers = [torch.empty(shape, dtype=at_least_float32(weight.dtype)) for _ in range(2)]
     for rows in slices:
@@ -185,8 +188,8 @@ def _in_pieces(weight: Tensor) -> bool:
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
-    """Of the factors of h Wᵀ: a GPU multiplies bfloat16 matrices into float32, torch on a CPU does
-    not.
+    """The dtype of the factors of h Wᵀ, whose result is float32. On a GPU torch can multiply
+    bfloat16 matrices into float32; on a CPU it cannot.
     """
     return weight.dtype if weight.is_cuda else at_least_float32(weight.dtype)
 
@@ -201,8 +204,8 @@ class _Head(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor) -> "_Head":
-        """A bfloat16 head is cast to float32 on a CPU; rounding then changes none of its weights,
-        and its products are as fast as bfloat16's.
+        """On a CPU a bfloat16 head is cast to float32, but its products round their factors to
+        bfloat16 again. This changes no weight, and is as fast as a product of bfloat16 matrices.
         """
         dtype, rounds = _product_dtype(weight), weight.dtype == torch.bfloat16 and weight.is_cpu
         if _in_pieces(weight):
@@ -211,7 +214,7 @@ class _Head(NamedTuple):
         return cls(weight.to(dtype), dtype, rounds, None)
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (slice of rows, these rows of the head in its dtype) until all are passed."""
+        """Yield (slice of rows, these rows of the head in its dtype) for the whole head."""
         step = len(self.weight) if self.buffer is None else len(self.buffer)
         for first in range(0, len(self.weight), step):
             rows = slice(first, first + step)
@@ -233,10 +236,7 @@ class _Head(NamedTuple):
         return sum(self.matmul(gradient[:, rows], piece) for rows, piece in self.pieces())
 
     def matmul(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-        """a @ b with a cast to b's dtype; the result is not rounded to that, but at least float32.
-
-        b is in the head's dtype.
-        """
+        """a @ b in at least float32. a is first cast to the dtype of b, which is the head's."""
         with torch.autocast(a.device.type, enabled=False):
             if b.dtype == torch.bfloat16:  # on CUDA; this product takes no `out`
                 return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)

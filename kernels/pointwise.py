@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A forward over fewer rows is a step of generation, whose time is that of reading the weights.
+# A forward over fewer rows is a step of generation; its time goes into reading the weights.
 FEW = 16
 
 
@@ -78,7 +78,7 @@ class _GeGLU(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x weightᵀ: x [T, in], weight [out, in] -> [T, out].
 
-    On a CPU, MKL's product of a few rows is slow. A batch of small products, 64 outputs each, is up
+    On a CPU, MKL multiplies few rows slowly. A batch of small products with 64 outputs each is up
     to 2.5 times as fast.
     """
     if len(x) >= FEW or weight.dtype != torch.float32 or weight.is_cuda or len(weight) % 64:
@@ -106,9 +106,10 @@ def jumprelu(z: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Te
 class _JumpReLU(torch.autograd.Function):
     """∂v/∂z = 1[z > θ],   ∂v/∂θ = -(θ/ε) K((z - θ)/ε),   ∂‖v‖₀/∂θ = -(1/ε) Σ K((z - θ)/ε)
 
-    with K(u) = 1[|u| < 1/2]: the derivative of a mean over many z, whose density at θ is estimated
-    by a rectangle of width ε. As in the paper cited, ‖v‖₀ has no gradient to z. A ReLU would put
-    all negative z at 0, and for θ < ε/2 the rectangle would count every one of them.
+    with K(u) = 1[|u| < 1/2]. This estimates the derivative of a mean over many z: the density of z
+    at θ is counted in a window of width ε. As in the paper cited, ‖v‖₀ has no gradient to z. z must
+    not be a ReLU's output, which has all negative values at 0: for θ < ε/2 the window would count
+    every one of them.
     """
 
     @staticmethod
