@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from audit.report import RunFiles, between, read_run, shown_rows, tenths
 from audit.verdict import verdict
-from runtime import page
+from generation import page
 from runtime.outcome import before_after, measured, outcome
 from runtime.output import write_whole
 

@@ -21,8 +21,8 @@ from audit.features import EXAMPLE_TOKENS
 from audit.page_tables import Table, small
 from audit.published import published
 from audit.verdict import nats, p_value, percent, readings, shortened, verdict
+from generation import page
 from policy import adapter_sha256
-from runtime import page
 from runtime.folder import read_log
 from runtime.neuronpedia import page_of
 from runtime.outcome import Sample, before_after, measured, outcome

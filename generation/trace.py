@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer
 
+from generation import page
 from labels import Labels
-from runtime import page
 from runtime.output import write_whole
 from runtime.sources import UserError
 

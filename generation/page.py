@@ -57,7 +57,7 @@ def note(size: float, features: Iterable[tuple[int, float, str | None]]) -> str:
 
 
 def render(template: Path, script: str = "", **values) -> str:
-    """Fill in a template, which may extend and import those in runtime/templates.
+    """Fill in a template, which may extend and import those in generation/templates.
 
     Every value is escaped, also in markdown. Raises jinja2.UndefinedError for a missing value.
     script: content of the page's own script.
