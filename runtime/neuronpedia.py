@@ -10,17 +10,16 @@ resid_post/layer_12_width_65k_l0_medium.
 import re
 from pathlib import Path
 
-SOURCE = re.compile(r"(\d+)-gemmascope-(res|transcoder)-(\d+[km])(?:__l0-(\d+))?")
-SAE_ID = re.compile(r"layer_(\d+)/width_(\w+)/average_l0_(\d+)")
-SOURCE_2 = re.compile(r"(\d+)-gemmascope-2-res-(16k|65k|262k|1m)")
-SAE_ID_2 = re.compile(r"resid_post/layer_(\d+)_width_([^_]+)_l0_medium")
-MODEL_2 = re.compile(r"gemma-3-(270m|1b|4b|12b|27b)(-it)?")
-REPO_2 = re.compile(r"gemma-scope-2-(270m|1b|4b|12b|27b)-(pt|it)")
-REPO = {
+SOURCE = re.compile(r"(\d+)-gemmascope-(2-)?res-(\d+[km])(?:__l0-(\d+))?")
+SAE_ID = re.compile(r"(?:resid_post/)?layer_(\d+)[/_]width_(\w+)[/_](?:average_)?l0_(\w+)")
+REPO = {  # modelId -> Hub repository of its SAEs
     "gemma-2-2b": "google/gemma-scope-2b-pt-res",
     "gemma-2-9b": "google/gemma-scope-9b-pt-res",
     "gemma-2-9b-it": "google/gemma-scope-9b-it-res",
 }
+for size in ("270m", "1b", "4b", "12b", "27b"):
+    REPO[f"gemma-3-{size}"] = f"google/gemma-scope-2-{size}-pt"
+    REPO[f"gemma-3-{size}-it"] = f"google/gemma-scope-2-{size}-it"
 # (modelId, width) -> average L0 of the id without suffix, for each block.
 AVERAGE_L0 = {
     ("gemma-2-2b", "16k"): (
@@ -43,33 +42,31 @@ AVERAGE_L0 = {
 
 def sae_of(model_id: str, source: str) -> tuple[str, str] | None:
     """("gemma-2-2b", "12-gemmascope-res-65k__l0-21") -> (Hub repository, SAE id); None: unknown."""
-    second, model = SOURCE_2.fullmatch(source), MODEL_2.fullmatch(model_id)
-    if second and model:
-        repo = f"google/gemma-scope-2-{model[1]}{model[2] or '-pt'}"
-        return repo, f"resid_post/layer_{second[1]}_width_{second[2]}_l0_medium"
     m = SOURCE.fullmatch(source)
-    if m is None or m[2] != "res" or model_id not in REPO:
+    if m is None or model_id not in REPO:
         return None
-    layer, width, l0 = int(m[1]), m[3], m[4]
+    layer, second, width, l0 = m.groups()
+    if bool(second) != ("gemma-scope-2-" in REPO[model_id]):
+        return None
+    if second:
+        return None if l0 else (REPO[model_id], f"resid_post/layer_{layer}_width_{width}_l0_medium")
     if l0 is None:
         known = AVERAGE_L0.get((model_id, width), "").split()
-        if layer >= len(known):
+        if int(layer) >= len(known):
             return None
-        l0 = known[layer]
-    return REPO[model_id], f"layer_{layer}/width_{width}/average_l0_{l0}"
+        l0 = known[int(layer)]
+    return REPO[model_id], f"layer_{int(layer)}/width_{width}/average_l0_{l0}"
 
 
 def page_of(repo: str, sae_id: str | None) -> tuple[str, str] | None:
     """(Hub repository or its copy, SAE id) -> (modelId, source id) of its pages; None: unknown."""
-    second, named = SAE_ID_2.fullmatch(sae_id or ""), REPO_2.fullmatch(Path(repo).name)
-    if second and named:
-        model_id = f"gemma-3-{named[1]}" + ("-it" if named[2] == "it" else "")
-        return model_id, f"{second[1]}-gemmascope-2-res-{second[2]}"
     m = SAE_ID.fullmatch(sae_id or "")
     model_id = next((i for i, known in REPO.items() if Path(known).name == Path(repo).name), None)
     if m is None or model_id is None:
         return None
-    plain = f"{m[1]}-gemmascope-res-{m[2]}"
-    suffixed = f"{plain}__l0-{m[3]}"
-    same = sae_of(model_id, plain) == sae_of(model_id, suffixed)
-    return model_id, plain if same else suffixed
+    layer, width, l0 = m.groups()
+    plain = f"{layer}-gemmascope-res-{width}"
+    sources = (f"{layer}-gemmascope-2-res-{width}", plain, f"{plain}__l0-{l0}")
+    named = (s for s in sources if sae_of(model_id, s) == (REPO[model_id], sae_id))
+    source = next(named, None)
+    return (model_id, source) if source else None
