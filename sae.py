@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from runtime.messages import brief
-from runtime.output import replacing
 from runtime.sources import UserError, fetch, list_files, local, read_json, sha256, split_revision
 from runtime.weights import check_weights, read_weights
 
@@ -60,7 +59,7 @@ class JumpReLUSAE(nn.Module):
             self.register_buffer(name, arrays[name])
         self.source, self.sae_id, self.sha256 = source, sae_id, digest
         self.revision = None  # commit of a Hub download, set by from_pretrained
-        self.file = None  # that was read, relative to the source; set by from_pretrained
+        self.file = None  # path of the weights within the source, set by from_pretrained
 
     @property
     def d_model(self) -> int:
@@ -111,16 +110,13 @@ class JumpReLUSAE(nn.Module):
                 raise UserError(f"--sae {source}: {named} holds none of {known}.")
             file = folder / files[0]
             arrays = READERS[files](file)
-        arrays = {name: torch.as_tensor(array) for name, array in arrays.items()}
-        for name, array in arrays.items():
-            check_weights(file, name, array)
         arrays = {name: array.to(device=device, dtype=dtype) for name, array in arrays.items()}
         sae = cls(arrays, str(source), sae_id, sha256(file))
         sae.revision, sae.file = commit, os.path.relpath(file, root)
         return sae
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
+def read_npz(path: Path) -> dict[str, Tensor]:
     """The five arrays of a GemmaScope params.npz, compressed or not.
 
     All headers are checked before an array is read: nothing is unpickled, and a file that would
@@ -152,10 +148,11 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                 raise UserError(f"{path}: would unpack to {size}; not loaded.")
             arrays = {}
             for name in ARRAYS:
-                # The same members as above: an archive may hold two under one name.
+                # Read the members checked above: an archive may hold two under one name.
                 with archive.open(members[name]) as f:
                     array = np.lib.format.read_array(f, allow_pickle=False)
-                arrays[name] = array.astype(np.float32, copy=False)
+                arrays[name] = torch.from_numpy(array.astype(np.float32, copy=False))
+                check_weights(path, name, arrays[name])
             return arrays
     except (OSError, ValueError, EOFError, KeyError, *ZIPFILE_RAISES) as e:
         raise UserError(f"{path}: not a readable npz of {', '.join(ARRAYS)} ({brief(e)}).") from e
@@ -215,18 +212,11 @@ def _tensors(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
     return {ours: found[theirs] for ours, theirs in names.items()}
 
 
-def save_gemmascope(path: Path, arrays: dict[str, Tensor]) -> None:
-    """Write the five arrays as GemmaScope's params.npz, float32 and uncompressed."""
-    held = {name: arrays[name].detach().float().cpu().numpy() for name in ARRAYS}
-    with replacing(path) as part, open(part, "wb") as file:  # savez would rename a path
-        np.savez(file, **held)
-
-
 # --- which SAE, where none is named ---------------------------------------------------------------
 
 PAPER_REPO = "google/gemma-scope-2b-pt-res"
 PAPER_L0 = {6: 17, 12: 21, 18: 21, 24: 19}  # layer -> average L0 of the paper's SAE, of width 65k
-L0_NAMES = {"small": 20, "medium": 60, "big": 150}  # in Gemma Scope 2, about
+L0_NAMES = {"small": 20, "medium": 60, "big": 150}  # Gemma Scope 2's names -> approximate L0
 
 
 def default_source(model: str) -> str:
@@ -240,9 +230,9 @@ def default_source(model: str) -> str:
 
 
 def default_id(source: str | Path, layer: int, width: str | None = None) -> str | None:
-    """The id of a layer's SAE of lowest average L0, which the paper takes.
+    """The id of a layer's SAE of lowest average L0, which is the one that the paper uses.
 
-    width: as in the names of the folders; None: 65k, or in a local folder that has no 65k any
+    width: as in the names of the folders. None: 65k; in a local folder without a 65k SAE, any
     width. Returns None for a local path without GemmaScope's names. Raises UserError where the Hub
     repository holds none.
     """
@@ -260,7 +250,7 @@ def default_id(source: str | Path, layer: int, width: str | None = None) -> str 
     return found
 
 
-SAE_FILE = re.compile(  # GemmaScope's, or Gemma Scope 2's, in which train_sae states L0 itself
+SAE_FILE = re.compile(  # of GemmaScope or Gemma Scope 2; experiments/train_sae writes L0 as digits
     r"(?P<id>layer_(?P<layer>\d+)/width_(?P<width>\w+)/average_l0_(?P<l0>\d+))/params\.npz"
     r"|(?P<id2>resid_post(_all)?/layer_(?P<layer2>\d+)_width_(?P<width2>[^_]+)"
     r"_l0_(?P<l02>small|medium|big|\d+))/params\.safetensors"
