@@ -225,7 +225,7 @@ Attend = Callable[["Attention", Tensor, Tensor, Tensor], Tensor]
 
 
 class Plan(NamedTuple):
-    """What all blocks need beside the residual stream; made once per forward by Gemma2.plan."""
+    """What all blocks need besides the residual stream; Gemma2.plan makes it once per forward."""
 
     angles: dict[str, tuple[Tensor, Tensor]]  # by layer type: cos and sin, float32 [T, 1, hd / 2]
     attend: Attend
@@ -311,7 +311,7 @@ class Attention(nn.Module):
         if self.qk_norm:  # Gemma 3
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = plan.angles[self.layer_type]
-        # Under autocast, float32 norms of queries and keys leave them float32, v is bfloat16.
+        # Under autocast v is bfloat16, while the norms leave q and k in float32.
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         # softmax(c tanh(s q kᵀ / c)) v over the keys that a position may see, where c is softcap
         # and s is scale. Each key head serves H / KV query heads.
@@ -386,7 +386,7 @@ class Gemma2(nn.Module):
         return self.model.embed_tokens.weight.device
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Random weights as before pre-training: normal matrices, and norms that scale by 1 + 0."""
+        """Random weights as before pre-training: normal matrices, and norms that scale by 1."""
         for parameter in self.parameters():
             if parameter.dim() == 1:
                 nn.init.zeros_(parameter)
@@ -394,7 +394,7 @@ class Gemma2(nn.Module):
                 nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
 
     def plan(self, packed: Packed, attend: Attend | None = None) -> Plan:
-        """The plan of a forward over a stream.
+        """Rotary angles and attention for a forward over a stream.
 
         attend: how blocks attend; None: to the positions of the stream itself (self.attend).
         """
@@ -424,8 +424,8 @@ class Gemma2(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids int64 [T] -> residual stream [T, d]."""
         dtype = self.model.embed_tokens.weight.dtype
-        # Gemma rounds sqrt(d) to the weights' dtype. Rounded on the CPU: .item() of a tensor on a
-        # GPU would wait for it.
+        # Gemma rounds sqrt(d) to the weights' dtype. This is done on the CPU, because .item() of a
+        # tensor on a GPU would wait for the GPU.
         scale = torch.tensor(math.sqrt(self.config.hidden_size), dtype=dtype).item()
         x = self.model.embed_tokens(tokens) * scale
         return x.to(at_least_float32(x.dtype))
@@ -492,7 +492,7 @@ class Gemma2(nn.Module):
         head = state.pop("lm_head.weight", None)
         embedding = state.get("model.embed_tokens.weight")
         if head is not None and (embedding is None or not torch.equal(head, embedding)):
-            raise UserError(f"{folder}: lm_head.weight differs from the embedding, its twin.")
+            raise UserError(f"{folder}: lm_head.weight is not equal to the embedding.")
 
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         held = {name: tuple(tensor.shape) for name, tensor in state.items()}

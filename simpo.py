@@ -99,8 +99,8 @@ class Means(NamedTuple):
     """Means over a whole step or evaluation set, named as in metrics.jsonl."""
 
     loss: float
-    l1: float  # of a position, as l0
-    l0: float
+    l1: float  # ‖v‖₁ of a position
+    l0: float  # ‖v‖₀ of a position
     accuracy: float  # share of pairs with ℓ(w) > ℓ(l)
     margin: float  # reward_chosen - reward_rejected
     reward_chosen: float  # β ℓ(w)

@@ -21,7 +21,7 @@ The main deviations from the paper and the authors' code (docs/paper.md lists al
 3. Logits are float32 before the log-softmax, and the residual stream is float32 between blocks.
 
 4. Every step has exactly --batch-size pairs. The pairs that remain at the end of an epoch are left
-   out of it; shuffling makes them others in each epoch.
+   out of it; with shuffling, these are other pairs in each epoch.
 """
 
 import math
@@ -185,15 +185,15 @@ def micro_batches(pairs: Sequence[Pair], tokens: int, who: Ranks = ALONE) -> lis
     All ranks run the same number of micro-batches, because collectives must match; a rank that runs
     out gets a dummy pair that does not count.
     """
-    shares = data.shares(pairs, who.world)
-    plans = [data.microbatches([pairs[i] for i in share], tokens) for share in shares]
+    shares = [[pairs[i] for i in share] for share in data.shares(pairs, who.world)]
+    plans = [data.microbatches(share, tokens) for share in shares]
     share, plan = shares[who.rank], plans[who.rank]
     rounds = max(map(len, plans))
     found = []
     for i in range(rounds):
-        chosen = [pairs[share[j]] for j in plan[i]] if i < len(plan) else []
-        packed = data.pack_pairs(chosen or [Pair([0], [0], [0])])
-        found.append(MicroBatch(len(chosen), packed, i + 1 == rounds))
+        own = [share[j] for j in plan[i]] if i < len(plan) else []
+        packed = data.pack_pairs(own or [Pair([0], [0], [0])])
+        found.append(MicroBatch(len(own), packed, last=i + 1 == rounds))
     return found
 
 
@@ -265,7 +265,7 @@ def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> floa
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """factor: of each group's peak learning rate."""
+    """Set each group's learning rate to its peak times this factor."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
 
@@ -292,13 +292,6 @@ def make_optimizer(
     groups += [dict(params=[named[name]], peak_lr=rates[name]) for name in rates if name in named]
     adam = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
     return torch.optim.AdamW(groups, lr=lr, **adam)
-
-
-def throughput(batch: Sequence[Pair], seconds: float) -> dict[str, float]:
-    """The columns of metrics.jsonl on the size and the speed of a step."""
-    tokens = sum(pair.tokens for pair in batch)
-    speed = dict(tokens_per_second=tokens / seconds, seconds=seconds)
-    return dict(pairs=len(batch), tokens=tokens, **speed)
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -329,7 +322,7 @@ class Job(NamedTuple):
 
 
 def prepare(s: Settings, device: Device, who: Ranks) -> Job:
-    """Read and check what the run needs, in each process. Raises UserError for mistakes in it."""
+    """Read and check what the run needs, in each process. Raises UserError for a mistake in it."""
     resume = s.resume or who.restarts > 0
     out = choose_out(s.out, Path(s.model).name, resume) if who.first else None
     recorded = DEFAULTS._replace(**{name: getattr(s, name) for name in DEFAULTS._fields})
@@ -349,9 +342,11 @@ def prepare(s: Settings, device: Device, who: Ranks) -> Job:
         return Job(policy, pairs, eval_pairs, unit, None, {})
 
     if not eval_pairs:
-        source = s.eval_data or s.data
-        follows = "no evaluation, and no warning of over-training; --eval-data names pairs for both"
-        print(f"{source} has no test split: {follows}.", file=sys.stderr)
+        print(
+            f"{s.data} has no test split, so the run evaluates nothing and cannot warn of "
+            "over-training; --eval-data names pairs for both.",
+            file=sys.stderr,
+        )
     read = [*sorted(policy.base.folder.glob("*.safetensors")), *(file.path for file in files)]
     read += [Path(s.mask_features)] if s.mask_features else []
     digests = {str(path): sha256(path) for path in read}
@@ -426,9 +421,10 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
-        seconds = time.perf_counter() - step_started
+        seconds, tokens = time.perf_counter() - step_started, sum(pair.tokens for pair in batch)
         row = dict(epoch=step / per_epoch, **penalty.added(metrics._asdict()))
-        row |= dict(lr=s.lr * factor, grad_norm=grad_norm, **throughput(batch, seconds))
+        row |= dict(lr=s.lr * factor, grad_norm=grad_norm, pairs=len(batch), tokens=tokens)
+        row |= dict(tokens_per_second=tokens / seconds, seconds=seconds)
         run.log("train", step, row)
         run.checkpoint(step)
 
@@ -441,7 +437,7 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
     answers = [Sample(*texts) for texts in zip(asked, before, after, strict=True)]
     if who.first:
         write_samples(out, answers)
-    ranks.together(who, lambda: save(out, policy, who))  # last: it says that the run is finished
+    ranks.together(who, lambda: save(out, policy, who))  # last: these files mark a run as finished
     if who.first:
         show(run, policy, answers, time.perf_counter() - started)
     return out

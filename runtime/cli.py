@@ -36,8 +36,7 @@ def at_least(settings, least: float, *names: str, most: float = math.inf) -> Non
     """Check settings that are not None. Raises UserError for one not finite or out of bounds."""
     for name in names:
         value = getattr(settings, name)
-        limit = 2**63 if name == "seed" else math.inf  # numpy and torch take seeds below 2^63
-        if value is not None and not (least <= value <= most and value < limit):
+        if value is not None and not (least <= value <= most and value < math.inf):
             flag = name.replace("_", "-")
             bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise UserError(f"--{flag} {value}: a finite number, {bounds}, was expected.")
@@ -97,13 +96,11 @@ def parse(
             options |= dict(type=named, choices=allowed, metavar=metavar)
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
-    if presets:
-        first = _Parser(add_help=False, allow_abbrev=False)
-        first.add_argument("--model")
-        parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].model, {}))
     given = sys.argv[1:] if argv is None else argv
     if any("\0" in word for word in given):
         raise UserError(f"{parser.prog}: an argument holds a zero byte.")
+    if presets:  # parse once for --model alone
+        parser.set_defaults(**presets.get(parser.parse_args(given).model, {}))
     values = vars(parser.parse_args(given))
     if values.pop("quiet"):
         progress.be_quiet()
@@ -175,7 +172,7 @@ def _terminate(number, frame) -> None:
 
 
 class _Output(io.FileIO):
-    """Standard output or standard error that the process survives when its reader is gone."""
+    """Standard output or standard error; the process goes on when its reader is gone."""
 
     def write(self, content) -> int:
         try:
@@ -184,7 +181,7 @@ class _Output(io.FileIO):
             # Report a full disk on stdout; on stderr there is no place left to report it.
             if self.fileno() == 1 and not isinstance(e, BrokenPipeError):
                 raise
-            _lead_nowhere(self.fileno())
+            _to_devnull(self.fileno())
             return len(content)
 
 
@@ -204,12 +201,12 @@ class _Text(io.TextIOWrapper):
 
 
 def _open_streams() -> None:
-    """Streams that the shell closed lead nowhere; text that a terminal cannot show is escaped."""
+    """Connect streams that the shell closed to /dev/null; escape what a terminal cannot show."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:  # closed: the next file opened would get its number
-            _lead_nowhere(number)
+            _to_devnull(number)
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))
@@ -229,16 +226,16 @@ def _is(stream, number: int) -> bool:
         return False
 
 
-def _lead_nowhere(number: int) -> None:
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    if nowhere != number:
-        os.dup2(nowhere, number)
-        os.close(nowhere)
+def _to_devnull(number: int) -> None:
+    devnull = os.open(os.devnull, os.O_RDWR)
+    if devnull != number:
+        os.dup2(devnull, number)
+        os.close(devnull)
 
 
 def _discard(stream) -> None:
-    """Python writes what a stream still holds when it ends; that would fail a second time."""
+    """Drop what cannot be written: Python would try again when it ends, and fail again."""
     try:
         stream.flush()
     except OSError:
-        _lead_nowhere(stream.fileno())
+        _to_devnull(stream.fileno())

@@ -45,7 +45,7 @@ def choose_out(out: str | None, name: str, resume: bool) -> Path:
     if not out:
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
             raise UserError(
-                "--out: torchrun --max-restarts needs a folder to find the run in again."
+                "--out: torchrun --max-restarts needs a named folder, to find the run again."
             )
         numbers = chain([""], map("-{}".format, count(2)))
         folders = (Path("runs") / f"{name}{number}" for number in numbers)
@@ -262,7 +262,7 @@ def _row(line: bytes) -> dict | None:
 def read_log(path: Path) -> list[dict]:
     """The rows of a metrics.jsonl, without a torn last line; [] where there is no file.
 
-    Raises UserError naming a row that is none: split and step, and numbers under other names.
+    Raises UserError naming a row that lacks split or step, or has other values than numbers.
     """
     try:
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []

@@ -7,6 +7,7 @@ step was better (over-training).
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +17,10 @@ from runtime.output import replacing, write_whole
 
 GRAM = 4  # words in the sequences whose repetition is counted
 # Limits beyond which a sentence warns.
-BROKEN = 0.25  # increase of an answer's repetition by training
-LONGER = 3.0  # factor by which an answer became longer or shorter
-BETTER = 0.9  # loss of the best evaluation, as a share of the last one's
-DISPLACED = 0.05  # fall of the chosen response's log p, as a share of the widened gap
+MORE_REPETITION = 0.25  # increase of an answer's repetition by training
+LENGTH_FACTOR = 3.0  # factor by which an answer became longer or shorter
+BEST_LOSS = 0.9  # loss of the best evaluation, as a share of the last one's
+CHOSEN_FALL = 0.05  # fall of the chosen response's log p, as a share of the widened gap
 
 
 class Sample(NamedTuple):
@@ -36,7 +37,7 @@ def write_samples(out: Path, samples: Sequence[Sample]) -> None:
 
 
 class Measured(NamedTuple):
-    """The rows that a summary is made of: of the evaluations or, without any, of the steps."""
+    """The rows that are summarised: evaluations or, where there are none, training steps."""
 
     split: str  # "eval" or "train"
     rows: list[dict]  # in order; at least one
@@ -47,7 +48,7 @@ class Measured(NamedTuple):
 
 
 def measured(rows: Sequence[dict]) -> Measured | None:
-    """The rows to summarise; None where there are none."""
+    """The rows to summarise; None where a log has none."""
     for split in ("eval", "train"):
         of = [row for row in rows if row.get("split") == split]
         if of:
@@ -92,14 +93,14 @@ def outcome(rows: Sequence[dict], samples: Sequence[Sample]) -> list[str]:
     found = measured(rows)
     if found is None:
         return []
-    said = [*moved(found), *broken(samples)]
+    said = [*moved(found), *changed_answers(samples)]
     if found.split == "train":
         said.append(
             "There were no evaluation pairs: these are numbers of the training pairs, and "
             "over-training cannot be seen in them."
         )
     best, last = found.best, found.rows[-1]
-    if found.split == "eval" and best["loss"] < BETTER * last["loss"]:
+    if found.split == "eval" and best["loss"] < BEST_LOSS * last["loss"]:
         said.append(
             f"Warning: over-training. The evaluation loss was lowest at step {best['step']} "
             f"({best['loss']:.3g}) and is {last['loss']:.3g} at step {last['step']}."
@@ -122,9 +123,9 @@ def moved(found: Measured) -> list[str]:
     moves = f"In mean log-probability per token, {moves}"
     if widened < 0.005:
         return [f"The gap between chosen and rejected responses did not widen. {moves}."]
-    if chosen < -DISPLACED * widened:
+    if chosen < -CHOSEN_FALL * widened:
         return [
-            f"Warning: displacement. Chosen responses became less likely too, only less so than "
+            f"Warning: displacement. Chosen responses became less likely too, though by less than "
             f"rejected ones. {moves}."
         ]
     share = -rejected / widened
@@ -135,29 +136,29 @@ def moved(found: Measured) -> list[str]:
     return [f"{moves}: {why}."]
 
 
-def broken(samples: Sequence[Sample]) -> list[str]:
-    """Warnings of answers that repeat themselves, or whose length changed, by training.
+def changed_answers(samples: Sequence[Sample]) -> list[str]:
+    """Warnings where answers repeat themselves or changed their length after training.
 
     Neither loss nor accuracy shows this.
     """
     loops, lengths = [], []
     for _, before, after in samples:
         words = len(before.split()), len(after.split())
-        if repetition(after) > repetition(before) + BROKEN:
+        if repetition(after) > repetition(before) + MORE_REPETITION:
             loops.append(f"{repetition(after):.0%} ({repetition(before):.0%} before)")
-        elif not words[0] / LONGER <= words[1] <= words[0] * LONGER:
+        elif not words[0] / LENGTH_FACTOR <= words[1] <= words[0] * LENGTH_FACTOR:
             lengths.append(f"{words[1]} words ({words[0]} before)")
     said = []
     if loops:
         said.append(
             f"Warning: collapse. {len(loops)} of {len(samples)} sampled answers repeat "
-            f"themselves; sequences of {GRAM} words that stand in the answer already: "
+            f"themselves; share of {GRAM}-word sequences that occur earlier in the answer: "
             f"{', '.join(loops)}."
         )
     if lengths:
         said.append(
             f"Warning: length. {len(lengths)} of {len(samples)} sampled answers changed their "
-            f"length by more than a factor of {LONGER:g}: {', '.join(lengths)}."
+            f"length by more than a factor of {LENGTH_FACTOR:g}: {', '.join(lengths)}."
         )
     return said
 
@@ -183,23 +184,21 @@ def draw_loss(rows: list[dict], path: Path, lower: str) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     split = {name: [row for row in rows if row["split"] == name] for name in ("train", "eval")}
+    styles = {"train": dict(alpha=0.4, lw=1), "eval": dict(marker="o", ms=4)}
     figure, (loss, logp, last) = plt.subplots(
         3, 1, figsize=(6, 7), sharex=True, layout="constrained", height_ratios=(3, 3, 2)
     )
-
-    def line(axes, name: str, key: str, label: str | None, colour: str) -> None:
-        style = dict(alpha=0.4, lw=1) if name == "train" else dict(marker="o", ms=4)
-        of = [row for row in split[name] if key in row]
-        if of:
-            steps, values = ([row[k] for row in of] for k in ("step", key))
-            axes.plot(steps, values, label=label, color=colour, **style)
-
-    for name in split:
-        line(loss, name, "loss", name, COLOUR[name])
+    for name, of in split.items():
+        if not of:
+            continue
+        steps, style = [row["step"] for row in of], styles[name]
+        for axes, key in ((loss, "loss"), (last, lower)):
+            axes.plot(steps, [row[key] for row in of], label=name, color=COLOUR[name], **style)
         for side in ("chosen", "rejected"):
-            label = side if name == "eval" or not split["eval"] else None  # pale: train, as above
-            line(logp, name, f"logp_{side}", label, COLOUR[side])
-        line(last, name, lower, name, COLOUR[name])
+            # The legend names each side once; pale lines are training, as in the panel above.
+            label = side if name == "eval" or not split["eval"] else None
+            values = [row.get(f"logp_{side}", math.nan) for row in of]
+            logp.plot(steps, values, label=label, color=COLOUR[side], **style)
     if split["eval"]:
         best = measured(rows).best
         label = f"lowest: {best['loss']:.3g} at step {best['step']}"

@@ -1,6 +1,6 @@
 """Show the progress of long work in one line: what is computed, how far, and the time left.
 
-Nothing is shown where standard error is no terminal, or under --quiet, which every command takes.
+Nothing is shown where standard error is not a terminal, or under --quiet, a flag of every command.
 """
 
 import os
@@ -15,7 +15,7 @@ FORMAT = "{desc}: {n:.1f} of {total:.0f} {unit}, {elapsed} so far, {remaining} t
 
 class State:
     quiet = False
-    line: "Line | None" = None  # the one that is shown now
+    line: "Line | None" = None  # the Line that is shown now
 
 
 def be_quiet() -> None:

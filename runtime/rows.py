@@ -40,7 +40,7 @@ def read(path: str | Path, file: BinaryIO | None = None) -> list[dict]:
                     rows.append(json.loads(line))
     except (ValueError, csv.Error, RecursionError) as e:
         where = f"line {number}" if number else "the file"
-        raise UserError(f"{path}: {where} is not what its name says ({e}).") from e
+        raise UserError(f"{path}: {where} cannot be parsed ({e}).") from e
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: a list of objects was expected.")
     return rows

@@ -44,7 +44,8 @@ def check_weights(path: Path, name: str, tensor: Tensor) -> None:
         raise UserError(f"{path}: tensor {name} holds {kind}; a float type was expected.")
     if tensor.numel() == 0:
         return
-    # nan if there is one; needs no memory. A float64 may be too large for a float32.
+    # aminmax needs no memory, and returns nan if there is one. float() makes a float64 infinite
+    # that is too large for float32.
     extremes = torch.stack(tensor.aminmax()).float()
     if not extremes.isfinite().all():
         first = (~tensor.float().isfinite()).nonzero()[0].tolist()
