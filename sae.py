@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.messages import brief
+from runtime.output import replacing
 from runtime.sources import UserError, fetch, list_files, local, read_json, sha256, split_revision
 from runtime.weights import check_weights, read_weights
 
@@ -210,6 +211,13 @@ def _tensors(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
     if missing:
         raise UserError(f"{path}: tensor {missing[0]} is missing.")
     return {ours: found[theirs] for ours, theirs in names.items()}
+
+
+def save_gemmascope(path: Path, arrays: dict[str, Tensor]) -> None:
+    """Write the five arrays as GemmaScope's params.npz, float32 and uncompressed."""
+    held = {name: arrays[name].detach().float().cpu().numpy() for name in ARRAYS}
+    with replacing(path) as part, open(part, "wb") as file:  # savez would rename a path
+        np.savez(file, **held)
 
 
 # --- which SAE, where none is named ---------------------------------------------------------------

@@ -28,7 +28,6 @@ from audit import card
 from experiments.train_sae import save_gemmascope2
 from runtime import folder as run_folder
 from runtime.sources import UserError
-from tiny.build import save_gemmascope
 
 MODEL, SAE = "google/gemma-2-2b-it", "google/gemma-scope-2b-pt-res"
 DATA = "princeton-nlp/llama3-ultrafeedback-armorm"
@@ -224,7 +223,7 @@ def hub(tmp_path_factory):
     del model["config.hub_style.json"]
     golden_sae = saes.JumpReLUSAE.from_pretrained(GOLDEN / "sae" / SAE_ID)
     other_npz = tmp_path_factory.mktemp("sae") / "params.npz"
-    save_gemmascope(other_npz, {name: 2 * getattr(golden_sae, name) for name in saes.ARRAYS})
+    saes.save_gemmascope(other_npz, {name: 2 * getattr(golden_sae, name) for name in saes.ARRAYS})
     others = [f"layer_1/width_{rest}" for rest in ("65k/average_l0_107", "16k/average_l0_5")]
     others += ["layer_2/width_65k/average_l0_4"]
     for layer, l0 in PAPER.items():

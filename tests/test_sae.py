@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 
 import sae as saes
 from runtime.sources import UserError, sha256
-from sae import ARRAYS, JumpReLUSAE
-from tiny.build import save_gemmascope
+from sae import ARRAYS, JumpReLUSAE, save_gemmascope
 
 PARAMS = GOLDEN / "sae" / SAE_ID / "params.npz"
 

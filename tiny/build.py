@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -32,9 +31,9 @@ from model import Gemma2, Gemma2Config
 from policy import load_base
 from runtime import cli, progress
 from runtime.cli import flag
-from runtime.output import publish, replacing, writable
+from runtime.output import publish, writable
 from runtime.sources import UserError, sha256
-from sae import ARRAYS, JumpReLUSAE
+from sae import JumpReLUSAE, save_gemmascope
 from tiny import (
     DATA_DIR,
     LABELS_DIR,
@@ -237,13 +236,6 @@ def build_sae(
     path = sae_path(layer, root)
     save_gemmascope(path, train_sae(x, steps, SEEDS["sae"] + 1000 * layer))
     return JumpReLUSAE.from_pretrained(str(path))
-
-
-def save_gemmascope(path: Path, arrays: dict[str, Tensor]) -> None:
-    """Write the five arrays as GemmaScope's params.npz, float32 and uncompressed."""
-    held = {name: arrays[name].detach().float().cpu().numpy() for name in ARRAYS}
-    with replacing(path) as part, open(part, "wb") as file:  # savez would rename a path
-        np.savez(file, **held)
 
 
 # --- preference pairs and labels ------------------------------------------------------------------
