@@ -270,8 +270,8 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def _make_block_mask(visible, T: int, device: torch.device) -> BlockMask:
-    """Of create_block_mask's arguments, dynamic=True may make T symbolic, but not the block size;
-    a function that takes T alone leaves the block size a constant.
+    """create_block_mask as a function of T, so that dynamic=True makes T symbolic and leaves the
+    block size constant.
     """
     return create_block_mask(visible, None, None, T, T, device=device)
 
