@@ -537,7 +537,7 @@ def pack(trees: Sequence[Tree]) -> Packed:
         target=tokens[branch > 0],
         sequence=torch.repeat_interleave(lengths),
         lengths=lengths,
-        buckets=buckets(stretches, position),
+        buckets=buckets(stretches),
     )
 
 

@@ -56,11 +56,8 @@ class Stretch(NamedTuple):
         return self.before + self.own + self.length
 
 
-def buckets(stretches: list[Stretch], position: Tensor) -> tuple[Bucket, ...]:
-    """Cut whole prompts and continuations into tiles, and group similar tiles into buckets.
-
-    position: int64 [T], of the stream.
-    """
+def buckets(stretches: list[Stretch]) -> tuple[Bucket, ...]:
+    """Cut whole prompts and continuations into tiles, and group similar tiles into buckets."""
     tiles = []
     for whole in stretches:
         for own in range(0, whole.length, TILE):
@@ -83,23 +80,26 @@ def buckets(stretches: list[Stretch], position: Tensor) -> tuple[Bucket, ...]:
                 continue
         groups.append([tile])
         longest, area = tile.length, scores
-    return tuple(_bucket(group, position) for group in groups)
+    return tuple(map(_bucket, groups))
 
 
-def _bucket(tiles: list[Stretch], position: Tensor) -> Bucket:
+def _bucket(tiles: list[Stretch]) -> Bucket:
     Lq, Lk = max(tile.length for tile in tiles), max(tile.keys for tile in tiles)
     queries = torch.empty(len(tiles), Lq, dtype=torch.int64)
+    query_position = torch.empty_like(queries)
     keys = torch.zeros(len(tiles), Lk, dtype=torch.int64)
     key_position = torch.full((len(tiles), Lk), NEVER, dtype=torch.int64)
     real = torch.zeros(len(tiles), Lq, dtype=torch.bool)
     for row, tile in enumerate(tiles):
         first, n, prompt, before, own = tile
-        queries[row] = torch.arange(first, first + Lq).clamp(max=first + n - 1)
+        repeated = torch.arange(Lq).clamp(max=n - 1)  # padding repeats the last query
+        queries[row] = first + repeated
+        query_position[row] = before + own + repeated
         real[row, :n] = True
         keys[row, :before] = torch.arange(prompt, prompt + before)
         keys[row, before : tile.keys] = torch.arange(first - own, first + n)
         key_position[row, : tile.keys] = torch.arange(tile.keys)
-    return Bucket(queries, keys, position[queries], key_position, real)
+    return Bucket(queries, keys, query_position, key_position, real)
 
 
 def plain(
