@@ -57,18 +57,19 @@ def token_scores(
 
 def all_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """h Wᵀ without a softcap: hidden [N, d], weight [V, d] -> float32 [N, V]."""
-    if weight.dtype != torch.bfloat16:
-        dtype = at_least_float32(weight.dtype)
-        return linear(hidden.to(dtype), weight.to(dtype))
-    if weight.is_cuda:
-        return torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
-    # On a CPU torch has no bfloat16 product with a float32 result, and casting a head of 256,000
-    # rows to float32 takes 15 times as long as a product that is rounded to bfloat16. So the
-    # product is rounded, and the largest logits are then computed again in float32.
-    logits = F.linear(hidden.to(weight.dtype), weight).float()  # rounded by up to 2^-8 of a logit
-    top = logits.topk(min(EXACT, len(weight))).indices  # [N, k]
-    exact = torch.bmm(weight[top].float(), hidden.float()[:, :, None]).squeeze(2)  # [N, k]
-    return logits.scatter_(1, top, exact)
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round all of this
+        if weight.dtype != torch.bfloat16:
+            dtype = at_least_float32(weight.dtype)
+            return linear(hidden.to(dtype), weight.to(dtype))
+        if weight.is_cuda:
+            return torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
+        # On a CPU torch has no bfloat16 product with a float32 result, and casting a head of
+        # 256,000 rows to float32 takes 15 times as long as a product that is rounded to bfloat16.
+        # So the product is rounded, and the largest logits are computed again in float32.
+        logits = F.linear(hidden.to(weight.dtype), weight).float()  # rounded by up to 2^-8 of each
+        top = logits.topk(min(EXACT, len(weight))).indices  # [N, k]
+        exact = torch.bmm(weight[top].float(), hidden.float()[:, :, None]).squeeze(2)  # [N, k]
+        return logits.scatter_(1, top, exact)
 
 
 def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

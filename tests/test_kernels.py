@@ -303,3 +303,7 @@ def test_no_rounding_decides_a_token(monkeypatch, rows):
     best = exact.topk(100).indices
     torch.testing.assert_close(ours.gather(1, best), exact.gather(1, best), atol=1e-4, rtol=1e-5)
     assert (ours - exact).abs().max() <= 2**-8 * exact.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):  # as the audit asks for them
+        assert torch.equal(logps.all_logits(hidden.bfloat16().float(), weight), ours)
+        wide = logps.all_logits(hidden.float(), weight.float())
+    assert torch.equal(wide, logps.all_logits(hidden.float(), weight.float()))
