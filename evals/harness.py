@@ -282,7 +282,6 @@ def load_tasks(
         own = task.get_config("num_fewshot")
         fixed = num_fewshot is None or own == 0  # a task of 0 has its examples in its prompt
         task.set_config(key="num_fewshot", value=own or 0 if fixed else num_fewshot)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return Tasks(loaded["tasks"], loaded["groups"])
 
 
@@ -304,6 +303,7 @@ def evaluate_task(
     started = time.perf_counter()
     # With a template, worked examples are turns of their own: the harness's default.
     chat = dict(apply_chat_template=chat_template, fewshot_as_multiturn=chat_template)
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)  # the same examples however often it was evaluated
     try:
         alone = dict(tasks={name: task}, groups={})
         result = lm_eval.evaluator.evaluate(lm, alone, limit=limit, **chat)
