@@ -93,23 +93,25 @@ def draw(runs: Sequence[Path], path: Path) -> None:
             raise UserError(f"--runs {run}: a run of train.py with evaluations was expected.")
         steps, colour = [row["step"] for row in trained], f"C{i}"
 
-        def curve(axis, key, style="-", label=None, steps=steps, rows=trained, colour=colour):
+        def curve(axis, key, steps=steps, rows=trained, colour=colour, label=run.name):
             values = smooth([row[key] for row in rows])
-            axis.plot(steps, values, style, color=colour, label=label, lw=1)
+            axis.plot(steps, values, color=colour, label=label, lw=1)
 
-        curve(loss, "loss", label=run.name)
+        curve(loss, "loss")
         points = [(row["step"], row["loss"]) for row in measured]
         loss.plot(*zip(*points, strict=True), "o--", color=colour, ms=5, lw=0.7)
-        curve(sparsity, "l0", label=run.name)
-        curve(likelihood, "logp_chosen", label=f"{run.name}, chosen")
-        curve(likelihood, "logp_rejected", ":", f"{run.name}, rejected")
+        curve(sparsity, "l0")
+        for side, style in (("chosen", "o-"), ("rejected", "o:")):
+            points = [(row["step"], row[f"logp_{side}"]) for row in measured]
+            look = dict(color=colour, ms=3, lw=1, label=None if i else side)
+            likelihood.plot(*zip(*points, strict=True), style, **look)
         table = run / "eval" / "topk.json"
         if table.exists():
             points = [(row["features"], row["loss"]) for row in read_json(table)["rows"]]
             kept.plot(*zip(*points, strict=True), "o-", color=colour, ms=3, lw=1, label=run.name)
     loss.set(ylabel="SimPO loss", xlabel="step (line: training, dots: evaluation)")
     sparsity.set(ylabel="features steered a position", xlabel="step", yscale="log")
-    likelihood.set(ylabel="mean log-probability", xlabel="step")
+    likelihood.set(ylabel="mean log-probability, evaluation", xlabel="step")
     kept.set(ylabel="evaluation loss", xlabel="features kept (Figure 2)", xscale="log")
     for axis in axes.flat:
         if axis.get_legend_handles_labels()[0]:

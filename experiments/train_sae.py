@@ -3,7 +3,8 @@
     python -m experiments.train_sae --model DIR --layer 12 --data pairs.jsonl --out runs/sae
 
 The stream after block --layer is computed over the texts of preference pairs, prompt with chosen
-and prompt with rejected response, all positions but the first. Rounds of --round-tokens are
+and prompt with rejected response, all positions but the first, and each dimension is divided by its
+spread. Rounds of --round-tokens are
 computed once and kept in OUT/stream; training goes through them --passes times, each round mixed
 with the one before. After every round the state is saved, so that the same command goes on where it
 stopped. At the end OUT/resid_post/... holds the SAE in Gemma Scope 2's layout, and OUT/quality.json
