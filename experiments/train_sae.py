@@ -4,12 +4,12 @@
 
 The stream after block --layer is computed over the texts of preference pairs, prompt with chosen
 and prompt with rejected response, all positions but the first, and each dimension is divided by its
-spread. Rounds of --round-tokens are
-computed once and kept in OUT/stream; training goes through them --passes times, each round mixed
-with the one before. After every round the state is saved, so that the same command goes on where it
-stopped. At the end OUT/resid_post/... holds the SAE in Gemma Scope 2's layout, and OUT/quality.json
-what it is worth on the test split: variance explained, the loss that the model keeps when the SAE's
-reconstruction stands in for the stream, L0, and features that never fire.
+spread. Rounds of --round-tokens are computed once and kept in OUT/stream; training goes through
+them --passes times, each round mixed with the one before. After every round the state is saved, so
+that the same command goes on where it stopped. At the end OUT/resid_post/... holds the SAE in Gemma
+Scope 2's layout, and OUT/quality.json what it is worth on the test split: variance explained, the
+loss that the model keeps when the SAE's reconstruction stands in for the stream, L0, and features
+that never fire.
 """
 
 import json
