@@ -214,7 +214,8 @@ def test_rates_and_ranks():
     assert tables.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
 
 
-def test_runs_are_written_counted_and_not_made_twice(tmp_path):
+def test_runs_are_written_counted_and_not_made_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(planted, "ANSWER_TOKENS", 8)
     small = dict(pairs=32, eval_pairs=8, other_pairs=2, loss_pairs=2, prompts=2, steps=1)
     s = planted.Settings(seeds=1, policies=("bold",), **small, out=str(tmp_path))
     planted.run(s)

@@ -70,11 +70,10 @@ def test_a_terminal_shows_one_line_which_bars_inside_move():
 
 
 def test_nothing_is_shown_in_a_log_nor_under_quiet():
-    result = subprocess.run(
-        [sys.executable, "-c", WORK], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert (result.stdout, result.stderr) == ("said\n", "")
-    assert on_terminal("-c", WORK, "--quiet") == ("said\n", [])
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", WORK], cwd=ROOT, **pipes) as logged:
+        assert on_terminal("-c", WORK, "--quiet") == ("said\n", [])  # meanwhile
+        assert logged.communicate() == ("said\n", "") and logged.returncode == 0
 
 
 def test_a_line_that_fails_lets_the_next_bar_show_itself(capsys):
