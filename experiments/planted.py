@@ -362,7 +362,7 @@ def features_in_answers(
     policy: Policy, orders: dict[str, Tensor], category: str, ground: "Ground"
 ) -> dict[str, list[float]]:
     """Ranking -> change of the category's tokens in answers beyond chance (behaviour) where its
-    first features steer alone, for each of ranking.NUMBERS; "policy": where all steer.
+    first features steer alone, for each of ranking.NUMBERS.
     """
     _, prompts, base = ground.plain
     prompts, base = prompts[: ground.s.prompts], base[: ground.s.prompts]
@@ -374,10 +374,9 @@ def features_in_answers(
         (found,) = behaviour.compare(list(map(Pair, prompts, base, answers)), [classes])
         return found.excess[classes.names.index(category)].item()
 
-    kept = {}
-    for name in IN_ANSWERS:
-        kept[name] = [moved(ranking.kept(orders[name], n)) for n in ranking.NUMBERS]
-    return kept | {"policy": [moved(torch.ones_like(ranking.kept(orders["usage"], 1)))]}
+    return {
+        name: [moved(ranking.kept(orders[name], n)) for n in ranking.NUMBERS] for name in IN_ANSWERS
+    }
 
 
 # --- what a policy is audited on ------------------------------------------------------------------

@@ -425,15 +425,14 @@ def rankings_table(rows: list[Audited]) -> str:
 
 def answers_table(rows: list[Audited]) -> str:
     """Of the change in answers of all runs together, what the first features alone still show."""
-    kept = [row.kept_in_answers for row in rows if row.kept_in_answers]
-    if not kept:
+    rows = [row for row in rows if row.kept_in_answers]
+    if not rows:
         return "–\n"
-    whole = sum(of["policy"][0] for of in kept) or np.nan
-    lines = []
-    for name in kept[0]:
-        if name != "policy":
-            shares = np.sum([of[name] for of in kept], 0) / whole
-            lines.append((name, *(f"{share:.2f}" for share in shares)))
+    moved = [row.answers["answers"]["behaviour|fires"][PLANTED[row.policy]][0] for row in rows]
+    whole, lines = sum(moved) or np.nan, []
+    for name in rows[0].kept_in_answers:
+        shares = np.sum([row.kept_in_answers[name] for row in rows], 0) / whole
+        lines.append((name, *(f"{share:.2f}" for share in shares)))
     return table(("ranking", *(f"n = {n}" for n in NUMBERS)), lines)
 
 
