@@ -56,7 +56,7 @@ def does(table: dict) -> list[str]:
         least = min(row["p_value"] for row in rows if row["tokens"] not in TESTS)
         said = [
             f"In answers to {prompts} prompts, no category of tokens changed more than chance "
-            f"explains (smallest p = {least:.2g}); a change of few tokens would not show in so few."
+            f"explains (smallest p = {least:.2g}); so few answers can hide a change of few tokens."
         ]
     else:
         first, *others = map(phrase, changed)
