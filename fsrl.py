@@ -24,9 +24,10 @@ from data import Packed, pack
 from kernels.pointwise import FEW, at_least_float32, jumprelu, linear
 from model import Attend, Gemma2, Plan
 from runtime.output import publish
+from runtime.sae_ids import layer_of
 from runtime.sources import UserError, fetch, read_json, sha256
 from runtime.weights import read_weights
-from sae import JumpReLUSAE, layer_of
+from sae import JumpReLUSAE
 
 FORMAT = "fsrl-adapter-1"
 ADAPTER_FILES = (

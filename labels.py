@@ -8,7 +8,7 @@ then one row for each feature and category:
     {"feature": 12, "category": "alignment", "label": true, "confidence": 0.9, "description": ...}
 
 A row without `label` names the only category of its feature. Neuronpedia's exports (rows with
-modelId, layer, index, description) name their SAE by a source id: see runtime/neuronpedia.py.
+modelId, layer, index, description) name their SAE by a source id: see runtime/sae_ids.py.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from runtime import neuronpedia, rows
+from runtime import rows, sae_ids
 from runtime.messages import brief
 from runtime.output import publish
 from runtime.sources import UserError, sha256
@@ -260,7 +260,7 @@ def stated_sae(path: Path, header: dict, rows: list[dict]) -> dict[str, str | No
     if not sources:
         return {}
     model_id, source = sources.pop()
-    known = neuronpedia.sae_of(model_id, source)
+    known = sae_ids.sae_of(model_id, source)
     repo, sae_id = known or (UNKNOWN_SOURCE + model_id, source)
     return dict(sae=repo, sae_id=sae_id, sae_sha256=None)
 

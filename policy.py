@@ -15,18 +15,18 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import data
-import sae as saes
 from data import Packed, Pair
 from fsrl import ADAPTER_FILES, Adapter, SteeredModel, Unsteered
 from kernels.cache import Cache
 from model import Gemma2, Plan
-from runtime import ranks
+from runtime import ranks, sae_ids
 from runtime.device import Device, resolve_device
 from runtime.messages import brief
 from runtime.output import replacing
 from runtime.progress import progress_bar
 from runtime.ranks import Ranks
 from runtime.sources import UserError, fetch, local, read_json, sha256, split_revision
+from sae import JumpReLUSAE
 
 
 class Recorded(NamedTuple):
@@ -128,10 +128,10 @@ def load_base(model: str | Path, dtype: torch.dtype, device: str) -> tuple[Gemma
     return base, tokenizer
 
 
-def load_sae(run: Recorded, device: Device) -> saes.JumpReLUSAE:
-    """The run's SAE; without a recorded id, the layer's by saes.default_id."""
-    sae_id = run.sae_id or saes.default_id(run.sae, run.layer)
-    return saes.JumpReLUSAE.from_pretrained(run.sae, sae_id, device.dtype, device.name)
+def load_sae(run: Recorded, device: Device) -> JumpReLUSAE:
+    """The run's SAE; without a recorded id, the layer's by sae_ids.default_id."""
+    sae_id = run.sae_id or sae_ids.default_id(run.sae, run.layer)
+    return JumpReLUSAE.from_pretrained(run.sae, sae_id, device.dtype, device.name)
 
 
 def new_policy(
@@ -361,7 +361,7 @@ def _with_identity(recorded: Recorded, identity: dict) -> Recorded:
     """The settings, with those replaced that the adapter's own file states."""
     layer = identity.get("layer")
     if layer is None:  # the authors' files state it in the SAE's id alone
-        layer = saes.layer_of(identity.get("sae_id"))
+        layer = sae_ids.layer_of(identity.get("sae_id"))
     model = identity.get("base_model") or recorded.model
     sae = identity.get("sae") or recorded.sae
     return recorded._replace(

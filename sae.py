@@ -6,30 +6,20 @@
 It is read from GemmaScope's params.npz, Gemma Scope 2's params.safetensors or SAELens's folders.
 """
 
-import math
 import os
 import re
-import struct
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runtime.messages import brief
 from runtime.output import replacing
-from runtime.sources import UserError, fetch, list_files, local, read_json, sha256, split_revision
-from runtime.weights import check_weights, read_weights
+from runtime.sae_ids import only_id
+from runtime.sources import UserError, fetch, local, read_json, sha256
+from runtime.weights import read_npz, read_weights
 
 ARRAYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
-NPY_HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
-# What zipfile raises on unsupported or damaged archives.
-ZIPFILE_RAISES = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, OverflowError)
 
 
 class JumpReLUSAE(nn.Module):
@@ -101,7 +91,7 @@ class JumpReLUSAE(nn.Module):
         root, commit = fetch(source, "sae", [prefix + name for name in names])
         folder = root / sae_id if sae_id else root
         if root.is_file():
-            file, arrays = root, read_npz(root)
+            file, arrays = root, read_gemmascope(root)
         else:
             there = (files for files in READERS if (folder / files[-1]).is_file())
             files = next(there, None)
@@ -117,46 +107,9 @@ class JumpReLUSAE(nn.Module):
         return sae
 
 
-def read_npz(path: Path) -> dict[str, Tensor]:
-    """The five arrays of a GemmaScope params.npz, compressed or not.
-
-    All headers are checked before an array is read: nothing is unpickled, and a file that would
-    unpack to more than 20 times its size is refused (compression saves about a tenth of float32
-    weights). Raises UserError.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {Path(m.filename).stem: m for m in archive.infolist()}
-            missing = [name for name in ARRAYS if name not in members]
-            if missing:
-                raise UserError(f"{path}: array {missing[0]} is missing.")
-            unpacked = 0
-            for name in ARRAYS:
-                with archive.open(members[name]) as f:
-                    version = np.lib.format.read_magic(f)
-                    if version not in NPY_HEADERS:
-                        found = f"npy version {version}, not 1.0 or 2.0"
-                        raise UserError(f"{path}: {name} has {found}.")
-                    shape, _, dtype = NPY_HEADERS[version](f)
-                if dtype.hasobject or dtype.kind != "f":
-                    kind = f"is of type {dtype}, not floating point"
-                    raise UserError(f"{path}: {name} {kind}; not loaded.")
-                if min(shape, default=0) < 0:
-                    raise UserError(f"{path}: {name} claims the shape {shape}; not loaded.")
-                unpacked += math.prod(shape) * dtype.itemsize
-            if unpacked > 20 * path.stat().st_size + 65_536:
-                size = f"{unpacked:,} bytes, 20 times its size"
-                raise UserError(f"{path}: would unpack to {size}; not loaded.")
-            arrays = {}
-            for name in ARRAYS:
-                # Read the members checked above: an archive may hold two under one name.
-                with archive.open(members[name]) as f:
-                    array = np.lib.format.read_array(f, allow_pickle=False)
-                arrays[name] = torch.from_numpy(array.astype(np.float32, copy=False))
-                check_weights(path, name, arrays[name])
-            return arrays
-    except (OSError, ValueError, EOFError, KeyError, *ZIPFILE_RAISES) as e:
-        raise UserError(f"{path}: not a readable npz of {', '.join(ARRAYS)} ({brief(e)}).") from e
+def read_gemmascope(path: Path) -> dict[str, Tensor]:
+    """The five arrays of GemmaScope's params.npz."""
+    return read_npz(path, ARRAYS)
 
 
 def read_saelens(path: Path) -> dict[str, Tensor]:
@@ -187,7 +140,7 @@ def read_gemmascope2(path: Path) -> dict[str, Tensor]:
 
 
 READERS = {  # (weights, settings beside them) -> the function that reads them
-    ("params.npz",): read_npz,
+    ("params.npz",): read_gemmascope,
     ("sae_weights.safetensors", "cfg.json"): read_saelens,
     ("params.safetensors", "config.json"): read_gemmascope2,
 }
@@ -218,73 +171,3 @@ def save_gemmascope(path: Path, arrays: dict[str, Tensor]) -> None:
     held = {name: arrays[name].detach().float().cpu().numpy() for name in ARRAYS}
     with replacing(path) as part, open(part, "wb") as file:  # savez would rename a path
         np.savez(file, **held)
-
-
-# --- which SAE, where none is named ---------------------------------------------------------------
-
-PAPER_REPO = "google/gemma-scope-2b-pt-res"
-PAPER_L0 = {6: 17, 12: 21, 18: 21, 24: 19}  # layer -> average L0 of the paper's SAE, of width 65k
-L0_NAMES = {"small": 20, "medium": 60, "big": 150}  # Gemma Scope 2's names -> approximate L0
-
-
-def default_source(model: str) -> str:
-    """The Hub repository of a published model's SAEs. Raises UserError where none is known."""
-    name = split_revision(str(model))[0]
-    if m := re.fullmatch(r"google/gemma-2-(2b|9b|27b)(-it)?", name):
-        return f"google/gemma-scope-{m[1]}-pt-res"
-    if m := re.fullmatch(r"google/gemma-3-(270m|1b|4b|12b|27b)(-it|-pt)?", name):
-        return f"google/gemma-scope-2-{m[1]}{m[2] or '-pt'}"
-    raise UserError(f"--model {model}: no SAE is published under its name; give --sae.")
-
-
-def default_id(source: str | Path, layer: int, width: str | None = None) -> str | None:
-    """The id of a layer's SAE of lowest average L0, which is the one that the paper uses.
-
-    width: as in the names of the folders. None: 65k; in a local folder without a 65k SAE, any
-    width. Returns None for a local path without GemmaScope's names. Raises UserError where the Hub
-    repository holds none.
-    """
-    folder = local(source, "sae")
-    if folder is not None:
-        files = [path.relative_to(folder).as_posix() for path in folder.glob("**/params.*")]
-        found = lowest_l0(files, layer, width or "65k")
-        return found or (None if width else lowest_l0(files, layer, None))
-    width = width or "65k"
-    if source == PAPER_REPO and width == "65k" and layer in PAPER_L0:  # no need to ask the Hub
-        return f"layer_{layer}/width_65k/average_l0_{PAPER_L0[layer]}"
-    found = lowest_l0(list_files(source, "sae"), layer, width)
-    if found is None:
-        raise UserError(f"--layer {layer}: {source} holds no SAE of width {width}; give --sae-id.")
-    return found
-
-
-SAE_FILE = re.compile(  # of GemmaScope or Gemma Scope 2; experiments/train_sae writes L0 as digits
-    r"(?P<id>layer_(?P<layer>\d+)/width_(?P<width>\w+)/average_l0_(?P<l0>\d+))/params\.npz"
-    r"|(?P<id2>resid_post(_all)?/layer_(?P<layer2>\d+)_width_(?P<width2>[^_]+)"
-    r"_l0_(?P<l02>small|medium|big|\d+))/params\.safetensors"
-)
-
-
-def lowest_l0(files: list[str], layer: int, width: str | None) -> str | None:
-    """The folder of a layer's SAE of lowest L0 among a repository's files; None without any."""
-    found = []
-    for m in filter(None, map(SAE_FILE.fullmatch, files)):
-        scope2 = m["id2"] is not None
-        its_layer, its_width = (m["layer2"], m["width2"]) if scope2 else (m["layer"], m["width"])
-        if int(its_layer) == layer and width in (None, its_width):
-            l0 = m["l02"] if scope2 else m["l0"]
-            l0 = L0_NAMES[l0] if l0 in L0_NAMES else int(l0)
-            found.append((l0, m["id2"] or m["id"]))
-    return min(found)[1] if found else None
-
-
-def layer_of(sae_id: str | None) -> int | None:
-    """The block whose output a published SAE reads, by its id; None where the id does not say."""
-    m = re.match(r"(?:resid_post(?:_all)?/)?layer_(\d+)[/_]", sae_id or "")
-    return int(m[1]) if m else None
-
-
-def only_id(folder: Path) -> str | None:
-    """The id of the SAE in a folder that holds exactly one; otherwise None."""
-    found = [path.parent for path in folder.glob("**/params.*")]
-    return found[0].relative_to(folder).as_posix() if len(found) == 1 else None

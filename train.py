@@ -54,8 +54,8 @@ from runtime.messages import shown
 from runtime.outcome import Sample, draw_loss, outcome, print_table, write_samples
 from runtime.progress import progress_bar
 from runtime.ranks import ALONE, Ranks
+from runtime.sae_ids import default_source
 from runtime.sources import UserError, check_upload, sha256
-from sae import default_source
 from simpo import Scores, Sums
 
 # Value of --model -> other defaults that it changes.

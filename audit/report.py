@@ -24,9 +24,9 @@ from audit.verdict import nats, p_value, percent, readings, shortened, verdict
 from generation import page
 from policy import adapter_sha256
 from runtime.folder import read_log
-from runtime.neuronpedia import page_of
 from runtime.outcome import Sample, before_after, measured, outcome
 from runtime.output import write_whole
+from runtime.sae_ids import page_of
 from runtime.sources import UserError, read_json
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "report.html"

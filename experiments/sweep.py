@@ -50,11 +50,10 @@ from typing import NamedTuple
 
 import torch
 
-import sae
 import train
 from audit.published import alike, published
 from fsrl import KINDS
-from runtime import cli
+from runtime import cli, sae_ids
 from runtime.cli import flag
 from runtime.device import dtype_on, resolve_device
 from runtime.folder import read_log
@@ -180,7 +179,7 @@ def parsed(flags: list[str]) -> train.Settings:
 
 def sae_of_width(s: train.Settings, width: str) -> str:
     """The SAE id of lowest average L0 at this layer and width. Raises UserError without any."""
-    found = sae.default_id(s.sae, s.layer, width)
+    found = sae_ids.default_id(s.sae, s.layer, width)
     if found is None:
         raise UserError(f"--widths {width}: {s.sae} holds no layer_{s.layer}/width_{width}.")
     return found

@@ -1,8 +1,13 @@
-"""Read weights from safetensors files; refuse all but finite floating-point numbers."""
+"""Read weights from safetensors and npz files; refuse all but finite floating-point numbers."""
 
+import math
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -11,12 +16,15 @@ from runtime.messages import brief
 from runtime.sources import UserError
 
 Rename = Callable[[str], str]  # a tensor's name in the file -> its name here; "" leaves it out
+# What zipfile and numpy raise on damaged archives.
+DAMAGED = (OSError, ValueError, EOFError, KeyError, RuntimeError, OverflowError)
+DAMAGED += (zipfile.BadZipFile, zlib.error, struct.error)
 
 
 def read_weights(
     path: Path, rename: Rename = str, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """The tensors of a file under our names. dtype: None keeps theirs.
+    """The tensors of a safetensors file under our names. dtype: None keeps theirs.
 
     Raises UserError for a file that is missing or truncated, and for a tensor of integers or with
     values that are not finite, naming it.
@@ -33,6 +41,44 @@ def read_weights(
                     found[ours] = tensor.to(device=device, dtype=dtype)
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not a whole safetensors file ({brief(e)}).") from e
+    return found
+
+
+def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """The named arrays of an npz file, compressed or not, as float32.
+
+    All headers are checked before an array is read: nothing is unpickled, and a file that would
+    unpack to more than 20 times its size is refused (compression saves about a tenth of float32
+    weights). Raises UserError.
+    """
+    found, unpacked = {}, 0
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {Path(m.filename).stem: m for m in archive.infolist()}
+            for name in names:
+                if name not in members:
+                    raise UserError(f"{path}: array {name} is missing.")
+                with archive.open(members[name]) as f:
+                    if np.lib.format.read_magic(f) != (1, 0):
+                        raise ValueError(f"{name} is not of npy version 1.0")
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+                if dtype.kind != "f":
+                    raise UserError(f"{path}: {name} is of type {dtype}, not floating point.")
+                if min(shape, default=0) < 0:
+                    raise ValueError(f"{name} claims the shape {shape}")
+                unpacked += math.prod(shape) * dtype.itemsize
+            if unpacked > 20 * path.stat().st_size + 65_536:
+                size = f"{unpacked:,} bytes, 20 times its size"
+                raise UserError(f"{path}: would unpack to {size}; not loaded.")
+            for name in names:
+                # Read the members checked above: an archive may hold two under one name.
+                with archive.open(members[name]) as f:
+                    array = np.lib.format.read_array(f, allow_pickle=False)
+                found[name] = torch.from_numpy(array.astype(np.float32, copy=False))
+    except DAMAGED as e:
+        raise UserError(f"{path}: not a readable npz of {', '.join(names)} ({brief(e)}).") from e
+    for name, tensor in found.items():
+        check_weights(path, name, tensor)
     return found
 
 

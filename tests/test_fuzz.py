@@ -24,7 +24,8 @@ from model import Gemma2, Gemma2Config
 from runtime import checkpoint
 from runtime.ranks import ALONE
 from runtime.sources import UserError
-from sae import ARRAYS, JumpReLUSAE, read_npz
+from runtime.weights import read_npz
+from sae import ARRAYS, JumpReLUSAE
 
 BUDGET = int(os.environ.get("FSRL_FUZZ", "150"))
 
@@ -208,7 +209,7 @@ def test_npz_bombs_are_refused_before_memory_is_taken(tmp_path, bomb):
         with pytest.raises(
             UserError
         ):  # the decoy: what was checked is what is read, and has another shape
-            JumpReLUSAE({k: torch.as_tensor(v) for k, v in read_npz(path).items()})
+            JumpReLUSAE({k: torch.as_tensor(v) for k, v in read_npz(path, ARRAYS).items()})
         assert tracemalloc.get_traced_memory()[1] < 32 << 20
     finally:
         tracemalloc.stop()

@@ -27,6 +27,7 @@ import train
 from audit import card
 from experiments.train_sae import save_gemmascope2
 from runtime import folder as run_folder
+from runtime import sae_ids
 from runtime.sources import UserError
 
 MODEL, SAE = "google/gemma-2-2b-it", "google/gemma-scope-2b-pt-res"
@@ -478,14 +479,15 @@ def test_a_failing_server_never_ends_in_a_traceback(hub, first, tmp_path, fault)
 
 
 def test_the_papers_sae_of_each_layer_is_the_lowest_l0_of_the_listing(hub, tmp_path, monkeypatch):
-    listed = f"[sae.default_id('{SAE}', n) for n in {[*PAPER]}]"
-    program = f"import json, sae; sae.PAPER_REPO = None; print(json.dumps({listed}))"
+    listed = f"[sae_ids.default_id('{SAE}', n) for n in {[*PAPER]}]"
+    program = "import json; from runtime import sae_ids; sae_ids.PAPER_REPO = None; "
+    program += f"print(json.dumps({listed}))"
     result = script("-c", program, env=client(hub, tmp_path))
     assert result.returncode == 0, result.stderr
     paper = [f"layer_{layer}/width_65k/average_l0_{l0}" for layer, l0 in PAPER.items()]
     assert json.loads(result.stdout) == paper
-    monkeypatch.setattr(saes, "list_files", None)  # these four are known without asking
-    assert [saes.default_id(SAE, layer) for layer in PAPER] == paper
+    monkeypatch.setattr(sae_ids, "list_files", None)  # these four are known without asking
+    assert [sae_ids.default_id(SAE, layer) for layer in PAPER] == paper
 
 
 def test_a_published_adapter_is_opened_and_trained_on_by_its_id(hub, first, tmp_path):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import labels
-from runtime import neuronpedia as table
 from runtime import rows
+from runtime import sae_ids as table
 from runtime.sources import UserError
 from sae import JumpReLUSAE
 from tiny import LABELS_DIR

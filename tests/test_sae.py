@@ -9,7 +9,7 @@ import torch
 from conftest import GOLDEN, SAE_ID, load
 from safetensors.torch import save_file
 
-import sae as saes
+from runtime import sae_ids
 from runtime.sources import UserError, sha256
 from sae import ARRAYS, JumpReLUSAE, save_gemmascope
 
@@ -191,22 +191,22 @@ def test_a_layer_alone_picks_65k_and_small(tmp_path, monkeypatch):
     ]
     names += ["transcoder/layer_12_width_65k_l0_small", "attn_out/layer_12_width_65k_l0_small"]
     listed = [f"{name}/params.safetensors" for name in names]
-    monkeypatch.setattr(saes, "list_files", lambda source, kind: listed)
-    repo = saes.default_source("google/gemma-3-270m-it")
+    monkeypatch.setattr(sae_ids, "list_files", lambda source, kind: listed)
+    repo = sae_ids.default_source("google/gemma-3-270m-it")
     assert repo == "google/gemma-scope-2-270m-it"
-    assert saes.default_id(repo, 12) == "resid_post/layer_12_width_65k_l0_small"
-    assert saes.default_id(repo, 5, "16k") == "resid_post/layer_5_width_16k_l0_small"
-    assert saes.default_id(repo, 3) == "resid_post_all/layer_3_width_65k_l0_big"
+    assert sae_ids.default_id(repo, 12) == "resid_post/layer_12_width_65k_l0_small"
+    assert sae_ids.default_id(repo, 5, "16k") == "resid_post/layer_5_width_16k_l0_small"
+    assert sae_ids.default_id(repo, 3) == "resid_post_all/layer_3_width_65k_l0_big"
     with pytest.raises(UserError, match="--layer 4"):
-        saes.default_id(repo, 4)
+        sae_ids.default_id(repo, 4)
     for name in listed:
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
-    assert saes.default_id(tmp_path, 12) == "resid_post/layer_12_width_65k_l0_small"
-    assert saes.layer_of(names[0]) == 5 and saes.layer_of(SAE_ID) == 1
+    assert sae_ids.default_id(tmp_path, 12) == "resid_post/layer_12_width_65k_l0_small"
+    assert sae_ids.layer_of(names[0]) == 5 and sae_ids.layer_of(SAE_ID) == 1
     own = ["resid_post/layer_2_width_4k_l0_40", "resid_post/layer_2_width_4k_l0_huge"]
     listed += [f"{name}/params.safetensors" for name in own]
-    assert saes.lowest_l0(listed, 2, None) == own[0]  # of experiments.train_sae
+    assert sae_ids.lowest_l0(listed, 2, None) == own[0]  # of experiments.train_sae
 
 
 @pytest.mark.parametrize(
@@ -219,12 +219,12 @@ def test_a_layer_alone_picks_65k_and_small(tmp_path, monkeypatch):
     ],
 )
 def test_the_sae_repository_follows_from_the_models_name(model, source):
-    assert saes.default_source(model) == source
+    assert sae_ids.default_source(model) == source
 
 
 def test_a_model_of_another_name_needs_an_sae():
     with pytest.raises(UserError, match="give --sae"):
-        saes.default_source("runs/my-model")
+        sae_ids.default_source("runs/my-model")
 
 
 def test_gemma_scope_2_equals_saelens(tmp_path, monkeypatch):
@@ -243,6 +243,6 @@ def test_gemma_scope_2_equals_saelens(tmp_path, monkeypatch):
     cfg, theirs, _ = loaders.gemma_3_sae_huggingface_loader("google/gemma-scope-2-270m-it", SMALL)
     ours = JumpReLUSAE.from_pretrained(tmp_path, SMALL)
     assert cfg["architecture"] == "jumprelu" and not cfg["apply_b_dec_to_input"]
-    assert cfg["hook_name"] == f"blocks.{saes.layer_of(SMALL)}.hook_resid_post"
+    assert cfg["hook_name"] == f"blocks.{sae_ids.layer_of(SMALL)}.hook_resid_post"
     for name, array in theirs.items():
         assert torch.equal(getattr(ours, name), array), name

@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN, ROOT, SAE_ID
 
-import sae
 import train
 from experiments import sweep
-from runtime import cli, device
+from runtime import cli, device, sae_ids
 from runtime.sources import UserError
 
 MODEL = ["--model", str(GOLDEN / "model"), "--data", str(GOLDEN / "dataset")]
@@ -127,9 +126,9 @@ def gemmascope(tmp_path):
 def test_local_folders_of_saes_follow_the_papers_rule(gemmascope):
     shutil.rmtree(gemmascope / "layer_1" / "width_16k")
     # 8 before 20: numbers, not names
-    assert sae.default_id(str(gemmascope), 1) == "layer_1/width_1k/average_l0_8"
-    assert sae.default_id(str(gemmascope), 2) == "layer_2/width_1k/average_l0_9"
-    assert sae.default_id(str(gemmascope), 3) is None and sae.default_id("tiny", 1) is None
+    assert sae_ids.default_id(str(gemmascope), 1) == "layer_1/width_1k/average_l0_8"
+    assert sae_ids.default_id(str(gemmascope), 2) == "layer_2/width_1k/average_l0_9"
+    assert sae_ids.default_id(str(gemmascope), 3) is None and sae_ids.default_id("tiny", 1) is None
 
 
 def test_each_width_is_looked_up_by_lowest_average_l0(gemmascope, tmp_path):
@@ -147,11 +146,11 @@ def test_each_width_is_looked_up_by_lowest_average_l0(gemmascope, tmp_path):
 
 def test_the_papers_widths_are_looked_up_on_the_hub(monkeypatch):
     files = [f"layer_12/width_16k/average_l0_{k}/params.npz" for k in (82, 41, 176)]
-    monkeypatch.setattr(sae, "list_files", lambda *_: files)
-    assert sae.default_id(sae.PAPER_REPO, 12, "16k") == "layer_12/width_16k/average_l0_41"
-    assert sae.default_id(sae.PAPER_REPO, 12, "65k") == "layer_12/width_65k/average_l0_21"
+    monkeypatch.setattr(sae_ids, "list_files", lambda *_: files)
+    assert sae_ids.default_id(sae_ids.PAPER_REPO, 12, "16k") == "layer_12/width_16k/average_l0_41"
+    assert sae_ids.default_id(sae_ids.PAPER_REPO, 12, "65k") == "layer_12/width_65k/average_l0_21"
     with pytest.raises(UserError, match="holds no SAE of width 32k"):
-        sae.default_id(sae.PAPER_REPO, 12, "32k")
+        sae_ids.default_id(sae_ids.PAPER_REPO, 12, "32k")
 
 
 def test_the_sweeps_defaults_are_those_of_training():
