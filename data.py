@@ -22,18 +22,14 @@ and text generation starts from a prompt with none. The shared prompt is compute
 
 import functools
 import hashlib
-import json
-import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -42,17 +38,13 @@ from kernels.attention import Bucket, Stretch, buckets
 from runtime.messages import brief
 from runtime.output import Arrays, cached_arrays
 from runtime.progress import progress_bar, say
-from runtime.sources import UserError, fetch, sha256
+from runtime.rows import DataFile, data_files, decode_row, read_rows, split_of
+from runtime.sources import UserError, sha256
 
 ROLES = {"system": "system", "user": "user", "assistant": "model", "model": "model"}
-SPLITS = ("train", "test")  # train_prefs and the like count as these: see split_name
-# The split in a file's path: train-00000.parquet, data/test/0.jsonl.
-NAMED_SPLIT = re.compile(r"(?:^|[/._-])(train|test|validation)(?=[/._-])", re.IGNORECASE)
-SUFFIXES = (".parquet", ".jsonl")
 SPECIAL = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 # Limit on the characters of one message, because the tokenizer needs gigabytes for far longer ones.
 LONGEST_TEXT = 1 << 20
-LONGEST_LINE = 1 << 24  # limit on the bytes of one line of jsonl
 CACHE_FORMAT = "4"  # raise it when rendering or tokenising changes, so that old caches are not used
 
 
@@ -70,90 +62,6 @@ class Pair(NamedTuple):
 
 
 # --- rows -----------------------------------------------------------------------------------------
-
-
-class DataFile(NamedTuple):
-    path: Path
-    split: str | None  # the split that its path names, for rows without a `split` of their own
-
-
-def data_files(source: str | Path) -> tuple[list[DataFile], str | None]:
-    """The parquet and jsonl files of a source, sorted, and the commit of a Hub data set (or None).
-
-    Folders are searched at any depth. Names that begin with a dot or an underscore are left out,
-    because Spark and the Hub's client mark their own files so. Raises UserError for no files.
-    """
-    root, commit = fetch(source, "data", [f"*{suffix}" for suffix in SUFFIXES])
-    # Spark writes a folder that is itself called NAME.parquet, and its name may state the split.
-    above = root.parent if root.suffix in SUFFIXES else root
-    files = []
-    for path in sorted([root, *root.rglob("*")]):
-        inside = path.relative_to(root).parts
-        if any(part.startswith((".", "_")) for part in inside):
-            continue
-        if path.suffix in SUFFIXES and path.is_file():
-            named = NAMED_SPLIT.findall(path.relative_to(above).as_posix())
-            files.append(DataFile(path, split_name(named[-1]) if named else None))
-    if not files:
-        raise UserError(f"{root}: holds no {' or '.join(SUFFIXES)} file.")
-    return files, commit
-
-
-def split_name(given: object) -> str:
-    """A split's name in lower case; train_prefs becomes train, and test_prefs becomes test."""
-    name = brief(given).strip().lower()
-    return next((split for split in SPLITS if re.match(rf"{split}(_|$)", name)), name)
-
-
-def split_of(row: dict, file: DataFile) -> str:
-    """The row's own `split`; without one, the split in the file's path; without both, train."""
-    own = row.get("split")
-    return split_name(own) if own is not None else file.split or "train"
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, dict | bytes]]:
-    """Yield (where, row) for each row of a file; `where` names file and row in messages.
-
-    A row of parquet is a dict. A row of jsonl is its line, still to be decoded by decode_row, and
-    cut off after LONGEST_LINE + 1 bytes. Raises UserError for a file that cannot be read.
-    """
-    try:
-        rows = _parquet(path) if path.suffix == ".parquet" else _lines(path)
-        for number, row in enumerate(rows):
-            yield f"{path.name} row {number}", row
-    except (OSError, ValueError, pa.ArrowException) as e:  # ValueError: text that is not UTF-8
-        raise UserError(f"{path}: not a readable {path.suffix[1:]} file ({brief(e)}).") from e
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while line := file.readline(LONGEST_LINE + 1):
-            rest = line  # skip the rest of a line that is too long
-            while len(rest) > LONGEST_LINE and not rest.endswith(b"\n"):
-                rest = file.readline(LONGEST_LINE + 1)
-            yield line
-
-
-def _parquet(path: Path) -> Iterator[dict]:
-    with pq.ParquetFile(path) as file:
-        columns = ("prompt", "chosen", "rejected", "split")
-        there = [column for column in columns if column in file.schema_arrow.names]
-        for batch in file.iter_batches(batch_size=1024, columns=there):
-            yield from batch.to_pylist()
-
-
-def decode_row(where: str, row: dict | bytes) -> dict:
-    """A row of read_rows as a dict. Raises UserError naming a row that is not a json object."""
-    if isinstance(row, bytes):
-        if len(row) > LONGEST_LINE:
-            raise UserError(f"{where}: a line of more than {LONGEST_LINE >> 20} MB.")
-        try:
-            row = json.loads(row.decode())
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{where}: not a line of json ({brief(e)}).") from e
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a json object was expected.")
-    return row
 
 
 Turns = list[tuple[str, str]]  # (role, content), role "user" or "model"

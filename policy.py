@@ -25,6 +25,7 @@ from runtime.messages import brief
 from runtime.output import replacing
 from runtime.progress import progress_bar
 from runtime.ranks import Ranks
+from runtime.rows import DataFile, data_files
 from runtime.sources import UserError, fetch, local, read_json, sha256, split_revision
 from sae import JumpReLUSAE
 
@@ -239,19 +240,19 @@ def split_or_all(
 class Preferences(NamedTuple):
     pairs: list[Pair]
     eval_pairs: list[Pair]  # empty where there is no evaluation data
-    files: list[data.DataFile]  # the files of both
+    files: list[DataFile]  # the files of both
     revision: str | None  # commit of a Hub dataset
 
 
 def load_preferences(run: Recorded, tokenizer: Tokenizer, progress: bool = True) -> Preferences:
     """Training and evaluation pairs. A branch on the Hub is resolved to one commit for both."""
-    files, commit = data.data_files(run.data)
+    files, commit = data_files(run.data)
     pinned = f"{split_revision(run.data)[0]}@{commit}" if commit else run.data
     pairs = read_pairs(pinned, tokenizer, run, "train", progress)
     if run.eval_data is None:
         eval_pairs = read_pairs(pinned, tokenizer, run, "test", progress)
     else:
-        files += data.data_files(run.eval_data)[0]
+        files += data_files(run.eval_data)[0]
         eval_pairs = split_or_all(run.eval_data, tokenizer, run, "test", progress)
         if not eval_pairs:
             raise UserError(f"--eval-data {run.eval_data}: holds no pair to evaluate on.")

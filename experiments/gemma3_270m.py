@@ -21,6 +21,7 @@ from runtime import cli
 from runtime.cli import flag
 from runtime.folder import read_log
 from runtime.output import replacing, writable, write_whole
+from runtime.rows import SPLITS, data_files, decode_row, read_rows, split_of
 from runtime.sources import UserError, fetch, read_json
 
 SMOOTH = 10  # training steps behind each point of a curve
@@ -50,17 +51,17 @@ def last_words(text: str, tokenizer: Tokenizer, most: int) -> str:
 
 def cut(s: Settings) -> None:
     tokenizer = data.load_tokenizer(fetch(s.model, "model", ["tokenizer.json"]).path)
-    rows: dict[str, list[dict]] = {split: [] for split in data.SPLITS}
-    for file in data.data_files(s.data)[0]:
-        for where, raw in data.read_rows(file.path):
-            row = data.decode_row(where, raw)
+    rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    for file in data_files(s.data)[0]:
+        for where, raw in read_rows(file.path):
+            row = decode_row(where, raw)
             found = data.parse_row(where, row)
             prompt = last_words(found.prompt[-1][1], tokenizer, s.prompt_tokens)
             pair = dict(prompt=prompt, chosen=found.chosen, rejected=found.rejected)
-            rows.setdefault(data.split_of(row, file), []).append(pair)
-    if not all(rows[split] for split in data.SPLITS):
+            rows.setdefault(split_of(row, file), []).append(pair)
+    if not all(rows[split] for split in SPLITS):
         raise UserError(f"--data {s.data}: a train and a test split were expected.")
-    for split in data.SPLITS:
+    for split in SPLITS:
         path = Path(s.out) / f"{split}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows[split]))

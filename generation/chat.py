@@ -40,6 +40,7 @@ from runtime.cli import flag
 from runtime.device import DTYPES
 from runtime.messages import shown
 from runtime.output import writable_file
+from runtime.rows import decode_row, read_rows
 from runtime.sources import UserError
 from tiny import LABELS_DIR
 
@@ -129,8 +130,8 @@ def read_prompts(path: Path) -> list[Turns]:
         prompts = [turns(f"{path.name} line {n}", line) for n, line in numbered if line.strip()]
     else:
         prompts = []
-        for where, raw in data.read_rows(path):
-            prompts.append(turns(where, data.decode_row(where, raw).get("prompt")))
+        for where, raw in read_rows(path):
+            prompts.append(turns(where, decode_row(where, raw).get("prompt")))
     if not prompts:
         raise UserError(f"--prompts {path}: holds no prompt.")
     return prompts

@@ -1,14 +1,115 @@
-"""Read rows from a jsonl, json or csv file, gzipped or not."""
+"""Read rows from files: those of a data set one at a time, those of a label file all at once."""
 
 import csv
 import gzip
 import io
 import json
+import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from runtime.sources import UserError
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from runtime.messages import brief
+from runtime.sources import UserError, fetch
+
+# --- a data set: parquet and jsonl ----------------------------------------------------------------
+
+SPLITS = ("train", "test")  # train_prefs and the like count as these: see split_name
+# The split in a file's path: train-00000.parquet, data/test/0.jsonl.
+NAMED_SPLIT = re.compile(r"(?:^|[/._-])(train|test|validation)(?=[/._-])", re.IGNORECASE)
+SUFFIXES = (".parquet", ".jsonl")
+LONGEST_LINE = 1 << 24  # limit on the bytes of one line of jsonl
+
+
+class DataFile(NamedTuple):
+    path: Path
+    split: str | None  # the split that its path names, for rows without a `split` of their own
+
+
+def data_files(source: str | Path) -> tuple[list[DataFile], str | None]:
+    """The parquet and jsonl files of a source, sorted, and the commit of a Hub data set (or None).
+
+    Folders are searched at any depth. Names that begin with a dot or an underscore are left out,
+    because Spark and the Hub's client mark their own files so. Raises UserError for no files.
+    """
+    root, commit = fetch(source, "data", [f"*{suffix}" for suffix in SUFFIXES])
+    # Spark writes a folder that is itself called NAME.parquet, and its name may state the split.
+    above = root.parent if root.suffix in SUFFIXES else root
+    files = []
+    for path in sorted([root, *root.rglob("*")]):
+        inside = path.relative_to(root).parts
+        if any(part.startswith((".", "_")) for part in inside):
+            continue
+        if path.suffix in SUFFIXES and path.is_file():
+            named = NAMED_SPLIT.findall(path.relative_to(above).as_posix())
+            files.append(DataFile(path, split_name(named[-1]) if named else None))
+    if not files:
+        raise UserError(f"{root}: holds no {' or '.join(SUFFIXES)} file.")
+    return files, commit
+
+
+def split_name(given: object) -> str:
+    """A split's name in lower case; train_prefs becomes train, and test_prefs becomes test."""
+    name = brief(given).strip().lower()
+    return next((split for split in SPLITS if re.match(rf"{split}(_|$)", name)), name)
+
+
+def split_of(row: dict, file: DataFile) -> str:
+    """The row's own `split`; without one, the split in the file's path; without both, train."""
+    own = row.get("split")
+    return split_name(own) if own is not None else file.split or "train"
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict | bytes]]:
+    """Yield (where, row) for each row of a file; `where` names file and row in messages.
+
+    A row of parquet is a dict. A row of jsonl is its line, still to be decoded by decode_row, and
+    cut off after LONGEST_LINE + 1 bytes. Raises UserError for a file that cannot be read.
+    """
+    try:
+        rows = _parquet(path) if path.suffix == ".parquet" else _lines(path)
+        for number, row in enumerate(rows):
+            yield f"{path.name} row {number}", row
+    except (OSError, ValueError, pa.ArrowException) as e:  # ValueError: text that is not UTF-8
+        raise UserError(f"{path}: not a readable {path.suffix[1:]} file ({brief(e)}).") from e
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while line := file.readline(LONGEST_LINE + 1):
+            rest = line  # skip the rest of a line that is too long
+            while len(rest) > LONGEST_LINE and not rest.endswith(b"\n"):
+                rest = file.readline(LONGEST_LINE + 1)
+            yield line
+
+
+def _parquet(path: Path) -> Iterator[dict]:
+    with pq.ParquetFile(path) as file:
+        columns = ("prompt", "chosen", "rejected", "split")
+        there = [column for column in columns if column in file.schema_arrow.names]
+        for batch in file.iter_batches(batch_size=1024, columns=there):
+            yield from batch.to_pylist()
+
+
+def decode_row(where: str, row: dict | bytes) -> dict:
+    """A row of read_rows as a dict. Raises UserError naming a row that is not a json object."""
+    if isinstance(row, bytes):
+        if len(row) > LONGEST_LINE:
+            raise UserError(f"{where}: a line of more than {LONGEST_LINE >> 20} MB.")
+        try:
+            row = json.loads(row.decode())
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{where}: not a line of json ({brief(e)}).") from e
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a json object was expected.")
+    return row
+
+
+# --- labels and explanations: jsonl, json and csv, gzipped or not ---------------------------------
 
 KINDS = ("jsonl.gz", "json.gz", "csv.gz", "jsonl", "json", "csv")  # suffixes of files we read
 LARGEST = 1 << 30  # bytes of an unpacked file; a million explanations take about 0.2 GB

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 import data
 from data import Pair, load_pairs, pack
+from runtime import rows
 from runtime.sources import UserError
 
 CASES = json.loads((GOLDEN / "tokenize.json").read_text())
@@ -429,7 +430,7 @@ def test_a_prompt_of_several_turns_with_a_system_message(tokenizer, tmp_path):
 
 def test_a_text_or_line_beyond_the_limit_is_a_bad_row(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "LONGEST_TEXT", 50)
-    monkeypatch.setattr(data, "LONGEST_LINE", 400)
+    monkeypatch.setattr(rows, "LONGEST_LINE", 400)
     good = dict(prompt="q", chosen="a", rejected="b")
     path = write(tmp_path / "rows.jsonl", good, good | dict(chosen="x" * 51))
     with pytest.raises(UserError, match="row 1: `chosen` holds more than 50 characters"):
@@ -450,8 +451,8 @@ def test_memory_is_bounded_by_the_limit_and_not_by_the_line(tokenizer, tmp_path)
         file.write(json.dumps(dict(prompt="q", chosen="a", rejected="b")) + "\n")
     tracemalloc.start()
     try:
-        rows = list(data.read_rows(path))
-        assert tracemalloc.get_traced_memory()[1] < 6 * data.LONGEST_LINE
+        found = list(rows.read_rows(path))
+        assert tracemalloc.get_traced_memory()[1] < 6 * rows.LONGEST_LINE
     finally:
         tracemalloc.stop()
-    assert len(rows) == 2 and data.decode_row(*rows[1])["prompt"] == "q"
+    assert len(found) == 2 and rows.decode_row(*found[1])["prompt"] == "q"

@@ -23,6 +23,7 @@ from fsrl import Adapter
 from model import Gemma2, Gemma2Config
 from runtime import checkpoint
 from runtime.ranks import ALONE
+from runtime.rows import decode_row, read_rows
 from runtime.sources import UserError
 from runtime.weights import read_npz
 from sae import ARRAYS, JumpReLUSAE
@@ -93,8 +94,8 @@ def parquet() -> bytes:
 def read_data(folder: Path):
     for name in ("rows.jsonl", "rows.parquet"):
         if (folder / name).exists():
-            for where, row in data.read_rows(folder / name):
-                data.parse_row(where, data.decode_row(where, row))
+            for where, row in read_rows(folder / name):
+                data.parse_row(where, decode_row(where, row))
 
 
 def small_model() -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from data import decode_row, read_rows
+from runtime.rows import decode_row, read_rows
 from runtime.sources import UserError
 
 COLUMNS = {
