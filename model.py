@@ -27,7 +27,7 @@ from kernels.attention import Bucket
 from kernels.logps import all_logits, token_logps
 from kernels.pointwise import at_least_float32, geglu, linear, rms_norm, softcap
 from runtime.sources import UserError, fetch, read_json
-from runtime.weights import Rename, read_weights
+from runtime.weights import check_shapes, read_sharded
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 # attention.plain and logps exponentiate capped scores without subtracting their maximum first.
@@ -191,31 +191,6 @@ def _check_number(field: dataclasses.Field, value: object) -> None:
         raise UserError(f"config: {field.name} is {value!r}, a positive number was expected.")
     if number is int and value > (1024 if field.name == "num_hidden_layers" else 1 << 24):
         raise UserError(f"config: {field.name} is {value}, more than any Gemma has; not loaded.")
-
-
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_SIZES += ("num_key_value_heads", "head_dim", "query_pre_attn_scalar")
-
-
-def _published(family: dict, *sizes: int) -> Gemma2Config:
-    """sizes: the values of _SIZES."""
-    return Gemma2Config(**family | dict(zip(_SIZES, sizes, strict=True)))
-
-
-_GEMMA2 = dict(vocab_size=256_000)
-_LARGE = GEMMA3 | dict(model_type="gemma3_text", sliding_window=1024, rope_factor=8.0)
-_SMALL = GEMMA3 | dict(model_type="gemma3_text", sliding_window=512, vocab_size=262_144)
-_SMALL |= dict(max_position_embeddings=32_768)
-PUBLISHED = {  # google/gemma-2-{2b,9b,27b}[-it], google/gemma-3-{270m,1b,4b,12b,27b}-{pt,it}
-    "gemma-2-2b": _published(_GEMMA2, 2304, 9216, 26, 8, 4, 256, 256),
-    "gemma-2-9b": _published(_GEMMA2, 3584, 14336, 42, 16, 8, 256, 256),
-    "gemma-2-27b": _published(_GEMMA2, 4608, 36864, 46, 32, 16, 128, 144),
-    "gemma-3-270m": _published(_SMALL, 640, 2048, 18, 4, 1, 256, 256),
-    "gemma-3-1b": _published(_SMALL, 1152, 6912, 26, 4, 1, 256, 256),
-    "gemma-3-4b": _published(_LARGE, 2560, 10240, 34, 8, 4, 256, 256),
-    "gemma-3-12b": _published(_LARGE, 3840, 15360, 48, 16, 8, 256, 256),
-    "gemma-3-27b": _published(_LARGE, 5376, 21504, 62, 32, 16, 128, 168),
-}
 
 
 # --- what the blocks share ------------------------------------------------------------------------
@@ -484,23 +459,13 @@ class Gemma2(nn.Module):
         with torch.device("meta"):
             model = cls(config)
 
-        rename = text_name if config.qk_norm else str
-        state = {}
-        for shard in _shards(folder, rename):
-            state.update(read_weights(shard, rename, dtype, device))
+        state = read_sharded(folder, text_name if config.qk_norm else str, dtype, device)
         # The head is the embedding; most checkpoints leave it out, some store it a second time.
         head = state.pop("lm_head.weight", None)
         embedding = state.get("model.embed_tokens.weight")
         if head is not None and (embedding is None or not torch.equal(head, embedding)):
             raise UserError(f"{folder}: lm_head.weight is not equal to the embedding.")
-
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        held = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        for name in sorted(expected.keys() | held.keys()):
-            ours, theirs = expected.get(name, "nothing"), held.get(name, "nothing")
-            if ours != theirs:
-                found = f"config.json asks for {ours}, the file has {theirs}"
-                raise UserError(f"{folder}: tensor {name}: {found}.")
+        check_shapes(folder, state, model.state_dict())
         model.load_state_dict(state, strict=True, assign=True)
         model.source, model.revision, model.folder = str(source), commit, folder
         return model.requires_grad_(False)
@@ -525,19 +490,3 @@ def text_name(name: str) -> str:
     if name.endswith("lm_head.weight"):
         return "lm_head.weight"
     return re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", name)
-
-
-def _shards(folder: Path, rename: Rename) -> list[Path]:
-    """The safetensors files of a model that hold at least one tensor we load."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    try:
-        weights = read_json(index)["weight_map"].items()
-        names = sorted({shard for name, shard in weights if rename(name)})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
-        raise UserError(f"{index}: not an index of safetensors shards ({e!r}).") from e
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"{index}: shard name {name!r} leaves the folder.")
-    return [folder / name for name in names]

@@ -25,9 +25,10 @@ import torch
 
 import data
 import train
+from benchmarks.sizes import PUBLISHED
 from data import Pair
 from fsrl import Adapter, PolicyModel, SteeredModel, Unsteered
-from model import PUBLISHED, SLIDING, Gemma2, Gemma2Config
+from model import SLIDING, Gemma2, Gemma2Config
 from runtime import cli
 from runtime.cli import flag
 from runtime.device import Device, peak_memory, resolve_device

@@ -28,7 +28,6 @@ from typing import NamedTuple
 
 from audit.published import published
 from fsrl import Unsteered
-from model import PUBLISHED
 from policy import DEFAULTS, Policy
 from runtime import cli
 from runtime.cli import flag
@@ -179,13 +178,13 @@ def simpo_scores(policy: Policy) -> tuple[list[Score], list[Score]]:
     Table 1 are lost.
 
     Both are empty for a bare model or adapter; the paper's too unless the model is of Gemma-2-2B's
-    shape.
+    width.
     """
     last = last_evaluation(policy.folder / "metrics.jsonl") if policy.folder else None
     if last is None:
         return [], []
     own = Score("simpo", "eval loss", "none", last["loss"], None, last["pairs"])
-    if policy.base.config != PUBLISHED["gemma-2-2b"]:
+    if policy.base.config.hidden_size != published()["setting"]["d_model"]:
         return [own], []
     kind = "full_fine_tuning" if isinstance(policy.model, Unsteered) else "fsrl"
     return [own], [own._replace(value=published()["losses"][kind], documents=None)]

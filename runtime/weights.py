@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from runtime.messages import brief
-from runtime.sources import UserError
+from runtime.sources import UserError, read_json
 
 Rename = Callable[[str], str]  # a tensor's name in the file -> its name here; "" leaves it out
 # What zipfile and numpy raise on damaged archives.
@@ -42,6 +42,29 @@ def read_weights(
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not a whole safetensors file ({brief(e)}).") from e
     return found
+
+
+def read_sharded(
+    folder: Path, rename: Rename, dtype: torch.dtype, device: str
+) -> dict[str, Tensor]:
+    """The tensors of a model's folder: of model.safetensors, or of the shards that its index names.
+
+    Shards without a tensor that is wanted need not be there. Raises UserError as read_weights, and
+    for an index that cannot be read.
+    """
+    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            weights = read_json(index)["weight_map"].items()
+            names = sorted({shard for name, shard in weights if rename(name)})
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+            raise UserError(f"{index}: not an index of safetensors shards ({e!r}).") from e
+    state = {}
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{index}: shard name {name!r} leaves the folder.")
+        state.update(read_weights(folder / name, rename, dtype, device))
+    return state
 
 
 def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -97,3 +120,14 @@ def check_weights(path: Path, name: str, tensor: Tensor) -> None:
         first = (~tensor.float().isfinite()).nonzero()[0].tolist()
         value = tensor[tuple(first)].item()
         raise UserError(f"{path}: tensor {name} is {value} at {first}; weights must be finite.")
+
+
+def check_shapes(folder: Path, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Raises UserError where names or shapes are not those of wanted, naming the first tensor."""
+    expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    held = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in sorted(expected.keys() | held.keys()):
+        ours, theirs = expected.get(name, "nothing"), held.get(name, "nothing")
+        if ours != theirs:
+            found = f"config.json asks for {ours}, the file has {theirs}"
+            raise UserError(f"{folder}: tensor {name}: {found}.")

@@ -15,7 +15,6 @@ from evals.chat_template import ChatTemplate
 from evals.run import Score, Settings
 from fsrl import Unsteered
 from generation.export import export
-from model import PUBLISHED
 from runtime import cli
 from runtime.sources import UserError
 
@@ -480,7 +479,7 @@ def test_the_simpo_loss_stands_beside_the_papers(tiny_run, questions, tmp_path, 
     assert [row["task"] for row in found] == ["simpo", "truthfulqa_mc2"]
     assert found[0]["value"] == last["loss"] and found[0]["documents"] == last["pairs"]
 
-    of_2b = SimpleNamespace(config=PUBLISHED["gemma-2-2b"])
+    of_2b = SimpleNamespace(config=SimpleNamespace(hidden_size=2304))
     for steered, figure in ((load().steered, 2.73), (Unsteered(None), 2.19)):
         opened = SimpleNamespace(folder=tiny_run, base=of_2b, model=steered)
         own, paper = run.simpo_scores(opened)

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from conftest import GOLDEN, metrics, ragged, small_gemma3
 from safetensors.torch import load_file, save_file
 
+from benchmarks.sizes import PUBLISHED
 from data import load_tokenizer, pack
 from experiments import gemma3_270m
 from fsrl import Unsteered
 from generation import decode
-from model import FULL, PUBLISHED, SLIDING, Gemma2, Gemma2Config
+from model import FULL, SLIDING, Gemma2, Gemma2Config
 from runtime.sources import UserError
 
 FOLDER = GOLDEN / "gemma3"  # 7 blocks, window 9, linear scaling on the full block

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention.flex_attention import create_block_mask
 
 import model as gemma
+from benchmarks.sizes import PUBLISHED
 from data import pack
 from kernels.attention import tree_mask
-from model import PUBLISHED, SLIDING, Gemma2, Gemma2Config
+from model import SLIDING, Gemma2, Gemma2Config
 from runtime.sources import UserError
 
 
