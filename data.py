@@ -45,7 +45,7 @@ ROLES = {"system": "system", "user": "user", "assistant": "model", "model": "mod
 SPECIAL = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 # Limit on the characters of one message, because the tokenizer needs gigabytes for far longer ones.
 LONGEST_TEXT = 1 << 20
-CACHE_FORMAT = "4"  # raise it when rendering or tokenising changes, so that old caches are not used
+CACHE_FORMAT = "5"  # raise it when rendering or tokenising changes, so that old caches are not used
 
 
 class Pair(NamedTuple):
@@ -248,7 +248,8 @@ def load_pairs(
         lambda: _tokenise(files, tokenizer, split, progress, on_bad_row),
     )
     if progress:
-        _report(source, stored, split)
+        for sentence in stored["said"].tolist():
+            say(f"{source}: {sentence}", sys.stderr)
 
     # All lists share one int object for each token id: 8 bytes a token instead of 36.
     shared = list(range(tokenizer.get_vocab_size(with_added_tokens=True)))
@@ -265,8 +266,7 @@ def _tokenise(
     """The rows of a split as arrays that a cache can hold.
 
     ids: all token ids. lengths: how many of them belong to the first prompt, its chosen and its
-    rejected response, the second prompt, ... empty: number of empty responses. splits, counts:
-    names of the splits in the files, and rows of each. bad: where the malformed rows are.
+    rejected response, the second prompt, ... said: sentences on the rows used and left out.
     """
     rows, bad, splits = [], [], Counter()
     for file in files:
@@ -293,27 +293,23 @@ def _tokenise(
     return {
         "ids": np.fromiter(chain.from_iterable(parts), dtype=np.int32),
         "lengths": np.array([len(part) for part in parts], dtype=np.int32),
-        "empty": np.array(sum((not row.chosen) + (not row.rejected) for row in rows)),
-        "splits": np.array(list(splits), dtype=np.str_),
-        "counts": np.array(list(splits.values()), dtype=np.int64),
-        "bad": np.array(bad, dtype=np.str_),
+        "said": np.array(_said(rows, split, splits, bad), dtype=np.str_),
     }
 
 
-def _report(source: str | Path, stored: Arrays, split: str | None) -> None:
-    """Print how many rows of which split are used and how many are left out."""
-    splits = dict(zip(stored["splits"].tolist(), stored["counts"].tolist(), strict=True))
-    used = {name: n for name, n in splits.items() if split in (None, name)}
-    left = [f"{n:,} {name}" for name, n in splits.items() if name not in used]
-    said = ", ".join(f"{n:,} {name}" for name, n in used.items()) or f"0 {split or ''}".strip()
-    others = f"; left out: {', '.join(left)}" if left else ""
-    say(f"{source}: rows used: {said}{others}.", sys.stderr)
-    if stored["empty"]:
-        markup = "responses are empty; their markup alone is scored"
-        say(f"{source}: {stored['empty']} {markup}.", sys.stderr)
-    if len(bad := stored["bad"]):
-        where = ", ".join(bad[:10].tolist()) + (", ..." if len(bad) > 10 else "")
-        say(f"{source}: {len(bad)} malformed rows are left out: {where}.", sys.stderr)
+def _said(rows: list[Conversation], split: str | None, splits: Counter, bad: list[str]) -> list:
+    """Sentences on the rows used and left out. splits: rows of each split in the files."""
+    used = [f"{n:,} {name}" for name, n in splits.items() if split in (None, name)]
+    left = [f"{n:,} {name}" for name, n in splits.items() if split not in (None, name)]
+    used = ", ".join(used) or f"0 {split or ''}".strip()
+    said = [f"rows used: {used}" + (f"; left out: {', '.join(left)}." if left else ".")]
+    empty = sum((not row.chosen) + (not row.rejected) for row in rows)
+    if empty:
+        said.append(f"{empty} responses are empty; their markup alone is scored.")
+    if bad:
+        where = ", ".join(bad[:10]) + (", ..." if len(bad) > 10 else "")
+        said.append(f"{len(bad)} malformed rows are left out: {where}.")
+    return said
 
 
 # --- batches --------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def open_evaluation(s: Settings) -> Evaluation:
     out = out_folder(s.run, s.out)
     tokens = s.tokens_per_microbatch
     policy = open_policy(s.run, s.model, s.sae, s.sae_id, s.device, s.dtype, tokens)
-    paths = s.labels or (TINY_LABELS if policy.run.sae == "tiny" else ())
+    paths = s.labels or (TINY_LABELS if policy.recorded.sae == "tiny" else ())
     sae = policy.steered.sae
     labels = [load_labels(path, sae, s.assume_labels_match) for path in paths]
     if len({table.name for table in labels}) < len(labels):
@@ -121,7 +121,7 @@ def open_evaluation(s: Settings) -> Evaluation:
 
     pairs, source = policy.eval_pairs(s.data, s.pairs)
     about = described_run(policy, source, pairs, [described(table) for table in labels])
-    about |= dict(beta=policy.run.beta, gamma_ratio=policy.run.gamma_ratio)
+    about |= dict(beta=policy.recorded.beta, gamma_ratio=policy.recorded.gamma_ratio)
     return Evaluation(policy, pairs, labels, about | dict(bootstrap=s.bootstrap, seed=s.seed), out)
 
 
@@ -147,7 +147,7 @@ def described_run(policy: Policy, source: str, pairs: list[Pair], labels: list[d
         adapter_sha256=adapter_sha256(policy.folder),
         data=source,
         pairs=len(pairs),
-        base_model=policy.run.model,
+        base_model=policy.recorded.model,
         layer=policy.steered.layer,
         d_model=sae.d_model,
         d_sae=sae.d_sae,
@@ -177,7 +177,9 @@ def loss_above(policy: Policy, stream: Stream, x: Tensor) -> Tensor:
     """SimPO loss [P] of the pairs of a micro-batch. x [T, d]: their stream above the adapter."""
     hidden = policy.steered.above(x, stream.plan)
     logps = policy.base.logps(hidden, stream.packed)
-    return preference_losses(logps, stream.packed, policy.run.beta, policy.run.gamma_ratio).loss
+    return preference_losses(
+        logps, stream.packed, policy.recorded.beta, policy.recorded.gamma_ratio
+    ).loss
 
 
 @torch.inference_mode()

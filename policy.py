@@ -64,7 +64,7 @@ class Policy(NamedTuple):
     model: SteeredModel | Unsteered
     tokenizer: Tokenizer
     device: Device
-    run: Recorded
+    recorded: Recorded
     name: str  # for titles: the run, or the model of a run that starts
     folder: Path | None = None  # the run's folder; None for a base model and a run that starts
 
@@ -92,7 +92,7 @@ class Policy(NamedTuple):
         steered = self.steered
         how = dict(total=len(pairs), desc=what, unit="pair", leave=False, shown=bool(what))
         with progress_bar(**how) as bar:
-            for indices in data.microbatches(pairs, self.run.tokens_per_microbatch):
+            for indices in data.microbatches(pairs, self.recorded.tokens_per_microbatch):
                 packed = data.pack_pairs([pairs[i] for i in indices]).to(self.device.name)
                 with self.autocast():
                     plan = self.base.plan(packed)
@@ -107,10 +107,10 @@ class Policy(NamedTuple):
 
         Raises UserError where there are no pairs.
         """
-        given = source or (self.run.eval_data if split == "test" else None)
-        name = given or self.run.data
+        given = source or (self.recorded.eval_data if split == "test" else None)
+        name = given or self.recorded.data
         read = split_or_all if given else read_pairs
-        pairs = read(name, self.tokenizer, self.run, split)
+        pairs = read(name, self.tokenizer, self.recorded, split)
         if not pairs:
             raise UserError(f"--data {name}: has no {split} split; name the data to evaluate on.")
         return pairs[:limit], split_revision(name)[0]
@@ -129,14 +129,14 @@ def load_base(model: str | Path, dtype: torch.dtype, device: str) -> tuple[Gemma
     return base, tokenizer
 
 
-def load_sae(run: Recorded, device: Device) -> JumpReLUSAE:
+def load_sae(recorded: Recorded, device: Device) -> JumpReLUSAE:
     """The run's SAE; without a recorded id, the layer's by sae_ids.default_id."""
-    sae_id = run.sae_id or sae_ids.default_id(run.sae, run.layer)
-    return JumpReLUSAE.from_pretrained(run.sae, sae_id, device.dtype, device.name)
+    sae_id = recorded.sae_id or sae_ids.default_id(recorded.sae, recorded.layer)
+    return JumpReLUSAE.from_pretrained(recorded.sae, sae_id, device.dtype, device.name)
 
 
 def new_policy(
-    run: Recorded,
+    recorded: Recorded,
     device: Device,
     full: bool = False,
     kind: str = "relu",
@@ -149,12 +149,16 @@ def new_policy(
     init_adapter: take this adapter instead. mask_features: json file of features that never steer.
     full: no adapter; all weights of the model train. seed: of the fresh adapter's weights.
     """
-    base, tokenizer = load_base(run.model, torch.float32 if full else device.dtype, device.name)
+    base, tokenizer = load_base(
+        recorded.model, torch.float32 if full else device.dtype, device.name
+    )
     if full:
         base.recompute = True
-        return Policy(Unsteered(base.requires_grad_(True)), tokenizer, device, run, run.model)
+        return Policy(
+            Unsteered(base.requires_grad_(True)), tokenizer, device, recorded, recorded.model
+        )
 
-    sae = load_sae(run, device)
+    sae = load_sae(recorded, device)
     if init_adapter:
         adapter = Adapter.from_pretrained(init_adapter, kind)
     else:
@@ -162,18 +166,18 @@ def new_policy(
         adapter.init_weights(torch.Generator().manual_seed(seed))
     if mask_features:
         adapter.silence(read_features(mask_features, sae.d_sae))
-    steered = SteeredModel(base, sae, adapter.to(device.name), run.layer)
-    return Policy(steered, tokenizer, device, run, run.model)
+    steered = SteeredModel(base, sae, adapter.to(device.name), recorded.layer)
+    return Policy(steered, tokenizer, device, recorded, recorded.model)
 
 
 def identity(policy: Policy) -> dict:
     """Which model, layer and SAE an adapter belongs to, as adapter_config.json states it."""
-    steered, run = policy.steered, policy.run
+    steered, recorded = policy.steered, policy.recorded
     return dict(
-        base_model=split_revision(run.model)[0],
+        base_model=split_revision(recorded.model)[0],
         base_model_revision=steered.model.revision,
-        layer=run.layer,
-        sae=split_revision(run.sae)[0],
+        layer=recorded.layer,
+        sae=split_revision(recorded.sae)[0],
         sae_id=steered.sae.sae_id,
         sae_revision=steered.sae.revision,
         sae_sha256=steered.sae.sha256,
@@ -222,19 +226,19 @@ def read_features(path: str, d_sae: int) -> list[int]:
 
 
 def read_pairs(
-    source: str, tokenizer: Tokenizer, run: Recorded, split: str | None, progress: bool = True
+    source: str, tokenizer: Tokenizer, recorded: Recorded, split: str | None, progress: bool = True
 ) -> list[Pair]:
     """data.load_pairs with the run's settings."""
-    limits = run.max_length, run.max_prompt_length
-    return data.load_pairs(source, tokenizer, *limits, split, progress, run.on_bad_row)
+    limits = recorded.max_length, recorded.max_prompt_length
+    return data.load_pairs(source, tokenizer, *limits, split, progress, recorded.on_bad_row)
 
 
 def split_or_all(
-    source: str, tokenizer: Tokenizer, run: Recorded, split: str, progress: bool = True
+    source: str, tokenizer: Tokenizer, recorded: Recorded, split: str, progress: bool = True
 ) -> list[Pair]:
     """The pairs of data that is named for one purpose: those of the split or, without any, all."""
-    pairs = read_pairs(source, tokenizer, run, split, progress)
-    return pairs or read_pairs(source, tokenizer, run, None, progress)
+    pairs = read_pairs(source, tokenizer, recorded, split, progress)
+    return pairs or read_pairs(source, tokenizer, recorded, None, progress)
 
 
 class Preferences(NamedTuple):
@@ -244,18 +248,20 @@ class Preferences(NamedTuple):
     revision: str | None  # commit of a Hub dataset
 
 
-def load_preferences(run: Recorded, tokenizer: Tokenizer, progress: bool = True) -> Preferences:
+def load_preferences(
+    recorded: Recorded, tokenizer: Tokenizer, progress: bool = True
+) -> Preferences:
     """Training and evaluation pairs. A branch on the Hub is resolved to one commit for both."""
-    files, commit = data_files(run.data)
-    pinned = f"{split_revision(run.data)[0]}@{commit}" if commit else run.data
-    pairs = read_pairs(pinned, tokenizer, run, "train", progress)
-    if run.eval_data is None:
-        eval_pairs = read_pairs(pinned, tokenizer, run, "test", progress)
+    files, commit = data_files(recorded.data)
+    pinned = f"{split_revision(recorded.data)[0]}@{commit}" if commit else recorded.data
+    pairs = read_pairs(pinned, tokenizer, recorded, "train", progress)
+    if recorded.eval_data is None:
+        eval_pairs = read_pairs(pinned, tokenizer, recorded, "test", progress)
     else:
-        files += data_files(run.eval_data)[0]
-        eval_pairs = split_or_all(run.eval_data, tokenizer, run, "test", progress)
+        files += data_files(recorded.eval_data)[0]
+        eval_pairs = split_or_all(recorded.eval_data, tokenizer, recorded, "test", progress)
         if not eval_pairs:
-            raise UserError(f"--eval-data {run.eval_data}: holds no pair to evaluate on.")
+            raise UserError(f"--eval-data {recorded.eval_data}: holds no pair to evaluate on.")
     return Preferences(pairs, eval_pairs, files, commit)
 
 

@@ -44,14 +44,13 @@ from torch import nn
 import data
 import simpo
 from data import Packed, Pair
-from fsrl import KINDS, Unsteered
+from fsrl import KINDS
 from policy import DEFAULTS, TINY, Policy, greedy, identity, load_preferences, new_policy, save
 from runtime import cli, ranks
 from runtime.cli import flag
 from runtime.device import DTYPES, Device, peak_memory, resolve_device
 from runtime.folder import Run, choose_out, describe, finished, push
-from runtime.messages import shown
-from runtime.outcome import Sample, draw_loss, outcome, print_table, write_samples
+from runtime.outcome import Sample, summarise
 from runtime.progress import progress_bar
 from runtime.ranks import ALONE, Ranks
 from runtime.sae_ids import default_source
@@ -146,7 +145,7 @@ class Settings:
 # --- one step -------------------------------------------------------------------------------------
 
 
-class Pass(NamedTuple):
+class Scorer(NamedTuple):
     """The settings of a forward pass over pairs, in training and in evaluation."""
 
     beta: float
@@ -197,7 +196,7 @@ def micro_batches(pairs: Sequence[Pair], tokens: int, who: Ranks = ALONE) -> lis
     return found
 
 
-def backward(model: nn.Module, pairs: Sequence[Pair], penalty: Penalty, how: Pass) -> Sums:
+def backward(model: nn.Module, pairs: Sequence[Pair], penalty: Penalty, scorer: Scorer) -> Sums:
     """Add the gradients of one whole step to the trained weights; returns sums over all processes.
 
         mean over pairs of SimPO + mean over positions of α ‖v‖₁ + λ ‖v‖₀
@@ -205,40 +204,43 @@ def backward(model: nn.Module, pairs: Sequence[Pair], penalty: Penalty, how: Pas
     The means are over the whole step, so that neither the packing nor the number of processes
     changes them. DDP and FSDP2 average over processes: `weight` undoes that.
     """
-    sums, positions = Sums.zero(how.device.name), data.positions(pairs)
-    with how.device.autocast():
-        for batch in micro_batches(pairs, how.tokens, how.ranks):
+    sums, positions = Sums.zero(scorer.device.name), data.positions(pairs)
+    with scorer.device.autocast():
+        for batch in micro_batches(pairs, scorer.tokens, scorer.ranks):
             ranks.synchronises(model, batch.last)
-            scores = how.score(model, batch.packed)
+            scores = scorer.score(model, batch.packed)
             simpo_loss = scores.losses.loss.sum() / len(pairs)
             sparsity_loss = (penalty.l1 * scores.l1 + penalty.l0 * scores.l0) / positions
-            weight = how.ranks.world if batch.pairs else 0
+            weight = scorer.ranks.world if batch.pairs else 0
             (weight * (simpo_loss + sparsity_loss)).backward()
             if batch.pairs:
                 sums = sums.plus(Sums.of(scores))
-    return how.total(sums)
+    return scorer.total(sums)
 
 
 def evaluate(
-    model: nn.Module, pairs: Sequence[Pair], how: Pass, pause: Callable[[], None] = lambda: None
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    scorer: Scorer,
+    pause: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Means over a whole evaluation set, as in an eval row of metrics.jsonl.
 
     pause: called after each micro-batch; it may end the run.
     """
-    sums = Sums.zero(how.device.name)
+    sums = Sums.zero(scorer.device.name)
     # Weights that FSDP2 gathers in inference mode cannot be trained afterwards.
-    no_gradient = torch.inference_mode() if how.ranks.world == 1 else torch.no_grad()
-    look = dict(unit="pair", leave=False, shown=how.ranks.first)
+    no_gradient = torch.inference_mode() if scorer.ranks.world == 1 else torch.no_grad()
+    look = dict(unit="pair", leave=False, shown=scorer.ranks.first)
     bar = progress_bar(total=len(pairs), desc="evaluating", **look)
-    with no_gradient, how.device.autocast(), bar:
-        for batch in micro_batches(pairs, how.tokens, how.ranks):
-            scores = how.score(model, batch.packed)
+    with no_gradient, scorer.device.autocast(), bar:
+        for batch in micro_batches(pairs, scorer.tokens, scorer.ranks):
+            scores = scorer.score(model, batch.packed)
             if batch.pairs:
                 sums = sums.plus(Sums.of(scores))
             bar.update(batch.pairs)
             pause()
-    found = simpo.means(how.total(sums), len(pairs), data.positions(pairs), how.beta)
+    found = simpo.means(scorer.total(sums), len(pairs), data.positions(pairs), scorer.beta)
     tokens = sum(pair.tokens for pair in pairs)
     kept = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected", "l1", "l0")
     return {name: getattr(found, name) for name in kept} | dict(pairs=len(pairs), tokens=tokens)
@@ -375,7 +377,7 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
     model, trained = policy.model, policy.model.trained
     per_epoch = len(pairs) // s.batch_size
     steps = s.max_steps or s.epochs * per_epoch
-    how = Pass(s.beta, s.gamma_ratio, s.tokens_per_microbatch, device, who)
+    scorer = Scorer(s.beta, s.gamma_ratio, s.tokens_per_microbatch, device, who)
 
     adapter = None if s.full else trained
     wrapped = ranks.spread(model, policy.base.model.layers, adapter, s.shard, device, who)
@@ -394,7 +396,7 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
 
     def evaluate_at(step: int) -> None:
         if eval_pairs:
-            metrics = evaluate(wrapped, eval_pairs, how, lambda: run.checkpoint(step))
+            metrics = evaluate(wrapped, eval_pairs, scorer, lambda: run.checkpoint(step))
             run.log("eval", step, whole_penalty.added(metrics))
 
     step = run.resume(s.resume or who.restarts > 0)
@@ -410,7 +412,7 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
         penalizes = step >= s.penalty_warmup_ratio * steps
         penalty = whole_penalty if penalizes else Penalty()
 
-        sums = backward(wrapped, batch, penalty, how)
+        sums = backward(wrapped, batch, penalty, scorer)
         grad_norm = clip(trained, s.max_grad_norm)
         metrics = simpo.means(sums, len(batch), data.positions(batch), s.beta)
         run.stop_unless_finite(step, metrics.loss, grad_norm, indices)
@@ -430,16 +432,15 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
 
     evaluate_at(steps)
     run.close()
-    if who.first:
-        draw_loss(run.rows, out / "loss.png", "accuracy" if s.full else "l0")
     after = samples(policy, prompts, who)
-    asked = [policy.tokenizer.decode(prompt) for prompt in prompts]
+    asked = map(policy.tokenizer.decode, prompts)
     answers = [Sample(*texts) for texts in zip(asked, before, after, strict=True)]
-    if who.first:
-        write_samples(out, answers)
+    spent = time.perf_counter() - started, peak_memory(device.name)
+    ranks.on_first(who, lambda: summarise(out, run.rows, answers, not s.full, *spent))
     ranks.together(who, lambda: save(out, policy, who))  # last: these files mark a run as finished
     if who.first:
-        show(run, policy, answers, time.perf_counter() - started)
+        what = "model" if s.full else "adapter"
+        print(f"Written to {out}: {what}/, metrics.jsonl, config.json, samples.json, loss.png")
     return out
 
 
@@ -449,17 +450,6 @@ def samples(policy: Policy, prompts: list[list[int]], who: Ranks) -> list[str]:
     look = dict(unit="token", leave=False, shown=bool(who.first and total))
     with progress_bar(total=total, desc="sampling", **look) as bar:
         return [greedy(policy, prompt, SAMPLE_TOKENS, bar.update) for prompt in prompts]
-
-
-def show(run: Run, policy: Policy, answers: list[Sample], seconds: float) -> None:
-    """Print the answers and metrics before and after training, and what they say of it."""
-    what = "model" if isinstance(policy.model, Unsteered) else "adapter"
-    for sample in answers:
-        print("\n--- prompt\n{}\n--- before\n{}\n--- after\n{}".format(*map(shown, sample)))
-    print_table(run.rows, what == "adapter", seconds, peak_memory(policy.device.name))
-    print("", *outcome(run.rows, answers), "", sep="\n")
-    written = "metrics.jsonl, config.json, samples.json, loss.png"
-    print(f"Written to {run.out}: {what}/, {written}")
 
 
 def main() -> None:

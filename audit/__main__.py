@@ -212,7 +212,7 @@ class Audit:
         policy = e.policy
         # A bare adapter's folder does not say what it was trained on.
         recorded = (policy.folder / "config.json").is_file() or not s.data
-        source = policy.run.data if recorded else s.data
+        source = policy.recorded.data if recorded else s.data
         asked = dict(static_pairs=s.static_pairs, coefficients=s.coefficients)
         about = e.about | asked | dict(labels=[], top_features=s.top_features)
 

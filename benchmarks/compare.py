@@ -55,12 +55,12 @@ class Settings:
 
 
 @torch.no_grad()
-def our_losses(steered: SteeredModel, batch: list[Pair], how: train.Pass) -> list[float]:
+def our_losses(steered: SteeredModel, batch: list[Pair], scorer: train.Scorer) -> list[float]:
     """The SimPO loss of each pair, in the order of the batch."""
     losses = [0.0] * len(batch)
-    with how.device.autocast():
-        for indices in data.microbatches(batch, how.tokens):
-            scores = how.score(steered, data.pack_pairs([batch[i] for i in indices]))
+    with scorer.device.autocast():
+        for indices in data.microbatches(batch, scorer.tokens):
+            scores = scorer.score(steered, data.pack_pairs([batch[i] for i in indices]))
             for i, loss in zip(indices, scores.losses.loss.tolist(), strict=True):
                 losses[i] = loss
     return losses
@@ -142,11 +142,11 @@ def way(s: Settings) -> tuple[Callable[[], list[float]], torch.nn.Module]:
     device = resolve_device(s.device, s.dtype)
     if device.dtype_name != s.dtype:  # no bfloat16 here: the rounded weights, in float32
         steered.float()
-    how = train.Pass(USUAL.beta, USUAL.gamma_ratio, s.tokens_per_microbatch, device)
-    losses = our_losses(steered, batch, how)
+    scorer = train.Scorer(USUAL.beta, USUAL.gamma_ratio, s.tokens_per_microbatch, device)
+    losses = our_losses(steered, batch, scorer)
 
     def step() -> list[float]:
-        train.backward(steered, batch, train.Penalty(USUAL.l1), how)
+        train.backward(steered, batch, train.Penalty(USUAL.l1), scorer)
         return losses  # no update is made, so they do not change
 
     return step, steered.adapter

@@ -143,7 +143,7 @@ class Parts:
 
     def profile(self) -> dict:
         self.steered.adapter.requires_grad_(True)
-        how = throughput.pass_of(self.throughput(self.s.tokens[0], 1), self.device)
+        how = throughput.scorer_of(self.throughput(self.s.tokens[0], 1), self.device)
         step = throughput.stepper(self.steered, self.pairs, how)
         step()  # compiled now, and Adam's moments are there
         (seconds,) = timed(self.s.device, step, times=1)

@@ -230,18 +230,18 @@ def reserved_memory(device: str) -> int:
     return torch.cuda.max_memory_reserved() if device != "cpu" else peak_memory(device)
 
 
-def pass_of(s: Settings, device: Device) -> train.Pass:
+def scorer_of(s: Settings, device: Device) -> train.Scorer:
     """With train.py's own defaults."""
-    return train.Pass(USUAL.beta, USUAL.gamma_ratio, s.tokens_per_microbatch, device)
+    return train.Scorer(USUAL.beta, USUAL.gamma_ratio, s.tokens_per_microbatch, device)
 
 
-def stepper(model: PolicyModel, batch: list[Pair], how: train.Pass) -> Callable[[], None]:
+def stepper(model: PolicyModel, batch: list[Pair], scorer: train.Scorer) -> Callable[[], None]:
     """A function that makes one whole optimiser step, as train.run_steps does."""
     optimizer = train.make_optimizer(model.trained, USUAL.lr, USUAL.threshold_lr)
     penalty = train.Penalty() if isinstance(model, Unsteered) else train.Penalty(USUAL.l1)
 
     def step() -> None:
-        train.backward(model, batch, penalty, how)
+        train.backward(model, batch, penalty, scorer)
         train.clip(model.trained, USUAL.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -261,8 +261,8 @@ class Measured(NamedTuple):
 
 def measure(s: Settings, model: PolicyModel, batch: list[Pair], evaluates: bool) -> Measured:
     device = resolve_device(s.device, s.dtype)
-    how = pass_of(s, device)
-    step = stepper(model, batch, how)
+    scorer = scorer_of(s, device)
+    step = stepper(model, batch, scorer)
     d_sae = 0 if isinstance(model, Unsteered) else model.sae.d_sae
     typical = int(statistics.median(microbatch_tokens(s, batch)))
     seconds, evaluations, rates, peaks = [], [], [], []
@@ -278,7 +278,7 @@ def measure(s: Settings, model: PolicyModel, batch: list[Pair], evaluates: bool)
         stepped = time.perf_counter()
         peaks.append((peak_memory(s.device), reserved_memory(s.device)))
         if evaluates:
-            train.evaluate(model, batch, how)  # ends by reading its sums: the device is done
+            train.evaluate(model, batch, scorer)  # ends by reading its sums: the device is done
             evaluations.append(time.perf_counter() - stepped)
 
         rates.append(rate)

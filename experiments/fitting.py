@@ -30,9 +30,9 @@ def fresh(policy: Policy, kind: str = "relu", bandwidth: float | None = None, se
     return policy._replace(model=SteeredModel(old.model, old.sae, adapter, old.layer))
 
 
-def passes(policy: Policy, s: train.Settings) -> train.Pass:
+def scorer_of(policy: Policy, s: train.Settings) -> train.Scorer:
     """How pairs are scored under these settings."""
-    return train.Pass(s.beta, s.gamma_ratio, s.tokens_per_microbatch, policy.device)
+    return train.Scorer(s.beta, s.gamma_ratio, s.tokens_per_microbatch, policy.device)
 
 
 def fit(
@@ -44,7 +44,7 @@ def fit(
     """Train the adapter of `policy`. Of the settings, those of the optimiser, the loss and the
     order of the pairs count. after_step: called with the number of steps made, after each.
     """
-    adapter, how = policy.steered.adapter, passes(policy, s)
+    adapter, scorer = policy.steered.adapter, scorer_of(policy, s)
     optimizer = train.make_optimizer(adapter, s.lr, s.threshold_lr)
     steps = s.max_steps or s.epochs * (len(pairs) // s.batch_size)
     penalty = train.Penalty(s.l1, s.l0)
@@ -53,7 +53,7 @@ def fit(
         factor = train.lr_factor(step, steps, s.schedule, s.warmup_ratio)
         train.set_learning_rate(optimizer, factor)
 
-        train.backward(policy.model, [pairs[i] for i in indices], penalty, how)
+        train.backward(policy.model, [pairs[i] for i in indices], penalty, scorer)
         train.clip(adapter, s.max_grad_norm)
         optimizer.step()
         adapter.project()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import train
-from experiments.fitting import fit, fresh, passes, tiny_policy
+from experiments.fitting import fit, fresh, scorer_of, tiny_policy
 from policy import load_preferences
 from runtime import cli, rows
 from runtime.cli import flag
@@ -146,7 +146,7 @@ class Settings:
 def runner() -> Callable[[Plan], Result]:
     """Load the world once; returns what makes a run in it."""
     policy = tiny_policy()
-    pairs, eval_pairs, *_ = load_preferences(policy.run, policy.tokenizer)
+    pairs, eval_pairs, *_ = load_preferences(policy.recorded, policy.tokenizer)
 
     def run(plan: Plan) -> Result:
         adapter, lr, threshold_lr, bandwidth = plan.setting[1:]
@@ -161,7 +161,7 @@ def runner() -> Callable[[Plan], Result]:
         )
         trained = fresh(policy, adapter, bandwidth, plan.seed)
         fit(trained, pairs, settings)
-        found = train.evaluate(trained.model, eval_pairs, passes(trained, settings))
+        found = train.evaluate(trained.model, eval_pairs, scorer_of(trained, settings))
         threshold = None
         if adapter != "relu":
             threshold = trained.steered.adapter.threshold.median().item()

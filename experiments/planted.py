@@ -38,7 +38,7 @@ from audit import behaviour, counting, ranking, shift
 from audit import choices as ch
 from audit.attribution import Attribution, attribute
 from data import Pair
-from experiments.fitting import passes, tiny_policy
+from experiments.fitting import scorer_of, tiny_policy
 from experiments.planted_tables import Answer, Audited, Does, contrasted, summarise, tables_md
 from experiments.planting import (
     CAUSES,
@@ -518,7 +518,7 @@ class Runner:
         began = time.perf_counter()
         pairs, _ = self.ground.pairs(recipe.cause, s.eval_pairs)
         few = pairs[: s.loss_pairs]
-        after = train.evaluate(policy.model, few, passes(policy, training_settings(seed)))
+        after = train.evaluate(policy.model, few, scorer_of(policy, training_settings(seed)))
         answers, kept, kept_in_answers = audit(policy, recipe, self.ground), {}, {}
         sampled, found, lengths = audit_answers(policy, self.ground)
         if world.CAUSES.get(recipe.name, (None,))[0] and seed < s.first_seed + s.costly_seeds:

@@ -162,7 +162,7 @@ def find_labels(s: Settings, policy: Policy) -> Labels | None:
     sae = policy.steered.sae
     if s.labels:
         return load_labels(s.labels, sae, s.assume_labels_match)
-    return load_labels(TINY_LABELS, sae) if policy.run.sae == "tiny" else None
+    return load_labels(TINY_LABELS, sae) if policy.recorded.sae == "tiny" else None
 
 
 def part(s: Settings, policy: Policy, labels: Labels | None) -> Change | None:
@@ -279,7 +279,7 @@ def ways(s: Settings, policy: Policy, own: Way) -> Iterator[Way]:
         yield Way("base", Unsteered(policy.base))
         yield own
     elif policy.folder:
-        base = open_policy(None, s.model or policy.run.model, device=s.device, dtype=s.dtype)
+        base = open_policy(None, s.model or policy.recorded.model, device=s.device, dtype=s.dtype)
         yield Way("base", base.model)
         yield own
     else:
@@ -335,8 +335,8 @@ class Session:
         drawn = f"temperature {s.temperature:g}, top-k {s.top_k}, top-p {s.top_p:g}, seed {s.seed}"
         about = {
             "run": self.policy.name,
-            "model": self.policy.run.model,
-            "layer": str(self.policy.run.layer),
+            "model": self.policy.recorded.model,
+            "layer": str(self.policy.recorded.layer),
             "scale": f"{s.scale:g}",
             "only": s.only,
             "without": s.without,
@@ -388,7 +388,7 @@ def chat(session: Session) -> None:
     Raises UserError for a line that is not text.
     """
     terminal = sys.stdin.isatty()
-    if session.policy.run.model == "tiny":
+    if session.policy.recorded.model == "tiny":
         print(
             "The tiny world has no second turns: its model knows one question and its answer, and "
             "whatever follows these it answers badly.",

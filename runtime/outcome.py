@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runtime.colours import COLOUR
+from runtime.messages import shown
 from runtime.output import replacing, write_whole
 
 GRAM = 4  # words in the sequences whose repetition is counted
@@ -29,11 +30,6 @@ class Sample(NamedTuple):
     prompt: str
     before: str
     after: str
-
-
-def write_samples(out: Path, samples: Sequence[Sample]) -> None:
-    text = json.dumps([sample._asdict() for sample in samples], ensure_ascii=False, indent=1)
-    write_whole(out / "samples.json", text + "\n")
 
 
 class Measured(NamedTuple):
@@ -73,16 +69,6 @@ def before_after(found: Measured, steered: bool = True) -> list[tuple[str, str, 
     first, last = found.rows[0], found.rows[-1]
     keys = [key for key in NAMES if key in first and (steered or key not in ("l0", "l1"))]
     return [(NAMES[key], f"{first[key]:.3f}", f"{last[key]:.3f}") for key in keys]
-
-
-def print_table(rows: Sequence[dict], steered: bool, seconds: float, peak_bytes: int) -> None:
-    """Print metrics before and after training. steered: whether there is an adapter."""
-    found = measured(rows)
-    print(f"\n{'':31}{'before':>9} {'after':>9}")
-    for name, before, after in before_after(found, steered):
-        print(f"{f'{found.split} {name}':<31}{before:>9} {after:>9}")
-    print(f"{'seconds':<40}{seconds:10.1f}")
-    print(f"{'peak memory (MiB)':<40}{peak_bytes / 2**20:10.0f}")
 
 
 # --- in words -------------------------------------------------------------------------------------
@@ -223,3 +209,33 @@ def draw_loss(rows: list[dict], path: Path, lower: str) -> None:
     with replacing(path) as part:
         figure.savefig(part, dpi=150, format="png")
     plt.close(figure)
+
+
+# --- all three ------------------------------------------------------------------------------------
+
+
+def summarise(
+    out: Path,
+    rows: list[dict],
+    samples: Sequence[Sample],
+    steered: bool,
+    seconds: float,
+    peak_bytes: int,
+) -> None:
+    """Write OUT/loss.png and OUT/samples.json; print samples, metrics and sentences.
+
+    steered: whether there is an adapter. Raises UserError where a file cannot be written.
+    """
+    draw_loss(rows, out / "loss.png", "l0" if steered else "accuracy")
+    text = json.dumps([sample._asdict() for sample in samples], ensure_ascii=False, indent=1)
+    write_whole(out / "samples.json", text + "\n")
+
+    for sample in samples:
+        print("\n--- prompt\n{}\n--- before\n{}\n--- after\n{}".format(*map(shown, sample)))
+    found = measured(rows)
+    print(f"\n{'':31}{'before':>9} {'after':>9}")
+    for name, before, after in before_after(found, steered):
+        print(f"{f'{found.split} {name}':<31}{before:>9} {after:>9}")
+    print(f"{'seconds':<40}{seconds:10.1f}")
+    print(f"{'peak memory (MiB)':<40}{peak_bytes / 2**20:10.0f}")
+    print("", *outcome(rows, samples), "", sep="\n")

@@ -31,8 +31,8 @@ def evaluated(policy: Policy, pairs, **weights) -> float:
     adapter = Adapter(64, 256).to(torch.float64)
     adapter.load_state_dict(policy.steered.adapter.state_dict() | weights)
     steered = SteeredModel(policy.base, policy.steered.sae, adapter, policy.steered.layer)
-    how = train.Pass(policy.run.beta, policy.run.gamma_ratio, 8192, CPU)
-    return train.evaluate(steered, pairs, how)["loss"]
+    scorer = train.Scorer(policy.recorded.beta, policy.recorded.gamma_ratio, 8192, CPU)
+    return train.evaluate(steered, pairs, scorer)["loss"]
 
 
 def some_masks(conditions: int, share: float = 0.3) -> torch.Tensor:

@@ -48,7 +48,7 @@ def test_shares_against_autograd_on_a_whole_v(golden, steps):  # noqa: F811
         leaf = (node * v).requires_grad_()
         hidden = steered.above(x + leaf @ steered.sae.W_dec, plan)
         logps = policy.base.logps(hidden, packed)
-        losses = preference_losses(logps, packed, policy.run.beta, policy.run.gamma_ratio)
+        losses = preference_losses(logps, packed, policy.recorded.beta, policy.recorded.gamma_ratio)
         losses.loss.sum().backward()
         share += weight * leaf.grad * v
     kind = position_kinds(packed, policy.tokenizer)

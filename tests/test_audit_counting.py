@@ -114,7 +114,7 @@ def test_packing_and_pieces_do_not_matter(policy, counted, tokens, monkeypatch):
     pairs, masks, counts = counted
     monkeypatch.setattr(fsrl, "STEER_ROWS", 3)
     monkeypatch.setitem(fsrl.STEER_ELEMENTS, "cpu", 7 * policy.steered.sae.d_sae)
-    other = policy._replace(run=RUN._replace(tokens_per_microbatch=tokens))
+    other = policy._replace(recorded=RUN._replace(tokens_per_microbatch=tokens))
     found = count(other, pairs, masks)
     for name, a, b in zip(counts._fields[:-1], counts, found, strict=False):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-4 if name == "stream" else 1e-6)
@@ -132,8 +132,8 @@ def test_the_l0_of_the_audit_is_that_of_the_evaluation(tiny_run):
     policy = open_policy(str(tiny_run), device="cpu")
     pairs, _ = policy.eval_pairs(limit=5)
     counts = count(policy, pairs)
-    how = train.Pass(policy.run.beta, policy.run.gamma_ratio, 8192, policy.device)
-    whole = train.evaluate(policy.model, pairs, how)
+    scorer = train.Scorer(policy.recorded.beta, policy.recorded.gamma_ratio, 8192, policy.device)
+    whole = train.evaluate(policy.model, pairs, scorer)
     bos = policy.model(pack([(pairs[0].prompt[:1], [])])).l0.item()
     positions = counts.positions[1:].sum().item()
     events = counts.events[0, 1:].sum().item()

@@ -20,10 +20,14 @@ BEFORE = GOLDEN / "before"  # three steps of the golden run, by the code of befo
 def test_a_run_of_before_opens_and_gives_its_own_losses(monkeypatch):
     monkeypatch.chdir(ROOT)  # it names its inputs relative to the checkout
     policy = open_policy(str(BEFORE), device="cpu")
-    assert (policy.run.layer, policy.run.beta, policy.run.gamma_ratio) == (1, 10.0, 0.5)
+    assert (policy.recorded.layer, policy.recorded.beta, policy.recorded.gamma_ratio) == (
+        1,
+        10.0,
+        0.5,
+    )
     pairs, _ = policy.eval_pairs()
-    how = train.Pass(policy.run.beta, policy.run.gamma_ratio, 8192, policy.device)
-    found = train.evaluate(policy.model, pairs, how)
+    scorer = train.Scorer(policy.recorded.beta, policy.recorded.gamma_ratio, 8192, policy.device)
+    found = train.evaluate(policy.model, pairs, scorer)
     *_, last = map(json.loads, (BEFORE / "metrics.jsonl").read_text().splitlines())
     assert last["split"] == "eval"
     for name in ("loss", "accuracy", "margin", "l1", "l0", "pairs", "tokens"):

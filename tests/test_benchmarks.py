@@ -32,7 +32,7 @@ def test_counted_operations_are_those_the_step_executes(steered, whole):
     on one-token prompts and responses next to nothing is hidden.
     """
     model = Unsteered(copy.deepcopy(steered.model).requires_grad_(True)) if whole else steered
-    how = train.Pass(beta=10.0, gamma_ratio=0.5, tokens=8192, device=CPU)
+    scorer = train.Scorer(beta=10.0, gamma_ratio=0.5, tokens=8192, device=CPU)
     config = steered.model.config
     for pairs, slack in (
         (throughput.random_pairs(6, 1024, 0), 1.1),
@@ -42,12 +42,12 @@ def test_counted_operations_are_those_the_step_executes(steered, whole):
         again = 2 * responses * config.hidden_size * config.vocab_size if whole else 0
         counted = throughput.step_flops(model, pairs)
         with FlopCounterMode(display=False) as counter:
-            train.backward(model, pairs, train.Penalty(0.02), how)
+            train.backward(model, pairs, train.Penalty(0.02), scorer)
         assert counted <= counter.get_total_flops() - again <= slack * counted
 
         counted = throughput.step_flops(model, pairs, training=False)
         with FlopCounterMode(display=False) as counter:
-            train.evaluate(model, pairs, how)
+            train.evaluate(model, pairs, scorer)
         assert counted <= counter.get_total_flops() <= slack * counted
 
 
@@ -97,11 +97,11 @@ def test_help_needs_no_optional_package(name):
 def test_losses_of_pairs_stand_in_the_order_of_the_batch(steered):
     """Micro-batches are filled by length; each loss is put back where its pair stood."""
     pairs = throughput.random_pairs(7, 1024, 3, scale=0.1)
-    how = train.Pass(beta=10.0, gamma_ratio=0.5, tokens=100, device=CPU)
+    scorer = train.Scorer(beta=10.0, gamma_ratio=0.5, tokens=100, device=CPU)
     alone = [
         simpo.score(steered, pack_pairs([pair]), 10.0, 0.5).losses.loss.item() for pair in pairs
     ]
-    assert compare.our_losses(steered, pairs, how) == pytest.approx(alone, abs=1e-5)
+    assert compare.our_losses(steered, pairs, scorer) == pytest.approx(alone, abs=1e-5)
     assert len(set(alone)) == 7
 
 

@@ -42,8 +42,8 @@ def pairs(seed: int, n: int = 6) -> list[data.Pair]:
     ]
 
 
-def how(device: str, dtype: str = "float32") -> train.Pass:
-    return train.Pass(10.0, 0.5, 300, resolve_device(device, dtype))
+def scorer(device: str, dtype: str = "float32") -> train.Scorer:
+    return train.Scorer(10.0, 0.5, 300, resolve_device(device, dtype))
 
 
 PENALTY = train.Penalty(l1=0.02)
@@ -88,7 +88,7 @@ def test_a_step_is_that_of_the_cpu():
     batch, found = pairs(0), []
     for device, dtype in (("cpu", "float32"), (DEVICE, "float32"), (DEVICE, "bfloat16")):
         steered = on(device, getattr(torch, dtype))
-        sums = train.backward(steered, batch, PENALTY, how(device, dtype))
+        sums = train.backward(steered, batch, PENALTY, scorer(device, dtype))
         sums = torch.stack(sums).cpu()
         found.append((sums, steered.adapter.weight.grad.cpu()))
     (sums, grad), (exact, exact_grad), (low, low_grad) = found
@@ -104,7 +104,7 @@ def test_a_step_neither_waits_nor_compiles_again():
     """Once a few lengths have been seen, of one block of 128 positions and of more, no other is
     compiled for; and the host waits for nothing inside a step.
     """
-    one_pass, steered = how(DEVICE, "bfloat16"), on(DEVICE, torch.bfloat16)
+    one_pass, steered = scorer(DEVICE, "bfloat16"), on(DEVICE, torch.bfloat16)
 
     def batch(length: int) -> list[data.Pair]:
         return [data.Pair([5] * (length - 30), [6] * 20, [7] * 10)]
@@ -142,7 +142,7 @@ def test_slices_of_one_process_are_the_whole():
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         for sharded in (False, True):
-            steered, one_pass = on(DEVICE, torch.bfloat16), how(DEVICE, "bfloat16")
+            steered, one_pass = on(DEVICE, torch.bfloat16), scorer(DEVICE, "bfloat16")
             steered.model.requires_grad_(False)
             if sharded:
                 where = (DEVICE, one_pass.device.dtype)

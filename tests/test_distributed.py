@@ -289,16 +289,16 @@ def test_gradients_of_every_weight_are_those_of_plain_autograd(monkeypatch, reco
     pairs = data.load_pairs(
         GOLDEN / "dataset", data.load_tokenizer(GOLDEN / "model"), split="train"
     )[:3]
-    how = train.Pass(10.0, 0.5, 200, resolve_device("cpu"))
+    scorer = train.Scorer(10.0, 0.5, 200, resolve_device("cpu"))
     model.recompute = recompute
-    sums = train.backward(Unsteered(model), pairs, train.Penalty(), how)
+    sums = train.backward(Unsteered(model), pairs, train.Penalty(), scorer)
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     monkeypatch.setattr(models, "rms_norm", naive_norm)
     monkeypatch.setattr(models.Gemma2, "attend", naive_attend)
     monkeypatch.setattr(models, "token_logps", naive_logps)
     model.recompute = False
-    naive = train.backward(Unsteered(model), pairs, train.Penalty(), how)
+    naive = train.backward(Unsteered(model), pairs, train.Penalty(), scorer)
     assert torch.allclose(torch.stack(sums), torch.stack(naive), rtol=1e-9)
     for name, p in model.named_parameters():
         # The rotary angles and SimPO's lengths are float32 on both sides.
@@ -314,13 +314,13 @@ def test_gradients_of_every_weight_are_those_of_transformers():
     pair = data.load_pairs(
         GOLDEN / "dataset", data.load_tokenizer(GOLDEN / "model"), split="train"
     )[0]
-    how = train.Pass(10.0, 0.5, 8192, resolve_device("cpu"))
-    train.backward(Unsteered(model), [pair], train.Penalty(), how)
+    scorer = train.Scorer(10.0, 0.5, 8192, resolve_device("cpu"))
+    train.backward(Unsteered(model), [pair], train.Penalty(), scorer)
     means = []
     for response in (pair.chosen, pair.rejected):
         logits = theirs(torch.tensor([pair.prompt + response])).logits[0, len(pair.prompt) - 1 : -1]
         means.append(-F.cross_entropy(logits, torch.tensor(response)))
-    (-F.logsigmoid(how.beta * (means[0] - means[1] - how.gamma_ratio))).backward()
+    (-F.logsigmoid(scorer.beta * (means[0] - means[1] - scorer.gamma_ratio))).backward()
     own = dict(model.named_parameters())
     for name, p in theirs.named_parameters():
         assert (own[name].grad - p.grad).norm() <= 1e-4 * p.grad.norm(), name
@@ -335,8 +335,8 @@ def test_a_full_run_leaves_a_model_that_other_code_reads(tmp_path, alone):
     assert {"tokenizer.json", "config.json"} <= {p.name for p in (out / "model").iterdir()}
     assert not (out / "adapter").exists() and not [*out.glob("*.part")]
     pairs = data.load_pairs(GOLDEN / "dataset", data.load_tokenizer(out / "model"), split="test")
-    how = train.Pass(10.0, 0.5, 8192, resolve_device("cpu"))
-    again = train.evaluate(Unsteered(saved), pairs, how)
+    scorer = train.Scorer(10.0, 0.5, 8192, resolve_device("cpu"))
+    again = train.evaluate(Unsteered(saved), pairs, scorer)
     assert again["loss"] == pytest.approx(metrics(out, "eval")[-1]["loss"], rel=1e-6)
 
 

@@ -89,7 +89,7 @@ def test_packing_changes_no_pair(golden, monkeypatch):  # noqa: F811
     masks = some_masks(3)
 
     def measured(tokens: int) -> list:
-        packed = policy._replace(run=policy.run._replace(tokens_per_microbatch=tokens))
+        packed = policy._replace(recorded=policy.recorded._replace(tokens_per_microbatch=tokens))
         usage = torch.from_numpy(ablating.feature_usage(packed, pairs))
         return [ablating.ablate(packed, pairs, masks), *attribute(packed, pairs, 3, masks), usage]
 
@@ -280,10 +280,10 @@ def test_both_commands_write_every_table(masked_run, labels, tmp_path, capsys):
     assert sum(row["part_of_change"] for row in found) == pytest.approx(1, abs=1e-6)
     policy = open_policy(str(masked_run))
     pairs, _ = policy.eval_pairs()
-    how = train.Pass(policy.run.beta, policy.run.gamma_ratio, 8192, CPU)
+    scorer = train.Scorer(policy.recorded.beta, policy.recorded.gamma_ratio, 8192, CPU)
     both = Unsteered(policy.base), policy.model
-    margins = [train.evaluate(model, pairs, how)["margin"] for model in both]
-    widened = (margins[1] - margins[0]) / policy.run.beta
+    margins = [train.evaluate(model, pairs, scorer)["margin"] for model in both]
+    widened = (margins[1] - margins[0]) / policy.recorded.beta
     assert sum(row["share"] for row in found) == pytest.approx(widened, abs=1e-5)
 
     about = tables["attribution"]["about"]

@@ -92,7 +92,7 @@ def test_silenced_features_neither_steer_nor_train():
 @pytest.fixture(scope="module")
 def world():
     policy = fitting.tiny_policy()
-    return policy, load_preferences(policy.run, policy.tokenizer)
+    return policy, load_preferences(policy.recorded, policy.tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_run_in_memory_is_a_run_of_train(world, tmp_path, monkeypatch, flags):
     settings = train.Settings(**flags)
     fresh = fitting.fresh(policy, flags["adapter"], seed=1)
     fitting.fit(fresh, pairs, settings)
-    found = train.evaluate(fresh.model, eval_pairs[:8], fitting.passes(fresh, settings))
+    found = train.evaluate(fresh.model, eval_pairs[:8], fitting.scorer_of(fresh, settings))
 
     few = world[1]._replace(eval_pairs=eval_pairs[:8])
     monkeypatch.setattr(train, "load_preferences", lambda *_: few)

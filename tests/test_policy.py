@@ -11,7 +11,11 @@ from runtime.sources import UserError
 def test_a_run_opens_as_what_was_trained(tiny_run):
     opened = open_policy(str(tiny_run))
     assert opened.model is opened.steered and opened.steered.layer == 2
-    assert (opened.run.model, opened.run.data, opened.run.layer) == ("tiny", "tiny", 2)
+    assert (opened.recorded.model, opened.recorded.data, opened.recorded.layer) == (
+        "tiny",
+        "tiny",
+        2,
+    )
     assert opened.device.name == "cpu"
     pairs, name = opened.eval_pairs(limit=5)
     assert (len(pairs), name) == (5, "tiny")

@@ -283,8 +283,8 @@ def test_evaluation_is_a_mean_over_pairs_and_positions_whatever_the_packing():
     pairs = data.load_pairs(GOLDEN / "dataset", tokenizer, split="test")
     results = []
     for limit in (1, 200, 100_000):
-        how = train.Pass(10.0, 0.5, limit, resolve_device("cpu"))
-        results.append(train.evaluate(golden.steered, pairs, how))
+        scorer = train.Scorer(10.0, 0.5, limit, resolve_device("cpu"))
+        results.append(train.evaluate(golden.steered, pairs, scorer))
     for other in results[1:]:
         # A feature whose pre-activation is within rounding of 0 may count on one side only.
         assert other.pop("l0") == pytest.approx(results[0]["l0"], rel=1e-3)

@@ -11,6 +11,7 @@ import fsrl
 import train
 from data import pack
 from fsrl import Adapter, SteeredModel
+from runtime import outcome
 from runtime.sources import UserError
 
 VARIANTS = fsrl.KINDS
@@ -219,7 +220,7 @@ def test_thresholds_below_zero_are_set_to_zero_and_logarithms_are_not_touched():
 def no_samples_nor_pictures(monkeypatch):
     """The runs below are about the optimiser: spare them what other tests look at."""
     monkeypatch.setattr(train, "greedy", lambda *_: "")
-    monkeypatch.setattr(train, "draw_loss", lambda *_: None)
+    monkeypatch.setattr(outcome, "draw_loss", lambda *_: None)
 
 
 def run(out, **settings):
