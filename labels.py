@@ -49,28 +49,12 @@ class Labels(NamedTuple):
     labelled: dict[str, np.ndarray] | None = None
 
 
-class Given(NamedTuple):
-    """Labels of single features by a person or a judge, or counts of how often two agree."""
+class Said(NamedTuple):
+    """What the rows of a file say of features."""
 
-    path: Path
-    sae: str  # as sae_name gives it; "" where the file does not say
-    labels: dict[str, dict[int, bool]]  # category -> feature -> yes or no
-    counts: dict[str, np.ndarray]  # category -> int64 [2, 2]: features by [machine, person]
     texts: dict[int, str]  # feature -> its explanation, "" where there is none
-    learned: frozenset[int]  # as in Labels
-
-    def unseen(self, learned: frozenset[int]) -> "Given":
-        """The same without the learned features' labels. Raises UserError if none is left."""
-        left = {
-            name: {k: says for k, says in of.items() if k not in learned}
-            for name, of in self.labels.items()
-        }
-        if any(self.labels.values()) and not any(left.values()):
-            raise UserError(
-                f"{self.path}: the judge learned from these labels, so they cannot measure it; "
-                "labels of other features were expected."
-            )
-        return self._replace(labels=left)
+    labels: dict[str, dict[int, bool]]  # category -> feature -> yes or no
+    saes: set[str]  # the SAEs that a sheet's rows name
 
 
 def load_labels(path: str | Path, sae: JumpReLUSAE, assume_match: bool = False) -> Labels:
@@ -83,7 +67,7 @@ def load_labels(path: str | Path, sae: JumpReLUSAE, assume_match: bool = False) 
     header, found = read_rows(path)
     stated = stated_sae(path, header, found)
     matched = _matches(path, stated, sae, assume_match)
-    given = _given(path, header, found)
+    given = said(path, enumerate(found, start=1))
     if not given.texts and not given.labels:
         raise UserError(f"{path}: holds neither a label nor an explanation.")
     for k in given.texts:
@@ -91,11 +75,11 @@ def load_labels(path: str | Path, sae: JumpReLUSAE, assume_match: bool = False) 
             raise UserError(f"{path}: feature {k}; the SAE has features 0 to {sae.d_sae - 1}.")
 
     categories, labelled = {}, {}
-    for name, said in given.labels.items():
+    for name, of in given.labels.items():
         categories[name] = np.zeros(sae.d_sae, dtype=bool)
-        categories[name][[k for k, says in said.items() if says]] = True
+        categories[name][[k for k, yes in of.items() if yes]] = True
         labelled[name] = np.zeros(sae.d_sae, dtype=bool)
-        labelled[name][list(said)] = True
+        labelled[name][list(of)] = True
     judges = sorted({str(row["judge"]) for row in found if row.get("judge")})
     return Labels(
         name=path.stem,
@@ -107,93 +91,50 @@ def load_labels(path: str | Path, sae: JumpReLUSAE, assume_match: bool = False) 
         path=path,
         sha256=sha256(path),
         judge=header.get("judge") or ", ".join(judges) or None,
-        learned=given.learned,
+        learned=frozenset(header.get("learned", ())),
         labelled=labelled,
     )
 
 
-def read_given(path: str | Path) -> Given:
-    """Read labels from any of these: a sheet that a person has filled in, a label file, or rows of
-    feature, category, label. Or read counts: rows of category, machine, human, count, or the
-    agreement file that labelling writes.
+def said(path: Path, rows: Iterable[tuple[int, dict]]) -> Said:
+    """Read (number, row) pairs of label files, of explanations, or of a sheet that a person filled.
 
-    Raises UserError for a row that cannot be read or contradicts another, naming it, and for a file
-    without a label.
+    Raises UserError for a row that cannot be read or contradicts another, naming it.
     """
-    given = _given(Path(path), *read_rows(path))
-    labels = {name: of for name, of in given.labels.items() if of}
-    if not labels and not given.counts:
-        raise UserError(f"{path}: holds no label, neither a yes nor a no.")
-    return given._replace(labels=labels)
-
-
-def _given(path: Path, header: dict, rows: list[dict]) -> Given:
-    labels: dict[str, dict[int, bool]] = {}
-    counts: dict[str, np.ndarray] = {}
-    texts: dict[int, str] = {}
-    saes = {sae_name(header)} if any(header.get(key) for key in SAE_KEYS) else set()
+    found = Said({}, {}, set())
     of_one_category = set()
-
-    for number, row in enumerate(rows, start=1):
-        where = f"{path}: row {number}"
-        category = row.get("category")
+    for number, row in rows:
+        where, category = f"{path}: row {number}", row.get("category")
         if not isinstance(category, str | None):
             raise UserError(f"{where}: category must be a name, found {brief(category)}.")
-        if category is not None and ("count" in row or "tp" in row):
-            table = counts.setdefault(category, np.zeros((2, 2), dtype=np.int64))
-            table += _counted(where, row)
-            continue
-
         k = feature_index(path, number, row)
         text = str(row.get("description") or row.get("explanation") or "").strip()
-        texts[k] = texts.get(k) or text.removeprefix("'")
-        said = {}
+        found.texts[k] = found.texts.get(k) or text.removeprefix("'")
+        here = {}
         if category is None and row.keys() >= {*SHEET}:
-            saes |= {str(row["sae"])} - {"", "None"}
-            said = {name: _says(where, row, name) for name in row if name not in SHEET}
+            found.saes.update({str(row["sae"])} - {"", "None"})
+            here = {name: says(where, row, name) for name in row if name not in SHEET}
         elif category is not None and "label" in row:
-            said = {category: _says(where, row, "label")}
+            here = {category: says(where, row, "label")}
         elif category is not None:
             of_one_category.add(k)
-            said = {category: True}
-        for name, says in said.items():
-            of = labels.setdefault(name, {})
-            if says is not None and of.setdefault(k, says) is not says:
+            here = {category: True}
+        for name, yes in here.items():
+            of = found.labels.setdefault(name, {})
+            if yes is not None and of.setdefault(k, yes) is not yes:
                 raise UserError(f"{where}: feature {k} is labelled both ways.")
-
-    for of in labels.values():
+    for of in found.labels.values():
         of.update({k: False for k in of_one_category - of.keys()})
-    if len(saes) > 1:
-        raise UserError(f"{path}: is of {len(saes)} SAEs, labels of one were expected.")
-    learned = frozenset(header.get("learned", ()))
-    return Given(path, "".join(saes), labels, counts, texts, learned)
+    return found
 
 
-def _says(where: str, row: dict, column: str) -> bool | None:
+def says(where: str, row: dict, column: str) -> bool | None:
     """A cell's yes or no; None where it is empty. Raises UserError for anything else."""
     cell = row.get(column)
     word = "" if cell is None else str(cell).strip().lower()
     if word not in SAYS:
         raise UserError(f"{where}: {brief(column)} is {brief(cell)!r}, yes or no was expected.")
     return SAYS[word]
-
-
-def _counted(where: str, row: dict) -> np.ndarray:
-    """A row of counts -> int64 [2, 2], features by [machine, person]."""
-    if "tp" in row:
-        cells = {"tp": (1, 1), "fp": (1, 0), "fn": (0, 1), "tn": (0, 0)}
-    else:
-        says = [_says(where, row, name) for name in ("machine", "human")]
-        if None in says:
-            raise UserError(f"{where}: machine and human must each be yes or no.")
-        cells = {"count": tuple(map(int, says))}
-    table = np.zeros((2, 2), dtype=np.int64)
-    for column, cell in cells.items():
-        value = str(row.get(column)).strip()
-        if not value.isdecimal() or len(value) > 15:
-            raise UserError(f"{where}: {column} is {brief(value)!r}, a whole number was expected.")
-        table[cell] = int(value)
-    return table
 
 
 def read_rows(path: str | Path, file: BinaryIO | None = None) -> tuple[dict, list[dict]]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from audit.counting import relative_change
-from labels import Given, Labels, read_given, read_rows, sae_name
+from labelling.sheets import Given, read_given
+from labels import Labels, read_rows, sae_name
 from runtime.messages import brief
 from runtime.sources import UserError
 
@@ -59,8 +60,8 @@ def noisy_changes(
 def read_human(path: str, tables: list[Labels]) -> dict[tuple[str, str], Judged]:
     """A person's labels beside each label file of kind `fires`: by (file's name, category).
 
-    Every form that labels.read_given takes. A person reads explanations of what features fire on,
-    so that labels by what they promote are not compared. Raises UserError naming the row.
+    Every form that labelling.sheets.read_given takes. A person reads explanations of what features
+    fire on, so that labels by what they promote are not compared. Raises UserError naming the row.
     """
     compared = [table for table in tables if table.kind == "fires"]
     if not compared:

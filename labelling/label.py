@@ -28,8 +28,8 @@ from labelling.categories import OURS, digest, question, read_categories
 from labelling.endpoint import Answer, Endpoint, Question
 from labelling.explanations import Explanations, read_explanations
 from labelling.journal import Journal
-from labelling.sheets import Agreement, compare, report, write_sheet
-from labels import Given, read_given, sae_name, write_labels
+from labelling.sheets import Agreement, Given, compare, read_given, report, write_sheet
+from labels import sae_name, write_labels
 from runtime import cli
 from runtime.cli import at_least, flag
 from runtime.messages import brief

@@ -1,4 +1,6 @@
-"""A person's judgement: a blind sheet, and how far labels agree with it (paper's Table 6)."""
+"""A person's judgement: a blind sheet, what it says once it is filled in, and how far labels agree
+with it (paper's Table 6).
+"""
 
 import csv
 import io
@@ -9,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from labelling.explanations import Explanations
-from labels import SHEET, Given, read_given, sae_name
+from labels import SAE_KEYS, SHEET, read_rows, sae_name, said, says
 from runtime.messages import brief
 from runtime.output import write_whole
 from runtime.sources import UserError
@@ -41,6 +43,84 @@ def write_sheet(out: Path, e: Explanations, categories: list[str], n: int, seed:
         f"{n} features written to {out}: fill in {', '.join(categories)} with yes or no; "
         "give it as --human, here or to the audit."
     )
+
+
+# --- what was given -------------------------------------------------------------------------------
+
+
+class Given(NamedTuple):
+    """Labels of single features by a person or a judge, or counts of how often two agree."""
+
+    path: Path
+    sae: str  # as sae_name gives it; "" where the file does not say
+    labels: dict[str, dict[int, bool]]  # category -> feature -> yes or no
+    counts: dict[str, np.ndarray]  # category -> int64 [2, 2]: features by [machine, person]
+    texts: dict[int, str]  # feature -> its explanation, "" where there is none
+    learned: frozenset[int]  # features whose labels by a person trained the judge
+
+    def unseen(self, learned: frozenset[int]) -> "Given":
+        """The same without the learned features' labels. Raises UserError if none is left."""
+        left = {
+            name: {k: yes for k, yes in of.items() if k not in learned}
+            for name, of in self.labels.items()
+        }
+        if any(self.labels.values()) and not any(left.values()):
+            raise UserError(
+                f"{self.path}: the judge learned from these labels, so they cannot measure it; "
+                "labels of other features were expected."
+            )
+        return self._replace(labels=left)
+
+
+def read_given(path: str | Path) -> Given:
+    """Read labels from any of these: a sheet that a person has filled in, a label file, or rows of
+    feature, category, label. Or read counts: rows of category, machine, human, count, or the
+    agreement file that labelling writes.
+
+    Raises UserError for a row that cannot be read or contradicts another, naming it, and for a file
+    without a label.
+    """
+    path = Path(path)
+    header, rows = read_rows(path)
+    counts: dict[str, np.ndarray] = {}
+    others = []
+    for number, row in enumerate(rows, start=1):
+        category = row.get("category")
+        if isinstance(category, str) and ("count" in row or "tp" in row):
+            table = counts.setdefault(category, np.zeros((2, 2), dtype=np.int64))
+            table += _counted(f"{path}: row {number}", row)
+        else:
+            others.append((number, row))
+    texts, labels, saes = said(path, others)
+    if any(header.get(key) for key in SAE_KEYS):
+        saes.add(sae_name(header))
+    if len(saes) > 1:
+        raise UserError(f"{path}: is of {len(saes)} SAEs, labels of one were expected.")
+    labels = {name: of for name, of in labels.items() if of}
+    if not labels and not counts:
+        raise UserError(f"{path}: holds no label, neither a yes nor a no.")
+    return Given(path, "".join(saes), labels, counts, texts, frozenset(header.get("learned", ())))
+
+
+def _counted(where: str, row: dict) -> np.ndarray:
+    """A row of counts -> int64 [2, 2], features by [machine, person]."""
+    if "tp" in row:
+        cells = {"tp": (1, 1), "fp": (1, 0), "fn": (0, 1), "tn": (0, 0)}
+    else:
+        both = [says(where, row, name) for name in ("machine", "human")]
+        if None in both:
+            raise UserError(f"{where}: machine and human must each be yes or no.")
+        cells = {"count": tuple(map(int, both))}
+    table = np.zeros((2, 2), dtype=np.int64)
+    for column, cell in cells.items():
+        value = str(row.get(column)).strip()
+        if not value.isdecimal() or len(value) > 15:
+            raise UserError(f"{where}: {column} is {brief(value)!r}, a whole number was expected.")
+        table[cell] = int(value)
+    return table
+
+
+# --- agreement ------------------------------------------------------------------------------------
 
 
 class Agreement(NamedTuple):
@@ -119,7 +199,7 @@ def report(path: Path, person: Given) -> None:
     found = {}
     for name in names:
         judged, given = machine.labels[name], blind.labels[name]
-        both = np.array([(judged[k], says) for k, says in given.items() if k in judged], dtype=bool)
+        both = np.array([(judged[k], yes) for k, yes in given.items() if k in judged], dtype=bool)
         both = both.reshape(-1, 2)
         found[name] = compare(both[:, 0], both[:, 1])
         left_out = {

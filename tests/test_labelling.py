@@ -16,7 +16,8 @@ from labelling import explanations, sheets
 from labelling.categories import OURS, question, read_categories
 from labelling.explanations import read_explanations
 from labelling.label import main
-from labels import load_labels, read_given, read_rows
+from labelling.sheets import read_given
+from labels import load_labels, read_rows
 from runtime.sources import UserError
 from sae import JumpReLUSAE
 

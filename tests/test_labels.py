@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import labels
+from labelling.sheets import read_given
 from runtime import rows
 from runtime import sae_ids as table
 from runtime.sources import UserError
@@ -141,8 +142,8 @@ def test_a_persons_labels_are_read_alike_from_every_form(tmp_path):
         ours, {"kind": "fires"}, [dict(feature=k, category="style", label=says[k]) for k in says]
     )
     for path in (sheet, rows_of, ours):
-        assert labels.read_given(path).labels["style"] == says
-    given = labels.read_given(sheet)
+        assert read_given(path).labels["style"] == says
+    given = read_given(sheet)
     assert (given.sae, given.texts[1], [*given.labels]) == ("tiny", "-x", ["style"])
     assert given.unseen({1}).labels["style"] == {2: False, 7: True}
     with pytest.raises(UserError, match="sheet.csv: the judge learned from these labels"):
@@ -156,7 +157,7 @@ def test_counts_are_read_from_rows_and_from_an_agreement_file(tmp_path):
     rows_of.write_text("category,machine,human,count\n" + "\n".join(lines) + "\n")
     agreement.write_text(json.dumps({"style": dict(n=300, tp=69, fp=5, fn=25, tn=201), "x": None}))
     for path in (rows_of, agreement):
-        given = labels.read_given(path)
+        given = read_given(path)
         assert {name: c.tolist() for name, c in given.counts.items()} == {"style": table}
         assert given.labels == {}
 
@@ -165,7 +166,7 @@ def test_a_row_without_a_label_names_the_one_category_of_its_feature(tmp_path):
     path = tmp_path / "l.csv"
     path.write_text("feature,category\n1,style\n2,alignment\n")
     expected = {"style": {1: True, 2: False}, "alignment": {2: True, 1: False}}
-    assert labels.read_given(path).labels == expected
+    assert read_given(path).labels == expected
 
 
 @pytest.mark.parametrize(
@@ -184,5 +185,5 @@ def test_labels_that_cannot_be_read_are_named(tmp_path, text, named):
     path = tmp_path / "human.csv"
     path.write_text(text)
     with pytest.raises(UserError, match=named) as e:
-        labels.read_given(path)
+        read_given(path)
     assert len(str(e.value)) < 500
