@@ -149,14 +149,12 @@ def new_policy(
     init_adapter: take this adapter instead. mask_features: json file of features that never steer.
     full: no adapter; all weights of the model train. seed: of the fresh adapter's weights.
     """
-    base, tokenizer = load_base(
-        recorded.model, torch.float32 if full else device.dtype, device.name
-    )
+    dtype = torch.float32 if full else device.dtype
+    base, tokenizer = load_base(recorded.model, dtype, device.name)
     if full:
         base.recompute = True
-        return Policy(
-            Unsteered(base.requires_grad_(True)), tokenizer, device, recorded, recorded.model
-        )
+        model = Unsteered(base.requires_grad_(True))
+        return Policy(model, tokenizer, device, recorded, recorded.model)
 
     sae = load_sae(recorded, device)
     if init_adapter:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from audit.attribution import KINDS, position_kinds
 from data import Packed, Pair, pack_pairs
-from kernels.logps import CHUNK_ELEMENTS
+from kernels.logps import chunks
 from policy import Policy, Stream
 
 END = "end"  # the class of <end_of_turn>: how long a response is
@@ -183,12 +183,11 @@ def compared(
         while group := list(islice(changed, AT_ONCE)):
             with policy.autocast():
                 states = [above(x, stream.plan)[packed.source] for x in group]
-            for rows in torch.arange(len(pair)).split(rows_at_once(policy)):
-                here = rows.to(policy.device.name)
-                logp0 = head(base[here]).log_softmax(-1)  # [n, d] -> [n, V]
+            for rows in chunks(base, policy.base.model.embed_tokens.weight):
+                logp0 = head(base[rows]).log_softmax(-1)  # [n, d] -> [n, V]
                 p0, of = logp0.exp(), [column[rows] for column in of_target]
                 for i, hidden in enumerate(states, start=first):
-                    logp1 = head(hidden[here]).log_softmax(-1)
+                    logp1 = head(hidden[rows]).log_softmax(-1)
                     yield Compared(i, *of, (logp0, logp1), (p0, logp1.exp()))
             first += len(states)
 
@@ -253,10 +252,6 @@ def places(pair: Tensor) -> Tensor:
 def token_weight(packed: Packed) -> Tensor:
     """What each target's log-probability counts in its pair's gap: 1/|w| or -1/|l|, float64 [N]."""
     return (1 - 2 * (packed.sequence % 2)) / packed.lengths[packed.sequence].double()
-
-
-def rows_at_once(policy: Policy) -> int:
-    return max(1, CHUNK_ELEMENTS[policy.base.device.type] // policy.base.config.vocab_size)
 
 
 def token_shares(change: Tensor, p0: Tensor, p1: Tensor, own: Tensor) -> Tensor:

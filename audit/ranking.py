@@ -22,10 +22,11 @@ from torch import Tensor
 
 from audit.attribution import Attribution, Node, integrated
 from audit.behaviour import answers_of
-from audit.choices import Classes, Conditions, as_trained, rows_at_once
+from audit.choices import Classes, Conditions, as_trained
 from audit.shift import shifts
 from data import Pair
 from eval_ablation import ablated_streams
+from kernels.logps import chunks
 from labels import Labels
 from policy import Policy, Stream
 
@@ -154,7 +155,7 @@ def gradient_scores(
 def divergence_gradient(policy: Policy, base: Tensor, states: Tensor, member: Tensor) -> Tensor:
     """∂D/∂states: final states [N, d] of base model and policy, bool [V] -> [N, d]."""
     parts = []
-    for rows in torch.arange(len(states), device=states.device).split(rows_at_once(policy)):
+    for rows in chunks(states, policy.base.model.embed_tokens.weight):
         logp0 = policy.base.head(base[rows]).log_softmax(-1)[:, member]
         with torch.enable_grad():
             hidden = states[rows].requires_grad_()

@@ -223,17 +223,15 @@ class _Head(NamedTuple):
             yield rows, piece if self.buffer is None else self.buffer[: len(piece)].copy_(piece)
 
     def products(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """hidden [n, d] -> h Wᵀ [n, V]."""
-        if self.buffer is None:
-            return self.matmul(hidden, self.weight.T, out=out)
+        """hidden [n, d] -> h Wᵀ [n, V]. out: given on a CPU."""
+        if out is None:
+            return self.matmul(hidden, self.weight.T)
         for rows, piece in self.pieces():
-            out[:, rows] = self.matmul(hidden, piece.T)
+            self.matmul(hidden, piece.T, out[:, rows])
         return out
 
     def back(self, gradient: Tensor) -> Tensor:
         """Gradient of the products [n, V] -> gradient of the hidden states [n, d]."""
-        if self.buffer is None:
-            return self.matmul(gradient, self.weight)
         return sum(self.matmul(gradient[:, rows], piece) for rows, piece in self.pieces())
 
     def matmul(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

@@ -34,7 +34,8 @@ def naive(policy, pair: Pair, response: list[int], classes: ch.Classes):
 def test_shift_is_the_naive_sum_and_its_shares_add_up(golden, monkeypatch):  # noqa: F811
     policy, pairs = golden
     pairs = pairs[:4]
-    monkeypatch.setattr(ch, "rows_at_once", lambda policy: 7)  # chunks that cut texts
+    by_7 = lambda x, _: [slice(i, i + 7) for i in range(0, len(x), 7)]  # noqa: E731 (cuts texts)
+    monkeypatch.setattr(ch, "chunks", by_7)
     partitions = [some_classes(policy.base.config.vocab_size, seed) for seed in (0, 1)]
     for classes, found in zip(partitions, shift.shift(policy, pairs, partitions), strict=True):
         texts = [(pair, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
