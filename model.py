@@ -8,7 +8,6 @@ the weights' dtype, because bfloat16 would round small steering vectors away.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable
@@ -26,10 +25,11 @@ from kernels import attention
 from kernels.attention import Bucket
 from kernels.logps import all_logits, token_logps
 from kernels.pointwise import at_least_float32, geglu, linear, rms_norm, softcap
-from runtime.sources import UserError, fetch, read_json
+from runtime import config_json
+from runtime.config_json import FULL, SLIDING, TYPE2, TYPE3
+from runtime.sources import UserError, fetch
 from runtime.weights import check_shapes, read_sharded
 
-SLIDING, FULL = "sliding_attention", "full_attention"
 # attention.plain and logps exponentiate capped scores without subtracting their maximum first.
 LARGEST_SOFTCAP = 80.0
 
@@ -38,7 +38,7 @@ LARGEST_SOFTCAP = 80.0
 class Gemma2Config:
     """The settings of config.json, under the names that they have there.
 
-    Gemma 3 has the same settings, with other values and model_type gemma3_text.
+    Gemma 3 has the same settings, with other values and model_type TYPE3.
 
     layer_types: SLIDING or FULL for each block; None means the family's pattern.
     rope_theta: base of the rotary angles in FULL blocks.
@@ -64,7 +64,7 @@ class Gemma2Config:
     max_position_embeddings: int = 8192
     layer_types: tuple[str, ...] | None = None
     initializer_range: float = 0.02
-    model_type: str = "gemma2"
+    model_type: str = TYPE2
 
     def __post_init__(self):
         """Fill in layer_types. Raises UserError for values that no Gemma has."""
@@ -88,7 +88,7 @@ class Gemma2Config:
     @property
     def qk_norm(self) -> bool:
         """Whether queries and keys are normed per head, as Gemma 3's are."""
-        return self.model_type == "gemma3_text"
+        return self.model_type == TYPE3
 
     @classmethod
     def from_json(cls, path: Path) -> "Gemma2Config":
@@ -96,19 +96,8 @@ class Gemma2Config:
 
         Raises UserError for other architectures than Gemma 2 and 3.
         """
-        try:
-            raw = read_json(path)
-            if raw.get("model_type") == "gemma3":
-                raw = {"model_type": "gemma3_text"} | raw["text_config"]
-            for key, allowed in ONLY.items():
-                if not isinstance(raw.get(key), str | bool | None) or raw.get(key) not in allowed:
-                    raise UserError(f"{path}: {key} is {raw.get(key)!r}; only Gemma 2 and 3 load.")
-            raw = (GEMMA3 if raw["model_type"] == "gemma3_text" else {}) | raw
-            rope = _rope(raw)
-        except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
-            raise UserError(f"{path}: a config.json was expected ({e}).") from e
-
-        known = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw} | rope
+        raw = config_json.read(path)
+        known = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
         try:
             return cls(**known)
         except TypeError as e:
@@ -116,71 +105,7 @@ class Gemma2Config:
 
     def to_json(self, path: Path, dtype: torch.dtype) -> None:
         """Write config.json with the keys that transformers 4 and 5 read. dtype: of the weights."""
-        name = str(dtype).removeprefix("torch.")
-        rope = {"rope_type": "default", "rope_theta": self.rope_theta}
-        if self.qk_norm:
-            local = {"rope_type": "default", "rope_theta": self.rope_local_base_freq}
-            if self.rope_factor != 1:
-                rope |= {"rope_type": "linear", "factor": self.rope_factor}
-            rope = {FULL: rope, SLIDING: local}
-        raw = dataclasses.asdict(self) | {
-            "architectures": ["Gemma3ForCausalLM" if self.qk_norm else "Gemma2ForCausalLM"],
-            "hidden_act": "gelu_pytorch_tanh",
-            "hidden_activation": "gelu_pytorch_tanh",
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "tie_word_embeddings": True,
-            "rope_parameters": rope,
-            "bos_token_id": 2,
-            "eos_token_id": 1,
-            "pad_token_id": 0,
-            "dtype": name,
-            "torch_dtype": name,
-        }
-        path.write_text(json.dumps(raw, indent=2) + "\n")
-
-
-# The values of config.json that this forward implements; None means that the key is absent.
-ONLY = {
-    "model_type": {"gemma2", "gemma3_text"},
-    "hidden_activation": {"gelu_pytorch_tanh", None},
-    "attention_bias": {False, None},
-    "tie_word_embeddings": {True, None},
-    "use_bidirectional_attention": {False, None},
-}
-# transformers' defaults for Gemma 3, which its published config.json files leave out.
-GEMMA3 = dict(
-    vocab_size=262_208,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=256,
-    query_pre_attn_scalar=256,
-    attn_logit_softcapping=None,
-    final_logit_softcapping=None,
-    rope_theta=1_000_000.0,
-    rope_local_base_freq=10_000.0,
-    max_position_embeddings=131_072,
-)
-
-
-def _rope(raw: dict) -> dict:
-    """The rotary fields of Gemma2Config from a config.json. Raises ValueError for other kinds.
-
-    Gemma-2 has one base for all blocks, Gemma 3 one for each of its two kinds of block.
-    """
-    given = raw.get("rope_parameters") or {}
-    full, local = given.get(FULL, given), given.get(SLIDING, {})
-    scaling = raw.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", full.get("rope_type", "default"))
-    linear = kind == "linear" and raw["model_type"] == "gemma3_text"
-    if not linear and (scaling or kind != "default"):
-        raise ValueError(f"rope_scaling or rope_type {kind!r}")
-    if local.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type {local['rope_type']!r}")
-    found = dict(rope_theta=full.get("rope_theta"), rope_local_base_freq=local.get("rope_theta"))
-    if linear:
-        found["rope_factor"] = scaling.get("factor", full.get("factor"))
-    return {name: value for name, value in found.items() if value is not None}
+        config_json.write(path, dataclasses.asdict(self), str(dtype).removeprefix("torch."))
 
 
 def _check_number(field: dataclasses.Field, value: object) -> None:

@@ -1,6 +1,7 @@
 """The configurations of the published models, for models of their size with random weights."""
 
-from model import GEMMA3, Gemma2Config
+from model import Gemma2Config
+from runtime.config_json import GEMMA3
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _SIZES += ("num_key_value_heads", "head_dim", "query_pre_attn_scalar")
@@ -12,8 +13,8 @@ def _published(family: dict, *sizes: int) -> Gemma2Config:
 
 
 _GEMMA2 = dict(vocab_size=256_000)
-_LARGE = GEMMA3 | dict(model_type="gemma3_text", sliding_window=1024, rope_factor=8.0)
-_SMALL = GEMMA3 | dict(model_type="gemma3_text", sliding_window=512, vocab_size=262_144)
+_LARGE = GEMMA3 | dict(sliding_window=1024, rope_factor=8.0)
+_SMALL = GEMMA3 | dict(sliding_window=512, vocab_size=262_144)
 _SMALL |= dict(max_position_embeddings=32_768)
 PUBLISHED = {  # google/gemma-2-{2b,9b,27b}[-it], google/gemma-3-{270m,1b,4b,12b,27b}-{pt,it}
     "gemma-2-2b": _published(_GEMMA2, 2304, 9216, 26, 8, 4, 256, 256),

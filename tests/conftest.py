@@ -100,12 +100,13 @@ def load(dtype: torch.dtype = torch.float32, adapter: str = "mid") -> SimpleName
 
 def small_gemma3(folder: Path) -> None:
     """A random Gemma 3 of three blocks as wide as the golden SAE, with the golden tokenizer."""
-    from model import FULL, GEMMA3, SLIDING, Gemma2, Gemma2Config
+    from model import FULL, SLIDING, Gemma2, Gemma2Config
+    from runtime.config_json import GEMMA3
 
     sizes = dict(vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=3)
     heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16, sliding_window=8)
     own = dict(GEMMA3 | sizes | heads, layer_types=(SLIDING, FULL, SLIDING))
-    model = Gemma2(Gemma2Config(**own, model_type="gemma3_text"))
+    model = Gemma2(Gemma2Config(**own))
     model.init_weights(torch.Generator().manual_seed(0))
     model.save_pretrained(folder)
     tokenizer = (GOLDEN / "model" / "tokenizer.json").read_bytes()
