@@ -424,9 +424,16 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
         step += 1
 
         seconds, tokens = time.perf_counter() - step_started, sum(pair.tokens for pair in batch)
-        row = dict(epoch=step / per_epoch, **penalty.added(metrics._asdict()))
-        row |= dict(lr=s.lr * factor, grad_norm=grad_norm, pairs=len(batch), tokens=tokens)
-        row |= dict(tokens_per_second=tokens / seconds, seconds=seconds)
+        row = dict(
+            epoch=step / per_epoch,
+            **penalty.added(metrics._asdict()),
+            lr=s.lr * factor,
+            grad_norm=grad_norm,
+            pairs=len(batch),
+            tokens=tokens,
+            tokens_per_second=tokens / seconds,
+            seconds=seconds,
+        )
         run.log("train", step, row)
         run.checkpoint(step)
 
