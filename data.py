@@ -274,9 +274,9 @@ def _tokenise(
             try:
                 row = decode_row(where, raw)
                 own = split_of(row, file)
-                splits[own] += 1
                 if split in (None, own):
                     rows.append(parse_row(where, row))
+                splits[own] += 1  # not if parse_row has refused it
             except UserError:
                 if on_bad_row == "error":
                     raise

@@ -46,6 +46,7 @@ THRESHOLD_INIT = {"jumprelu": 0.001, "jumprelu-log": 0.001, "soft-threshold": 0.
 # Width ε of the window that estimates θ's gradient. The authors train log θ with ε = 0.001, and it
 # hardly moves under Adam; θ itself with a wider ε does move.
 BANDWIDTH = {"jumprelu": 0.05, "jumprelu-log": 0.001}
+SILENT = -1e6  # bias of a silenced feature of jumprelu, further below θ than any ε
 
 
 class Steering(NamedTuple):
@@ -109,21 +110,22 @@ class Adapter(nn.Module):
             self.raw_threshold.clamp_(min=0)
 
     @torch.no_grad()
-    def rescale(self, unit: float) -> None:
-        """Multiply a fresh adapter's bias, thresholds and ε by the unit of steering (--unit)."""
-        self.bias *= unit
-        if self.raw_threshold is not None:
-            self.set_threshold(self.threshold * unit)
+    def set_unit(self, unit: float, fresh: bool) -> None:
+        """Multiply ε by the unit of steering (--unit), and a fresh adapter's bias and threshold."""
         if self.bandwidth is not None:
             self.bandwidth *= unit
+        if fresh:
+            self.bias *= unit
+            if self.raw_threshold is not None:
+                self.set_threshold(self.threshold * unit)
 
     @torch.no_grad()
     def silence(self, features: list[int]) -> None:
-        """Set v = 0 for these features, for good: a ReLU at 0 has no gradient, so none trains."""
+        """Make v = 0 for these features for good: at z = 0 a ReLU passes no gradient."""
         self.weight[features] = 0
         self.bias[features] = 0
         if self.activation == "jumprelu":
-            self.bias[features] = -self.bandwidth  # so far below θ that θ gets no gradient either
+            self.bias[features] = SILENT  # outside the window of θ, which then gets no gradient
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual stream x [T, d] -> steering v [T, F]."""
@@ -187,7 +189,8 @@ class Adapter(nn.Module):
         wrong shape. SteeredModel checks that the adapter belongs to the SAE.
         """
         names = [name for pair in ADAPTER_FILES for name in pair]
-        folder = fetch(source, "init-adapter", names).path
+        patterns = [*names, *(f"adapter/{name}" for name in names)]
+        folder = fetch(source, "init-adapter", patterns).path
         folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
         authors = (folder / ADAPTER_FILES[1][0]).is_file()
         config_name, weights_name = ADAPTER_FILES[authors]

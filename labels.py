@@ -12,6 +12,7 @@ modelId, layer, index, description) name their SAE by a source id: see runtime/s
 """
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -109,9 +110,9 @@ def said(path: Path, rows: Iterable[tuple[int, dict]]) -> Said:
             raise UserError(f"{where}: category must be a name, found {brief(category)}.")
         k = feature_index(path, number, row)
         text = str(row.get("description") or row.get("explanation") or "").strip()
-        found.texts[k] = found.texts.get(k) or text.removeprefix("'")
         here = {}
         if category is None and row.keys() >= {*SHEET}:
+            text = re.sub(r"^'(?=[=+@-])", "", text)  # see labelling.sheets.write_sheet
             found.saes.update({str(row["sae"])} - {"", "None"})
             here = {name: says(where, row, name) for name in row if name not in SHEET}
         elif category is not None and "label" in row:
@@ -119,6 +120,7 @@ def said(path: Path, rows: Iterable[tuple[int, dict]]) -> Said:
         elif category is not None:
             of_one_category.add(k)
             here = {category: True}
+        found.texts[k] = found.texts.get(k) or text
         for name, yes in here.items():
             of = found.labels.setdefault(name, {})
             if yes is not None and of.setdefault(k, yes) is not yes:

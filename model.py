@@ -30,8 +30,9 @@ from runtime.config_json import FULL, SLIDING, TYPE2, TYPE3
 from runtime.sources import UserError, fetch
 from runtime.weights import check_shapes, read_sharded
 
-# attention.plain and logps exponentiate capped scores without subtracting their maximum first.
-LARGEST_SOFTCAP = 80.0
+# The kernels take exp of capped scores without subtracting their maximum: float32 holds the sum of
+# exp(75) over a vocabulary of 256,000, and not that of exp(80).
+LARGEST_SOFTCAP = 75.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ class Gemma2Config:
             raise UserError(f"config: head_dim is {self.head_dim}, an even number was expected.")
         for cap in (self.attn_logit_softcapping, self.final_logit_softcapping):
             if cap and cap > LARGEST_SOFTCAP:
-                raise UserError(f"config: a softcap of {cap}; Gemma-2 has 50 and 30.")
+                raise UserError(
+                    f"config: a softcap of {cap}, at most {LARGEST_SOFTCAP} was expected."
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError("config: num_key_value_heads must divide num_attention_heads.")
 

@@ -21,6 +21,7 @@ from kernels.cache import Cache
 from model import Gemma2, Plan
 from runtime import ranks, sae_ids
 from runtime.device import Device, resolve_device
+from runtime.folder import finished
 from runtime.messages import brief
 from runtime.output import replacing
 from runtime.progress import progress_bar
@@ -31,10 +32,13 @@ from sae import JumpReLUSAE
 
 
 class Recorded(NamedTuple):
-    """The settings of a run that are needed to read it again, with the defaults of train.py."""
+    """The settings of a run that are needed to open it again.
+
+    The values here are those of train.py, and of a run whose config.json has none.
+    """
 
     model: str = "google/gemma-2-2b-it"
-    sae: str = "google/gemma-scope-2b-pt-res"
+    sae: str | None = "google/gemma-scope-2b-pt-res"  # None after --full without --sae
     sae_id: str | None = None
     layer: int = 12
     data: str = "princeton-nlp/llama3-ultrafeedback-armorm"
@@ -48,7 +52,7 @@ class Recorded(NamedTuple):
 
 
 DEFAULTS = Recorded()
-TINY = dict(sae="tiny", data="tiny", layer=2)  # their values under --model tiny
+TINY = dict(sae="tiny", data="tiny", layer=2)  # what --model tiny changes
 
 
 class Stream(NamedTuple):
@@ -172,10 +176,10 @@ def identity(policy: Policy) -> dict:
     """Which model, layer and SAE an adapter belongs to, as adapter_config.json states it."""
     steered, recorded = policy.steered, policy.recorded
     return dict(
-        base_model=split_revision(recorded.model)[0],
+        base_model=_repo(recorded.model, "model"),
         base_model_revision=steered.model.revision,
         layer=recorded.layer,
-        sae=split_revision(recorded.sae)[0],
+        sae=_repo(recorded.sae, "sae"),
         sae_id=steered.sae.sae_id,
         sae_revision=steered.sae.revision,
         sae_sha256=steered.sae.sha256,
@@ -243,24 +247,28 @@ class Preferences(NamedTuple):
     pairs: list[Pair]
     eval_pairs: list[Pair]  # empty where there is no evaluation data
     files: list[DataFile]  # the files of both
-    revision: str | None  # commit of a Hub dataset
+    revision: str | None  # commit of --data, if it is on the Hub
+    eval_revision: str | None  # commit of --eval-data, if it is given and on the Hub
 
 
 def load_preferences(
     recorded: Recorded, tokenizer: Tokenizer, progress: bool = True
 ) -> Preferences:
-    """Training and evaluation pairs. A branch on the Hub is resolved to one commit for both."""
+    """Training and evaluation pairs. A branch on the Hub is resolved to one commit at the start."""
+    given, eval_commit = recorded.eval_data, None
     files, commit = data_files(recorded.data)
-    pinned = f"{split_revision(recorded.data)[0]}@{commit}" if commit else recorded.data
-    pairs = read_pairs(pinned, tokenizer, recorded, "train", progress)
-    if recorded.eval_data is None:
-        eval_pairs = read_pairs(pinned, tokenizer, recorded, "test", progress)
+    source = _pinned(recorded.data, commit, "data")
+    pairs = read_pairs(source, tokenizer, recorded, "train", progress)
+    if given is None:
+        eval_pairs = read_pairs(source, tokenizer, recorded, "test", progress)
     else:
-        files += data_files(recorded.eval_data)[0]
-        eval_pairs = split_or_all(recorded.eval_data, tokenizer, recorded, "test", progress)
+        eval_files, eval_commit = data_files(given)
+        files += eval_files
+        pinned = _pinned(given, eval_commit, "data")
+        eval_pairs = split_or_all(pinned, tokenizer, recorded, "test", progress)
         if not eval_pairs:
-            raise UserError(f"--eval-data {recorded.eval_data}: holds no pair to evaluate on.")
-    return Preferences(pairs, eval_pairs, files, commit)
+            raise UserError(f"--eval-data {given}: holds no pair to evaluate on.")
+    return Preferences(pairs, eval_pairs, files, commit, eval_commit)
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -324,16 +332,18 @@ def open_policy(
         base, tokenizer = load_base(folder / "model", where.dtype, where.name)
         return Policy(Unsteered(base), tokenizer, where, recorded, str(run), folder)
 
-    if (folder / "metrics.jsonl").is_file() and not (
-        folder / "adapter" / ADAPTER_FILES[0][0]
-    ).is_file():
+    if (folder / "metrics.jsonl").is_file() and not finished(folder):
         raise UserError(f"--run {run}: has not finished; train.py goes on with it by --resume.")
     adapter = Adapter.from_pretrained(folder)
     recorded = _with_identity(recorded, adapter.identity)
     if model:
         recorded = recorded._replace(model=model)
     if sae:
-        recorded = recorded._replace(sae=sae, sae_id=sae_id)
+        place = local(sae, "sae")
+        inside = place is None or (place / str(recorded.sae_id)).is_dir()
+        recorded = recorded._replace(sae=sae, sae_id=recorded.sae_id if inside else None)
+    if sae_id:
+        recorded = recorded._replace(sae_id=sae_id)
     base, tokenizer = load_base(recorded.model, where.dtype, where.name)
     steered = SteeredModel(base, load_sae(recorded, where), adapter.to(where.name), recorded.layer)
     return Policy(steered.requires_grad_(False), tokenizer, where, recorded, str(run), folder)
@@ -351,14 +361,14 @@ def _recorded(path: Path) -> Recorded:
             kind = float | int if kind is float else kind
             if not isinstance(kept.get(name, getattr(DEFAULTS, name)), kind):
                 raise ValueError(f"{name} is {kept[name]!r}")
-        commits = dict(data=config.get("data_revision"))
+        commits = {name: config.get(f"{name}_revision") for name in ("data", "eval_data")}
         # Runs of an earlier version have the commits of model and SAE in settings of their own.
         commits |= dict(model=settings.get("model_revision"), sae=settings.get("sae_revision"))
     except (OSError, ValueError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not the config.json of a run ({brief(e)}).") from e
     for name, commit in commits.items():
         if commit and name in kept:
-            kept[name] = _pinned(kept[name], commit, name)
+            kept[name] = _pinned(kept[name], commit, name.removeprefix("eval_"))
     return DEFAULTS._replace(**kept)
 
 
@@ -375,6 +385,11 @@ def _with_identity(recorded: Recorded, identity: dict) -> Recorded:
         sae=_pinned(sae, identity.get("sae_revision"), "sae"),
         sae_id=identity.get("sae_id") or recorded.sae_id,
     )
+
+
+def _repo(name: str, kind: str) -> str:
+    """owner/name@revision -> owner/name; a local path stays as it is."""
+    return split_revision(name)[0] if local(name, kind) is None else name
 
 
 def _pinned(name: str, commit: str | None, kind: str) -> str:

@@ -79,8 +79,9 @@ class JumpReLUSAE(nn.Module):
     ) -> "JumpReLUSAE":
         """Load from `tiny`, a file, a folder, or a Hub repository.
 
-        sae_id: the folder of the SAE within the source. Raises UserError for an unknown id, a
-        pickled object, a wrong shape, or anything but a JumpReLU SAE of the residual stream.
+        sae_id: the folder of the SAE within the source; not used for a file. Raises UserError for
+        an unknown id, a pickled object, a wrong shape, or anything but a JumpReLU SAE of the
+        residual stream.
         """
         if sae_id is not None and (Path(sae_id).is_absolute() or ".." in Path(sae_id).parts):
             raise UserError(f"--sae-id {sae_id}: must be a path inside the SAE repository.")
@@ -89,21 +90,24 @@ class JumpReLUSAE(nn.Module):
         prefix = f"{sae_id}/" if sae_id else ""
         names = [name for files in READERS for name in files]
         root, commit = fetch(source, "sae", [prefix + name for name in names])
-        folder = root / sae_id if sae_id else root
         if root.is_file():
-            file, arrays = root, read_gemmascope(root)
+            file = root
+            files = next((files for files in READERS if files[0] == root.name), ("params.npz",))
         else:
-            there = (files for files in READERS if (folder / files[-1]).is_file())
-            files = next(there, None)
+            folder = root / sae_id if sae_id else root
+            files = next((files for files in READERS if (folder / files[-1]).is_file()), None)
             if files is None:
                 named = f"--sae-id {sae_id}" if sae_id else "the folder"
                 known = ", ".join(" + ".join(reversed(files)) for files in READERS)
                 raise UserError(f"--sae {source}: {named} holds none of {known}.")
             file = folder / files[0]
-            arrays = READERS[files](file)
+        arrays = READERS[files](file)
         arrays = {name: array.to(device=device, dtype=dtype) for name, array in arrays.items()}
         sae = cls(arrays, str(source), sae_id, sha256(file))
-        sae.revision, sae.file = commit, os.path.relpath(file, root)
+        sae.revision, sae.file = (
+            commit,
+            os.path.relpath(file, root.parent if file == root else root),
+        )
         return sae
 
 

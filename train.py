@@ -49,7 +49,7 @@ from policy import DEFAULTS, TINY, Policy, greedy, identity, load_preferences, n
 from runtime import cli, ranks
 from runtime.cli import flag
 from runtime.device import DTYPES, Device, peak_memory, resolve_device
-from runtime.folder import Run, choose_out, describe, finished, push
+from runtime.folder import Run, choose_out, describe, finished, holds_run, push, started_with
 from runtime.outcome import Sample, summarise
 from runtime.progress import progress_bar
 from runtime.ranks import ALONE, Ranks
@@ -86,7 +86,9 @@ class Settings:
     max_steps: int | None = flag(None, "number of optimiser steps, in place of --epochs")
     lr: float | None = flag(None, "peak learning rate (default: 5e-7; with --full 2e-7)")
     threshold_lr: float | None = flag(None, "peak rate of thresholds (default: 1000 times --lr)")
-    warmup_ratio: float = flag(0.1, "share of the steps in which the learning rate rises from 0")
+    warmup_ratio: float = flag(
+        0.1, "share of the steps in which the learning rate rises from 0, the first step's"
+    )
     schedule: str = flag("cosine", "of the learning rate; constant has no warm-up", SCHEDULES)
     max_grad_norm: float = flag(1.0, "clip the gradient's norm at this value; 0: do not clip")
     batch_size: int = flag(32, "pairs in each optimiser step")
@@ -332,13 +334,14 @@ def prepare(s: Settings, device: Device, who: Ranks) -> Job:
     place = device._replace(name="cpu") if s.shard else device
     new = (s.full, s.adapter, s.init_adapter, s.mask_features, s.seed)
     policy = new_policy(recorded, place, *new)
-    pairs, eval_pairs, files, revision = load_preferences(recorded, policy.tokenizer, who.first)
+    found = load_preferences(recorded, policy.tokenizer, who.first)
+    pairs, eval_pairs, files, *revisions = found
     if len(pairs) < s.batch_size:
         short = f"{len(pairs)} training pairs, fewer than --batch-size {s.batch_size}"
         raise UserError(f"--data {s.data}: {short}.")
     unit = 1.0 if s.full else steering_unit(policy, s.unit, pairs)
-    if not s.init_adapter and not s.full:
-        policy.steered.adapter.rescale(unit)
+    if resume and who.first and holds_run(out):
+        unit = started_with(out).get("unit", unit)  # another device could round it otherwise
     policy = policy._replace(device=device)
     if not who.first:
         return Job(policy, pairs, eval_pairs, unit, None, {})
@@ -349,14 +352,16 @@ def prepare(s: Settings, device: Device, who: Ranks) -> Job:
             "over-training; --eval-data names pairs for both.",
             file=sys.stderr,
         )
-    read = [*sorted(policy.base.folder.glob("*.safetensors")), *(file.path for file in files)]
+    read = [policy.base.folder / name for name in ("config.json", "tokenizer.json")]
+    read += [*sorted(policy.base.folder.glob("*.safetensors")), *(file.path for file in files)]
     read += [Path(s.mask_features)] if s.mask_features else []
     digests = {str(path): sha256(path) for path in read}
     if not s.full:
         digests |= {"sae": policy.steered.sae.sha256, **policy.steered.adapter.files}
     settings = asdict(s) | dict(device=device.name, dtype=device.dtype_name)
     config = describe(settings, digests, device.name, who.world)
-    config |= dict(adapter=None if s.full else identity(policy), data_revision=revision, unit=unit)
+    config |= dict(zip(("data_revision", "eval_data_revision"), revisions, strict=True))
+    config |= dict(adapter=None if s.full else identity(policy), unit=unit)
     return Job(policy, pairs, eval_pairs, unit, out, config)
 
 
@@ -374,21 +379,24 @@ def steering_unit(policy: Policy, given: str | None, pairs: list[Pair]) -> float
 def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
     """Train, evaluate and save; returns the folder written."""
     policy, pairs, eval_pairs, *_ = job
+    resume = s.resume or who.restarts > 0
     model, trained = policy.model, policy.model.trained
     per_epoch = len(pairs) // s.batch_size
     steps = s.max_steps or s.epochs * per_epoch
     scorer = Scorer(s.beta, s.gamma_ratio, s.tokens_per_microbatch, device, who)
 
+    out, unit = ranks.on_first(who, lambda: (job.out, job.unit))
     adapter = None if s.full else trained
+    if adapter is not None:
+        adapter.set_unit(unit, fresh=not s.init_adapter)
     wrapped = ranks.spread(model, policy.base.model.layers, adapter, s.shard, device, who)
     learning = {id(p) for p in model.parameters() if p.requires_grad}
     assert learning == {id(p) for p in trained.parameters()}, "exactly `trained` must learn"
-    optimizer = make_optimizer(trained, s.lr, s.threshold_lr, job.unit)
-    whole_penalty = Penalty(s.l1 / job.unit, s.l0)
+    optimizer = make_optimizer(trained, s.lr, s.threshold_lr, unit)
+    whole_penalty = Penalty(s.l1 / unit, s.l0)
 
-    out = ranks.on_first(who, lambda: job.out)
     run = Run(out, trained, optimizer, steps, s.checkpoint_every, s.eval_every, who)
-    ranks.together(who, lambda: run.open(job.config, FREE))
+    ranks.together(who, lambda: run.open(job.config, FREE, resume))
     started = time.perf_counter()
     distinct = dict.fromkeys(tuple(pair.prompt) for pair in eval_pairs or pairs)
     prompts = [list(prompt) for prompt in distinct][: s.samples]
@@ -399,7 +407,7 @@ def run_steps(s: Settings, job: Job, device: Device, who: Ranks) -> Path:
             metrics = evaluate(wrapped, eval_pairs, scorer, lambda: run.checkpoint(step))
             run.log("eval", step, whole_penalty.added(metrics))
 
-    step = run.resume(s.resume or who.restarts > 0)
+    step = run.resume(resume)
     while step < steps:
         if run.evaluates(step):
             evaluate_at(step)

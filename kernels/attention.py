@@ -113,8 +113,8 @@ def plain(
 ) -> Tensor:
     """The attention above, bucket by bucket: q [T, H, hd], k and v [T, KV, hd] -> o [T, H, hd].
 
-    softcap: at most 80, because no maximum is subtracted from capped scores before exp: float32
-    still holds exp(80) times any number of keys.
+    softcap: at most 75, because no maximum is subtracted from capped scores before exp: float32
+    still holds exp(75) times 900,000 keys.
     """
     return _Plain.apply(q, k, v, buckets, window, scale, softcap)
 

@@ -80,7 +80,7 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ranks:
 
 
 def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
-    """Two flat dicts: a module's weights and its optimiser's state, as views, or plain numbers."""
+    """A module's weights and its optimiser's state as two flat dicts of views and plain numbers."""
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     return get_state_dict(module, optimizer, options=_options())
@@ -141,14 +141,15 @@ def _publish(folder: Path, part: Path, final: Path, step: int, ranks: Ranks) -> 
             shutil.rmtree(final)
         os.replace(part, final)
         _sync(folder)
+    except OSError as e:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"{part}: the checkpoint cannot be written ({e}).") from e
+    with suppress(OSError):  # the next save tries again
         for old in saved(folder)[KEPT:]:
             # Renamed first: a deletion that is interrupted must not leave half a checkpoint.
             dead = old.with_name(old.name + ".part")
             os.replace(old, dead)
             shutil.rmtree(dead)
-    except OSError as e:
-        shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{part}: the checkpoint cannot be written ({e}).") from e
 
 
 def _sync(folder: Path) -> None:
@@ -198,7 +199,8 @@ def _damage(path: Path) -> str | None:
         progress = read_json(path / "progress.json")
         if progress["format"] in OLD_FORMATS:
             raise UserError(
-                f"--resume: {path} is of an earlier version, which alone can go on with it."
+                f"--resume: {path} was written by an earlier version of this code, "
+                "and only that version can resume it."
             )
         if progress["format"] != FORMAT or progress["step"] != int(NAME.fullmatch(path.name)[1]):
             return "progress.json is of another format"

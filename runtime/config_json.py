@@ -15,7 +15,7 @@ ONLY = {
     "tie_word_embeddings": {True, None},
     "use_bidirectional_attention": {False, None},
 }
-# transformers' defaults for Gemma 3, which its published config.json files leave out.
+# transformers' defaults for Gemma 3. Its published config.json files leave these keys out.
 GEMMA3 = dict(
     model_type=TYPE3,
     vocab_size=262_208,
@@ -44,6 +44,9 @@ def read(path: Path) -> dict:
         for key, allowed in ONLY.items():
             if not isinstance(raw.get(key), str | bool | None) or raw.get(key) not in allowed:
                 raise UserError(f"{path}: {key} is {raw.get(key)!r}; only Gemma 2 and 3 load.")
+        if "layer_types" not in raw and raw.get("sliding_window_pattern", 6) != 6:
+            every = raw["sliding_window_pattern"]
+            raise UserError(f"{path}: sliding_window_pattern is {every!r}, 6 was expected.")
         raw = (GEMMA3 if raw["model_type"] == TYPE3 else {}) | raw
         return raw | _rope(raw)
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
@@ -73,14 +76,15 @@ def _rope(raw: dict) -> dict:
 def write(path: Path, settings: dict, dtype: str) -> None:
     """Write a config.json with the keys that transformers 4 and 5 read.
 
-    settings: as from read. dtype: of the weights.
+    settings: the fields of model.Gemma2Config. dtype: of the weights.
     """
     third = settings["model_type"] == TYPE3
-    rope = {"rope_type": "default", "rope_theta": settings["rope_theta"]}
+    scaling, rope = None, {"rope_type": "default", "rope_theta": settings["rope_theta"]}
     if third:
         local = {"rope_type": "default", "rope_theta": settings["rope_local_base_freq"]}
         if settings["rope_factor"] != 1:
-            rope |= {"rope_type": "linear", "factor": settings["rope_factor"]}
+            scaling = {"rope_type": "linear", "factor": settings["rope_factor"]}
+            rope |= scaling
         rope = {FULL: rope, SLIDING: local}
     raw = settings | {
         "architectures": ["Gemma3ForCausalLM" if third else "Gemma2ForCausalLM"],
@@ -89,7 +93,8 @@ def write(path: Path, settings: dict, dtype: str) -> None:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": True,
-        "rope_parameters": rope,
+        "rope_parameters": rope,  # transformers 5
+        "rope_scaling": scaling,  # transformers 4
         "bos_token_id": 2,
         "eos_token_id": 1,
         "pad_token_id": 0,

@@ -28,10 +28,10 @@ from runtime import checkpoint
 from runtime.messages import brief
 from runtime.output import writable, write_whole, writing
 from runtime.progress import progress_bar
-from runtime.ranks import Interrupts, Ranks
+from runtime.ranks import TIME_TO_PRINT, Interrupts, Ranks, together
 from runtime.sources import UserError, read_json, upload
 
-FORMAT = "fsrl-run-2"  # of config.json; runs without a format are of an earlier version
+FORMAT = "fsrl-run-3"  # of config.json; runs without a format are of an earlier version
 PACKAGES = ("torch", "safetensors", "huggingface-hub", "tokenizers", "numpy", "pyarrow")
 
 # --- before a run ---------------------------------------------------------------------------------
@@ -73,8 +73,8 @@ def holds_run(folder: Path) -> bool:
 
 
 def finished(folder: Path) -> bool:
-    """Whether the folder holds a run that has come to its end: adapter or model are saved last."""
-    saved = (folder / "adapter" / "adapter.safetensors", folder / "model" / "model.safetensors")
+    """Whether the folder holds a run that has come to its end: these files are written last."""
+    saved = (folder / "adapter" / "adapter_config.json", folder / "model" / "model.safetensors")
     return any(path.is_file() for path in saved)
 
 
@@ -137,8 +137,8 @@ class Run:
         self.bar = None
         self.interrupts = Interrupts(ranks)
 
-    def open(self, config: dict, free: Collection[str]) -> None:
-        """Lock the folder and write config.json, or compare it with that of a run to resume.
+    def open(self, config: dict, free: Collection[str], resume: bool) -> None:
+        """Lock the folder and write config.json, or compare it with that of the run to resume.
 
         free: settings that may differ from those of the run to resume. Raises UserError where
         another setting or an input file differs.
@@ -149,7 +149,8 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             self.file = open(self.out / "metrics.jsonl", "ab+")
             _lock(self.file, self.out)
-        if (self.out / "config.json").exists() and (self.out / "metrics.jsonl").stat().st_size:
+        logged = (self.out / "metrics.jsonl").stat().st_size
+        if resume and logged and (self.out / "config.json").exists():
             _check_same_run(self.out, config, free)
             return
         with writing(self.out, "out"):
@@ -167,7 +168,8 @@ class Run:
                 )
             step = 0
         else:
-            step = checkpoint.load(path, self.trained, self.optimizer, self.ranks)
+            held = path, self.trained, self.optimizer, self.ranks
+            step = together(self.ranks, lambda: checkpoint.load(*held))
             if self.ranks.first:
                 print(f"--resume: going on after step {step} of {self.steps}.", file=sys.stderr)
         self.saved = step
@@ -186,8 +188,9 @@ class Run:
             row = _row(line)
             if row is None or row["step"] > step:
                 break
-            if row["step"] == step and row["split"] == "eval":
-                break  # the resumed run evaluates again
+            again = step == self.steps or self.evaluates(step)
+            if row["step"] == step and row["split"] == "eval" and again:
+                break  # the resumed run evaluates this step again
             self.rows.append(row)
             end += len(line)
         missing = step - sum(row["split"] == "train" for row in self.rows)
@@ -220,7 +223,10 @@ class Run:
         """End the run if its loss or gradient is not finite, naming the step and its pairs."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
+        self.close()
         found = f"loss {loss}, gradient norm {grad_norm}"
+        if not self.ranks.first:
+            time.sleep(TIME_TO_PRINT)
         message = f"Step {step + 1}: {found}, in pairs {list(pairs)}."
         raise SystemExit(message if self.ranks.first else 1)
 
@@ -240,7 +246,8 @@ class Run:
             self.close()
             if self.ranks.first:
                 again = f"the same command with --resume --out {self.out} goes on from there."
-                print(f"Saved after step {step} of {self.steps}; {again}")
+                saved = f"Saved after step {step} of {self.steps}; {again}"
+                print(saved if step else "Ended before the first step; there is nothing to save.")
             raise SystemExit(0)
 
     def close(self) -> None:
@@ -291,16 +298,23 @@ def _lock(file, out: Path) -> None:
 INPUTS = {"model", "sae", "data", "eval_data", "init_adapter", "mask_features"}
 
 
-def _check_same_run(out: Path, config: dict, free: Collection[str]) -> None:
+def started_with(out: Path) -> dict:
+    """The config.json of a run to resume. Raises UserError where it cannot be read."""
     try:
         before = read_json(out / "config.json")
         if before.get("format") != FORMAT:
             raise UserError(
-                f"--resume: {out} is of an earlier version, which alone can go on with it."
+                f"--resume: {out} was written by another version of this code, "
+                "and only that version can resume it."
             )
-        settings, hashes = dict(before["settings"]), dict(before["sha256"])
+        return before | dict(settings=dict(before["settings"]), sha256=dict(before["sha256"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{out}/config.json: not the config.json of a run ({brief(e)}).") from e
+
+
+def _check_same_run(out: Path, config: dict, free: Collection[str]) -> None:
+    before = started_with(out)
+    settings, hashes = before["settings"], before["sha256"]
     for name, value in config["settings"].items():
         theirs = settings.get(name)
         if name not in {*free, *INPUTS} and theirs != value:
@@ -311,7 +325,8 @@ def _check_same_run(out: Path, config: dict, free: Collection[str]) -> None:
         if (Path(path).name, digest) not in known:
             raise UserError(f"--resume: {path} is not the file that {out} was started with.")
     if len(config["sha256"]) != len(hashes):
-        raise UserError(f"--resume: {out} was started with {len(hashes)} input files.")
+        now = f"now there are {len(config['sha256'])}"
+        raise UserError(f"--resume: {out} was started with {len(hashes)} input files; {now}.")
 
 
 # --- a finished run -----------------------------------------------------------------------------

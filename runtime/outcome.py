@@ -232,10 +232,10 @@ def summarise(
 
     for sample in samples:
         print("\n--- prompt\n{}\n--- before\n{}\n--- after\n{}".format(*map(shown, sample)))
-    found = measured(rows)
     print(f"\n{'':31}{'before':>9} {'after':>9}")
-    for name, before, after in before_after(found, steered):
-        print(f"{f'{found.split} {name}':<31}{before:>9} {after:>9}")
+    if found := measured(rows):
+        for name, before, after in before_after(found, steered):
+            print(f"{f'{found.split} {name}':<31}{before:>9} {after:>9}")
     print(f"{'seconds':<40}{seconds:10.1f}")
     print(f"{'peak memory (MiB)':<40}{peak_bytes / 2**20:10.0f}")
     print("", *outcome(rows, samples), "", sep="\n")

@@ -44,6 +44,7 @@ class Ranks(NamedTuple):
 
 
 ALONE = Ranks()
+TIME_TO_PRINT = 2  # seconds that others wait before they end: torchrun kills all when one ends
 
 
 def ranks_here() -> Ranks:
@@ -158,7 +159,7 @@ def together(ranks: Ranks, work: Callable[[], T]) -> T:
         dist.all_gather_object(mistakes, None if mistake is None else str(mistake))
         speaker = next((rank for rank, text in enumerate(mistakes) if text is not None), None)
         if speaker is not None and speaker != ranks.rank:
-            time.sleep(2)  # torchrun kills all when one ends: leave time to print the sentence
+            time.sleep(TIME_TO_PRINT)
             raise SystemExit(2)
     if mistake is not None:
         raise mistake

@@ -84,7 +84,8 @@ def _lines(path: Path) -> Iterator[bytes]:
             rest = line  # skip the rest of a line that is too long
             while len(rest) > LONGEST_LINE and not rest.endswith(b"\n"):
                 rest = file.readline(LONGEST_LINE + 1)
-            yield line
+            if line.strip():
+                yield line
 
 
 def _parquet(path: Path) -> Iterator[dict]:
@@ -101,7 +102,7 @@ def decode_row(where: str, row: dict | bytes) -> dict:
         if len(row) > LONGEST_LINE:
             raise UserError(f"{where}: a line of more than {LONGEST_LINE >> 20} MB.")
         try:
-            row = json.loads(row.decode())
+            row = json.loads(row.decode("utf-8-sig"))
         except (ValueError, RecursionError) as e:
             raise UserError(f"{where}: not a line of json ({brief(e)}).") from e
     if not isinstance(row, dict):

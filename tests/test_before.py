@@ -51,5 +51,5 @@ def test_an_unfinished_run_of_before_is_refused_in_one_sentence(tmp_path):
     kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     (ended,) = forked.golden(out, "--max-steps", 3, "--resume")
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
-    assert ended.stderr.splitlines()[-1].endswith("earlier version, which alone can go on with it.")
+    assert ended.stderr.splitlines()[-1].endswith("and only that version can resume it.")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept

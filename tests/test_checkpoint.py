@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import GOLDEN, metrics
+from conftest import GOLDEN, SAE_ID, metrics
 from forked import GOLDEN_FLAGS, Run, golden, good
 from safetensors.torch import load_file
 from test_distributed import wait_for
@@ -25,8 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from fsrl import Adapter
+from policy import open_policy
 from runtime import checkpoint
 from runtime.ranks import ALONE
+from runtime.sources import UserError
 
 KILLS = int(os.environ.get("FSRL_KILLS", "4"))
 FLAGS = ("--max-steps", 12, "--lr", 1e-3, "--checkpoint-every", 2, "--eval-every", 5)
@@ -334,3 +336,84 @@ def test_what_is_not_finite_stops_and_leaves_the_last_checkpoint(tmp_path, whole
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000002"]
     good(golden(out, *RESUME))
     assert same(out, whole)
+
+
+# --- runs that ended at an unusual moment ---------------------------------------------------------
+
+
+def settings(out: Path, **changed) -> train.Settings:
+    g = GOLDEN
+    where = dict(model=str(g / "model"), sae=str(g / "sae"), sae_id=SAE_ID, data=str(g / "dataset"))
+    own = dict(layer=1, batch_size=4, max_steps=4, samples=0, checkpoint_every=2, eval_every=2)
+    return train.Settings(**where | own | changed, out=str(out))
+
+
+def fails_at(step: int, monkeypatch):
+    """train.backward that raises at a step, counted from 0."""
+    real, calls = train.backward, []
+
+    def backward(*arguments):
+        calls.append(1)
+        if len(calls) > step:
+            raise UserError("it fails")
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "backward", backward)
+
+
+def test_a_run_without_a_step_does_not_block_its_folder(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="it fails"):
+        fails_at(0, patch)
+        train.train(settings(tmp_path / "run", lr=1e-3))
+    gc.collect()  # its lock
+    train.train(settings(tmp_path / "run", lr=1e-2))  # a new run, which may differ
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["settings"]["lr"] == 1e-2
+    assert [row["step"] for row in metrics(tmp_path / "run", "eval")] == [0, 2, 4]
+
+
+def test_an_adapter_half_moved_in_is_no_finished_run(tmp_path):
+    out = train.train(settings(tmp_path / "run"))
+    whole = adapter(out)
+    (out / "adapter/adapter_config.json").unlink()
+    with pytest.raises(UserError, match="has not finished"):
+        open_policy(str(out))
+    gc.collect()
+    train.train(settings(out, resume=True))
+    assert adapter(out) == whole and open_policy(str(out)).steered
+
+
+def test_a_resume_without_evaluations_keeps_those_there_are(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="it fails"):
+        fails_at(2, patch)
+        train.train(settings(tmp_path / "run"))
+    gc.collect()
+    train.train(settings(tmp_path / "run", resume=True, eval_every=0))
+    assert [row["step"] for row in metrics(tmp_path / "run", "eval")] == [0, 2, 4]
+
+
+def test_a_resume_keeps_the_unit_it_started_with(tmp_path, monkeypatch):
+    """Another device could round the stream's norm otherwise."""
+    measured = iter([2.0, 3.0])
+    monkeypatch.setattr(train, "steering_unit", lambda *_: next(measured))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="it fails"):
+        fails_at(2, patch)
+        train.train(settings(tmp_path / "run", l1=0.5))
+    gc.collect()
+    train.train(settings(tmp_path / "run", l1=0.5, resume=True))
+    assert json.loads((tmp_path / "run/config.json").read_text())["unit"] == 2.0
+    for row in metrics(tmp_path / "run", "train"):
+        assert row["penalty"] == pytest.approx(0.5 / 2.0 * row["l1"])
+
+
+def test_nothing_is_saved_before_the_first_step(tmp_path, monkeypatch, capsys):
+    real = train.evaluate
+
+    def evaluate(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    with pytest.raises(SystemExit) as ended:
+        train.train(settings(tmp_path / "run"))
+    assert ended.value.code == 0 and "nothing to save" in capsys.readouterr().out

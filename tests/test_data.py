@@ -352,6 +352,23 @@ def test_a_rows_own_split_decides_and_what_is_left_out_is_said(tokenizer, tmp_pa
     assert n == 8 and said.endswith("rows used: 4 train, 1 validation, 2 test, 1 training.")
 
 
+def test_rows_that_are_skipped_are_not_counted_as_used(tokenizer, tmp_path, capsys):
+    good = dict(prompt="q", chosen="a", rejected="b")
+    bad = dict(prompt="q", chosen="a")
+    path = write(tmp_path / "rows.jsonl", good, bad, good, bad | dict(split="test"))
+    pairs = load_pairs(path, tokenizer, split="train", progress=True, on_bad_row="skip")
+    said = capsys.readouterr().err
+    assert len(pairs) == 2 and "rows used: 2 train; left out: 1 test." in said
+    assert "1 malformed rows are left out: rows.jsonl row 1." in said
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_rows(tokenizer, tmp_path):
+    row = json.dumps(dict(prompt="q", chosen="a", rejected="b"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"\ufeff{row}\n\n{row}\r\n  \n", encoding="utf-8")
+    assert len(load_pairs(path, tokenizer)) == 2
+
+
 def test_a_files_name_binds_only_rows_without_a_split(tokenizer, tmp_path):
     row = dict(prompt="q", chosen="a", rejected="b")
     rows = row, row | dict(split="test"), row | dict(split=None)

@@ -74,11 +74,14 @@ def test_the_estimate_is_the_derivative_of_the_smoothed_objective_with_a_point_m
     torch.testing.assert_close(ours, numeric, rtol=1e-5, atol=1e-3)
 
 
-def test_silenced_features_neither_steer_nor_train():
+@pytest.mark.parametrize(("unit", "fresh"), [(1.0, True), (100.0, True), (100.0, False)])
+def test_silenced_features_neither_steer_nor_train(unit, fresh):
     adapter = Adapter(5, 5, "jumprelu")
     adapter.init_weights(torch.Generator().manual_seed(0))
     adapter.silence([1, 3])
-    x = torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
+    adapter.set_unit(unit, fresh)
+    assert adapter.bandwidth == pytest.approx(0.05 * unit)  # also of an adapter that goes on
+    x = unit * torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
     v, l1, l0 = adapter.steering(x)
     (v.sum() + l1.sum() + l0.sum()).backward()
     assert not v[:, [1, 3]].any() and v[:, [0, 2, 4]].any()

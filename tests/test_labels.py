@@ -150,6 +150,20 @@ def test_a_persons_labels_are_read_alike_from_every_form(tmp_path):
         given.unseen(frozenset(says))
 
 
+def test_an_explanation_keeps_its_apostrophe_but_a_sheet_escapes_formulas(tmp_path):
+    """A spreadsheet would compute "=x"; labelling writes "'=x" and takes that alone back."""
+    ours = tmp_path / "ours.jsonl"
+    texts = {1: "'s possessive endings", 2: "'=' in code"}
+    labels.write_labels(
+        ours, {"kind": "fires"}, [dict(feature=k, description=texts[k]) for k in texts]
+    )
+    assert labels.load_labels(ours, sae(), assume_match=True).explanations == texts
+    sheet = tmp_path / "sheet.csv"
+    lines = ["1,tiny,'s possessive endings,yes", "2,tiny,'=x,no"]
+    sheet.write_text("feature,sae,explanation,style\n" + "\n".join(lines) + "\n")
+    assert read_given(sheet).texts == {1: "'s possessive endings", 2: "=x"}
+
+
 def test_counts_are_read_from_rows_and_from_an_agreement_file(tmp_path):
     table = [[201, 25], [5, 69]]  # [machine, person]: the paper's Table 6, formatting
     rows_of, agreement = tmp_path / "counts.csv", tmp_path / "l.agreement.json"

@@ -105,6 +105,16 @@ def refused(tmp_path, match, **changed):
         JumpReLUSAE.from_pretrained(tmp_path)
 
 
+def test_a_file_is_read_by_its_name(tmp_path):
+    arrays = JumpReLUSAE.from_pretrained(GOLDEN / "sae", SAE_ID).state_dict()
+    scope2(tmp_path / SMALL, arrays)
+    folder = JumpReLUSAE.from_pretrained(tmp_path, SMALL)
+    file = JumpReLUSAE.from_pretrained(tmp_path / SMALL / "params.safetensors")
+    assert torch.equal(file.W_dec, folder.W_dec) and file.sha256 == folder.sha256
+    assert (file.file, folder.file) == ("params.safetensors", f"{SMALL}/params.safetensors")
+    assert JumpReLUSAE.from_pretrained(PARAMS).file == "params.npz"
+
+
 def test_wrong_files_are_refused(tmp_path):
     refused(tmp_path, r"W_dec has shape \(64, 256\)", W_dec=np.zeros((64, 256), np.float32))
     refused(tmp_path, r"W_enc has shape \(64,\)", W_enc=np.zeros(64, np.float32))

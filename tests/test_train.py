@@ -121,7 +121,7 @@ def test_a_run_writes_what_the_contract_says(mid_run):
 
     config = json.loads((out / "config.json").read_text())
     assert config["settings"]["layer"] == 1 and config["settings"]["dtype"] != "auto"
-    inputs = dict(shards=8, data_files=2, sae=1, init_adapter=1)
+    inputs = dict(model=2, shards=8, data_files=2, sae=1, init_adapter=1)
     assert config["versions"]["torch"] and len(config["sha256"]) == sum(inputs.values())
     adapter = json.loads((out / "adapter/adapter_config.json").read_text())
     assert (
