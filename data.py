@@ -134,9 +134,8 @@ def _turns(where: str, column: str, given: object, role: str) -> Turns:
         try:
             turn["content"].encode()
         except UnicodeEncodeError as e:
-            raise UserError(
-                f"{where}: `{column}` holds half a character (a lone surrogate)."
-            ) from e
+            what = "half a character (a lone surrogate)"
+            raise UserError(f"{where}: `{column}` holds {what}.") from e
     return [(ROLES[turn["role"]], turn["content"]) for turn in given]
 
 
@@ -196,10 +195,8 @@ class Encoder:
 
 def header_ids(tokenizer: Tokenizer) -> list[int]:
     """Token ids of "<start_of_turn>model\\n", the markup before an answer to generate."""
-    return [
-        tokenizer.token_to_id("<start_of_turn>"),
-        *tokenizer.encode("model\n", add_special_tokens=False).ids,
-    ]
+    start = tokenizer.token_to_id("<start_of_turn>")
+    return [start, *tokenizer.encode("model\n", add_special_tokens=False).ids]
 
 
 def truncate(pair: Pair, max_length: int, max_prompt_length: int) -> Pair:
@@ -236,9 +233,8 @@ def load_pairs(
     Raises UserError naming a malformed row, and for limits that leave a response no token.
     """
     if not 0 < max_prompt_length < max_length:
-        raise UserError(
-            f"--max-prompt-length {max_prompt_length}: must be less than --max-length {max_length}."
-        )
+        most = f"must be less than --max-length {max_length}"
+        raise UserError(f"--max-prompt-length {max_prompt_length}: {most}.")
     files, _ = data_files(source)
     key = [CACHE_FORMAT, split, on_bad_row, tokenizer.to_str()]
     key += [f"{file.path.name} {file.split} {sha256(file.path)}" for file in files]

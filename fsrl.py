@@ -313,10 +313,7 @@ class SteeredModel(PolicyModel):
         return States(self.above(x, plan), l1, l0)
 
     def steer(self, x: Tensor, change: Change | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, d] -> x' [T, d] and the adapter's ‖v‖₁ and ‖v‖₀ [T].
-
-        change: applied to v [rows, F], some rows at a time, before it is added.
-        """
+        """x [T, d] -> x' [T, d] and the adapter's ‖v‖₁ and ‖v‖₀ [T]. change: as in states."""
         parts = []
         for rows in self.pieces(x):
             v, l1, l0 = self.adapter.steering(rows)  # [rows, d] -> [rows, F]
@@ -380,9 +377,8 @@ def _check_fit(model: Gemma2, sae: JumpReLUSAE, adapter: Adapter, layer: int) ->
         raise UserError(f"--layer {layer}: the SAE {sae.sae_id} belongs to another layer.")
     if sae.d_model != d:
         raise UserError(f"--sae {sae.source}: made for d_model {sae.d_model}, the model's is {d}.")
-    if tuple(adapter.weight.shape) != (sae.d_sae, d):
-        has = tuple(adapter.weight.shape)
-        wanted = (sae.d_sae, d)
+    has, wanted = tuple(adapter.weight.shape), (sae.d_sae, d)
+    if has != wanted:
         raise UserError(f"--init-adapter: its weight has shape {has}, the SAE calls for {wanted}.")
 
     recorded = adapter.identity

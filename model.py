@@ -10,7 +10,6 @@ the weights' dtype, because bfloat16 would round small steering vectors away.
 import dataclasses
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import Packed, pack
 from kernels import attention
-from kernels.attention import Bucket
+from kernels.attention import Attend
 from kernels.logps import all_logits, token_logps
 from kernels.pointwise import at_least_float32, geglu, linear, rms_norm, softcap
 from runtime import config_json
@@ -95,10 +94,7 @@ class Gemma2Config:
 
     @classmethod
     def from_json(cls, path: Path) -> "Gemma2Config":
-        """Read config.json as transformers 4 or 5 writes it, or the text part of a multimodal one.
-
-        Raises UserError for other architectures than Gemma 2 and 3.
-        """
+        """Read config.json as config_json.read does. Raises UserError where a key is missing."""
         raw = config_json.read(path)
         known = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
         try:
@@ -123,24 +119,12 @@ def _check_number(field: dataclasses.Field, value: object) -> None:
 
 # --- what the blocks share ------------------------------------------------------------------------
 
-# (module, q [T, H, hd], k and v [T, KV, hd]) -> [T, H, hd]
-Attend = Callable[["Attention", Tensor, Tensor, Tensor], Tensor]
-
 
 class Plan(NamedTuple):
     """What all blocks need besides the residual stream; Gemma2.plan makes it once per forward."""
 
     angles: dict[str, tuple[Tensor, Tensor]]  # by layer type: cos and sin, float32 [T, 1, hd / 2]
     attend: Attend
-
-
-class Plain(NamedTuple):
-    """An Attend for the CPU: the plain kernel."""
-
-    buckets: tuple[Bucket, ...]
-
-    def __call__(self, block: "Attention", q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention.plain(q, k, v, self.buckets, block.window, block.scale, block.softcap)
 
 
 class Flexible(NamedTuple):
@@ -319,7 +303,9 @@ class Gemma2(nn.Module):
     def attend(self, packed: Packed) -> Attend:
         """Attention among the positions of a stream, by the kernel for its device."""
         if packed.position.device.type == "cpu":
-            return Plain(packed.buckets)
+            return lambda block, q, k, v: attention.plain(
+                q, k, v, packed.buckets, block.window, block.scale, block.softcap
+            )
         tree = packed.tree, packed.branch, packed.position
         window = self.config.sliding_window
         return Flexible(attention.block_mask(*tree, window), attention.block_mask(*tree, None))

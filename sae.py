@@ -8,6 +8,7 @@ It is read from GemmaScope's params.npz, Gemma Scope 2's params.safetensors or S
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,24 +42,16 @@ class JumpReLUSAE(nn.Module):
             shape = tuple(arrays["W_enc"].shape)
             raise UserError(f"{source}: W_enc has shape {shape}, (d, F) was expected.")
         d, F = arrays["W_enc"].shape
+        self.d_model, self.d_sae = d, F
         shapes = {"W_enc": (d, F), "W_dec": (F, d), "b_enc": (F,), "b_dec": (d,), "threshold": (F,)}
         for name, shape in shapes.items():
-            if tuple(arrays[name].shape) != shape:
-                raise UserError(
-                    f"{source}: {name} has shape {tuple(arrays[name].shape)}, {shape} was expected."
-                )
+            found = tuple(arrays[name].shape)
+            if found != shape:
+                raise UserError(f"{source}: {name} has shape {found}, {shape} was expected.")
             self.register_buffer(name, arrays[name])
         self.source, self.sae_id, self.sha256 = source, sae_id, digest
         self.revision = None  # commit of a Hub download, set by from_pretrained
         self.file = None  # path of the weights within the source, set by from_pretrained
-
-    @property
-    def d_model(self) -> int:
-        return self.W_enc.shape[0]
-
-    @property
-    def d_sae(self) -> int:
-        return self.W_enc.shape[1]
 
     def encode(self, x: Tensor) -> Tensor:
         """x [T, d] -> features f [T, F]. As in GemmaScope, b_dec is not subtracted from x."""
@@ -111,11 +104,6 @@ class JumpReLUSAE(nn.Module):
         return sae
 
 
-def read_gemmascope(path: Path) -> dict[str, Tensor]:
-    """The five arrays of GemmaScope's params.npz."""
-    return read_npz(path, ARRAYS)
-
-
 def read_saelens(path: Path) -> dict[str, Tensor]:
     """The five arrays of SAELens's sae_weights.safetensors, with the cfg.json beside it.
 
@@ -144,7 +132,7 @@ def read_gemmascope2(path: Path) -> dict[str, Tensor]:
 
 
 READERS = {  # (weights, settings beside them) -> the function that reads them
-    ("params.npz",): read_gemmascope,
+    ("params.npz",): partial(read_npz, names=ARRAYS),
     ("sae_weights.safetensors", "cfg.json"): read_saelens,
     ("params.safetensors", "config.json"): read_gemmascope2,
 }
@@ -155,8 +143,7 @@ def _settings(path: Path, architecture: str) -> dict:
         cfg = read_json(path)
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: not readable ({e}).") from e
-    if cfg.get("architecture") != architecture:
-        found = cfg.get("architecture")
+    if (found := cfg.get("architecture")) != architecture:
         raise UserError(f"{path}: architecture is {found!r}, {architecture} was expected.")
     return cfg
 

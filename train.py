@@ -28,7 +28,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -180,7 +180,7 @@ class MicroBatch(NamedTuple):
     last: bool  # the last one of the step, whose backward sends the gradients
 
 
-def micro_batches(pairs: Sequence[Pair], tokens: int, who: Ranks = ALONE) -> list[MicroBatch]:
+def micro_batches(pairs: Sequence[Pair], tokens: int, who: Ranks = ALONE) -> Iterator[MicroBatch]:
     """Pack this process's share of the pairs into micro-batches of at most so many tokens.
 
     All ranks run the same number of micro-batches, because collectives must match; a rank that runs
@@ -190,12 +190,10 @@ def micro_batches(pairs: Sequence[Pair], tokens: int, who: Ranks = ALONE) -> lis
     plans = [data.microbatches(share, tokens) for share in shares]
     share, plan = shares[who.rank], plans[who.rank]
     rounds = max(map(len, plans))
-    found = []
     for i in range(rounds):
         own = [share[j] for j in plan[i]] if i < len(plan) else []
         packed = data.pack_pairs(own or [Pair([0], [0], [0])])
-        found.append(MicroBatch(len(own), packed, last=i + 1 == rounds))
-    return found
+        yield MicroBatch(len(own), packed, last=i + 1 == rounds)
 
 
 def backward(model: nn.Module, pairs: Sequence[Pair], penalty: Penalty, scorer: Scorer) -> Sums:

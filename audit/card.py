@@ -103,10 +103,10 @@ def composition(run: RunFiles) -> dict | None:
 
 def training(run: RunFiles) -> dict | None:
     found = measured(run.metrics)
-    if found is None:
+    if not found:
         return None
-    step, rows = found.rows[-1]["step"], before_after(found)
-    return dict(where=found.split, step=step, rows=rows, said=outcome(run.metrics, run.samples))
+    last, said = found[-1], outcome(run.metrics, run.samples)
+    return dict(where=last["split"], step=last["step"], rows=before_after(found), said=said)
 
 
 def revised(name: str | None, revision: str | None) -> str | Markup | None:

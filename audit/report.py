@@ -167,9 +167,9 @@ def facts(run: RunFiles) -> str:
 
 def training(run: RunFiles) -> dict | None:
     found = measured(run.metrics)
-    if found is None:
+    if not found:
         return None
-    titles = [f"{found.split} means", "before", f"after step {found.rows[-1].get('step')}"]
+    titles = [f"{found[-1]['split']} means", "before", f"after step {found[-1].get('step')}"]
     table = Table(titles, [list(row) for row in before_after(found)], 2)
     return dict(
         said=outcome(run.metrics, run.samples),

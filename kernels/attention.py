@@ -23,6 +23,10 @@ NEVER = 1 << 30  # position given to padding among the keys, larger than that of
 TILE = 128  # queries that share their keys; a longer tile computes more scores of hidden keys
 SCORES = 1 << 18  # limit on a bucket's scores per head, so that they stay in the processor's cache
 
+# (attention module, of which index, window, scale and softcap are read; q [T, H, hd]; k and v
+# [T, KV, hd]) -> [T, H, hd]
+Attend = Callable[[object, Tensor, Tensor, Tensor], Tensor]
+
 # --- the plain kernel -----------------------------------------------------------------------------
 
 
@@ -65,22 +69,20 @@ def buckets(stretches: list[Stretch]) -> tuple[Bucket, ...]:
             tiles.append(whole._replace(first=whole.first + own, length=length, own=own))
     tiles.sort(key=lambda tile: (tile.keys, tile.length))
 
-    groups: list[list[Stretch]] = []
+    groups: list[list[Stretch]] = [[]]
     longest, area = 0, 0  # of the last group: most queries of a tile; scores without padding
     for tile in tiles:
         scores = tile.length * tile.keys
-        if groups:
-            # Tiles are sorted by keys, so this one has the most of its group.
-            padded = (len(groups[-1]) + 1) * max(longest, tile.length) * tile.keys
-            # Padding by a third, or by 32k scores per head, costs less time than another bucket.
-            most = max(1.33 * (area + scores), area + scores + 32_768)
-            if padded <= min(SCORES, most):
-                groups[-1].append(tile)
-                longest, area = max(longest, tile.length), area + scores
-                continue
-        groups.append([tile])
-        longest, area = tile.length, scores
-    return tuple(map(_bucket, groups))
+        # Tiles are sorted by keys, so this one has the most of its group.
+        padded = (len(groups[-1]) + 1) * max(longest, tile.length) * tile.keys
+        # Padding by a third, or by 32k scores per head, costs less time than another bucket.
+        most = max(1.33 * (area + scores), area + scores + 32_768)
+        if padded > min(SCORES, most):
+            groups.append([])
+            longest, area = 0, 0
+        groups[-1].append(tile)
+        longest, area = max(longest, tile.length), area + scores
+    return tuple(map(_bucket, filter(None, groups)))
 
 
 def _bucket(tiles: list[Stretch]) -> Bucket:
@@ -139,7 +141,9 @@ class _Plain(torch.autograd.Function):
             qb = _gather(q, bucket.queries, KV)  # [S, KV, G Lq, hd]
             kb, vb = _keys(k, bucket), _keys(v, bucket)  # [S, KV, Lk, hd]
             t = (qb * (scale / (softcap or 1.0))) @ kb.mT  # [S, KV, G Lq, Lk]
-            hidden = ~_visible(bucket, window).repeat(1, G, 1)[:, None]  # [S, 1, G Lq, Lk]
+            distance = bucket.query_position[:, :, None] - bucket.key_position[:, None, :]
+            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            hidden = hidden.repeat(1, G, 1)[:, None]  # [S, Lq, Lk] -> [S, 1, G Lq, Lk]
             if softcap:
                 t.tanh_()
                 e = t * softcap if keep else t.mul_(softcap)
@@ -199,14 +203,6 @@ def _ungather(x: Tensor, queries: Tensor) -> Tensor:
 
 def _keys(x: Tensor, bucket: Bucket) -> Tensor:
     return x[bucket.keys].transpose(1, 2)  # [T, KV, hd] -> [S, KV, Lk, hd]
-
-
-def _visible(bucket: Bucket, window: int | None) -> Tensor:
-    """Which keys each query of a bucket sees: bool [S, Lq, Lk]."""
-    distance = bucket.query_position[:, :, None] - bucket.key_position[:, None, :]
-    if window is None:
-        return distance >= 0
-    return (distance >= 0) & (distance < window)
 
 
 # --- FlexAttention --------------------------------------------------------------------------------

@@ -11,15 +11,11 @@ read with one slice, and only the empty slots before a shorter prompt need a mas
 computes what a forward over the whole sequence computes at its last position.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from kernels.attention import Attend
 from kernels.pointwise import at_least_float32
-
-# (attention module, q, k, v) -> out; of the module it reads index, window, scale and softcap.
-Attend = Callable[[object, Tensor, Tensor, Tensor], Tensor]
 
 
 class Cache:
@@ -56,7 +52,11 @@ class Cache:
     def step(self) -> tuple[Tensor, Attend]:
         """Positions int64 [B] of one new token of each sequence, and the attention for them."""
         if self.end == self.capacity:
-            self._double()
+            for tensors in (self.keys, self.values):
+                for block, old in tensors.items():  # its old tensor is freed before the next one
+                    tensors[block] = torch.cat([old, torch.zeros_like(old)], dim=2)
+            self.capacity *= 2
+            self._mark_empty_slots()
         slot = slice(self.end, self.end + 1)
         self.end += 1
 
@@ -98,13 +98,6 @@ class Cache:
             scores.view(B, H, -1).masked_fill_(self.empty[:, None, first : self.end], -torch.inf)
         weights = scores.softmax(-1, dtype=at_least_float32(scores.dtype)).to(v.dtype)
         return torch.bmm(weights, v).view(B, H, hd)
-
-    def _double(self) -> None:
-        for tensors in (self.keys, self.values):
-            for block, old in tensors.items():  # a block's old tensor is freed before the next one
-                tensors[block] = torch.cat([old, torch.zeros_like(old)], dim=2)
-        self.capacity *= 2
-        self._mark_empty_slots()
 
     def _mark_empty_slots(self) -> None:
         """Find the empty slots again, after sequences or slots have changed."""

@@ -40,7 +40,8 @@ def token_logps(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float |
 
 class TokenScores(NamedTuple):
     logp: Tensor  # float32 [N], as token_logps
-    greedy: Tensor  # bool [N], whether greedy decoding would choose the target
+    greedy: Tensor | None  # bool [N], whether greedy decoding would choose the target, if wanted
+    gradient: Tensor | None = None  # [N, V], of logp with respect to the products h Wᵀ, if wanted
 
 
 @torch.no_grad()
@@ -123,16 +124,10 @@ class _TokenLogps(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-class _Chunk(NamedTuple):
-    logp: Tensor  # [n]
-    greedy: Tensor | None  # bool [n], if wanted
-    gradient: Tensor | None  # [n, V], of logp with respect to the products h Wᵀ, if wanted
-
-
 def _walk(
     hidden, weight, target, softcap, gradient_dtype=None, want_greedy=False
-) -> Iterator[tuple[slice, "_Head", _Chunk]]:
-    """Yield (rows, the head, the _Chunk of these rows of hidden), chunk by chunk."""
+) -> Iterator[tuple[slice, "_Head", TokenScores]]:
+    """Yield (rows, the head, the scores of these rows of hidden), chunk by chunk."""
     slices, head = chunks(hidden, weight), _Head.of(weight)
     options = softcap, gradient_dtype, want_greedy
     if weight.is_cuda:
@@ -153,8 +148,8 @@ def _walk(
 
 def _log_softmax(
     products, target, softcap, gradient_dtype, want_greedy, out=(None, None)
-) -> _Chunk:
-    """Products h Wᵀ [n, V] -> the _Chunk. gradient_dtype: None where no gradient is wanted.
+) -> TokenScores:
+    """Products h Wᵀ [n, V] -> their scores. gradient_dtype: None where no gradient is wanted.
 
     out: two buffers [n, V] for intermediate results; the first may be the products themselves.
     """
@@ -171,7 +166,7 @@ def _log_softmax(
     total = e.sum(1, keepdim=True)
     logps = (z_target - shift - total.log()).squeeze(1)
     if gradient_dtype is None:
-        return _Chunk(logps, greedy, None)
+        return TokenScores(logps, greedy)
 
     gradient = e.div_(-total)  # -softmax; at the target 1 - softmax
     at_target = -torch.expm1(logps)[:, None]
@@ -180,7 +175,7 @@ def _log_softmax(
         at_target.mul_(1 - (z_target / softcap).square_())
     gradient = gradient.to(gradient_dtype)
     gradient.scatter_(1, target[:, None], at_target.to(gradient_dtype))
-    return _Chunk(logps, greedy, gradient)
+    return TokenScores(logps, greedy, gradient)
 
 
 def _in_pieces(weight: Tensor) -> bool:

@@ -97,8 +97,8 @@ def jumprelu(z: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Te
     """v = z 1[z > θ] and ‖v‖₀: z [T, F], threshold [F], not negative -> v [T, F], ‖v‖₀ [T].
 
     θ gets the straight-through estimator of arXiv 2407.14435 (equations 11 and 12) with bandwidth
-    ε. z must be the pre-activation and not its ReLU: v would be the same, but the estimator needs
-    values with a density.
+    ε. z must be the pre-activation and not its ReLU: v would be the same, but the window around a
+    θ < ε/2 would count all negative z, at 0.
     """
     return _JumpReLU.apply(z, threshold, bandwidth)
 
@@ -107,9 +107,7 @@ class _JumpReLU(torch.autograd.Function):
     """∂v/∂z = 1[z > θ],   ∂v/∂θ = -(θ/ε) K((z - θ)/ε),   ∂‖v‖₀/∂θ = -(1/ε) Σ K((z - θ)/ε)
 
     with K(u) = 1[|u| < 1/2]. This estimates the derivative of a mean over many z: the density of z
-    at θ is counted in a window of width ε. As in the paper cited, ‖v‖₀ has no gradient to z. z must
-    not be a ReLU's output, which has all negative values at 0: for θ < ε/2 the window would count
-    every one of them.
+    at θ is counted in a window of width ε. As in the paper cited, ‖v‖₀ has no gradient to z.
     """
 
     @staticmethod

@@ -37,8 +37,10 @@ warnings.filterwarnings(
 )
 
 FORMAT, OLD_FORMATS = "fsrl-checkpoint-2", ("fsrl-checkpoint-1",)
+EARLIER = "was written by another version of this code, and only that version can resume it."
 KEPT = 2  # how many checkpoints a run keeps
 NAME = re.compile(r"step-(\d{8})")
+FLAT = dict(flatten_optimizer_state_dict=True)
 
 
 def save(
@@ -64,7 +66,7 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ranks:
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict import set_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
     weights, state = _state(module, optimizer)
     try:
@@ -72,24 +74,17 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ranks:
         dcp.load(_tensors(weights, state), storage_reader=reader, no_dist=ranks.world == 1)
     except (OSError, CheckpointException, ValueError, RuntimeError, AssertionError) as e:
         raise UserError(f"{path}: does not fit this run ({_cause(e)}).") from e
-    set_state_dict(
-        module, optimizer, model_state_dict=weights, optim_state_dict=state, options=_options()
-    )
+    held = dict(model_state_dict=weights, optim_state_dict=state)
+    set_state_dict(module, optimizer, **held, options=StateDictOptions(**FLAT))
     forget_gathered(module)
     return int(NAME.fullmatch(path.name)[1])
 
 
 def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
     """A module's weights and its optimiser's state as two flat dicts of views and plain numbers."""
-    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    return get_state_dict(module, optimizer, options=_options())
-
-
-def _options():
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-    return StateDictOptions(flatten_optimizer_state_dict=True)
+    return get_state_dict(module, optimizer, options=StateDictOptions(**FLAT))
 
 
 def _tensors(weights: dict, state: dict) -> dict[str, Tensor]:
@@ -109,9 +104,8 @@ def _make(folder: Path, part: Path) -> None:
 
 def _check_shared(part: Path, ranks: Ranks) -> None:
     if not part.is_dir():
-        raise UserError(
-            f"--out: rank {ranks.rank} does not see {part}; all hosts must share the folder."
-        )
+        unseen = f"rank {ranks.rank} does not see {part}"
+        raise UserError(f"--out: {unseen}; all hosts must share the folder.")
 
 
 def _write(part: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
@@ -132,10 +126,8 @@ def _publish(folder: Path, part: Path, final: Path, step: int, ranks: Ranks) -> 
     try:
         files = {path.name: sha256(path) for path in sorted(part.iterdir())}
         progress = dict(format=FORMAT, step=step, processes=ranks.world, files=files)
-        with open(part / "progress.json", "w") as f:
-            f.write(json.dumps(progress, indent=2) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
+        (part / "progress.json").write_text(json.dumps(progress, indent=2) + "\n")
+        _sync(part / "progress.json")
         _sync(part)
         if final.exists():  # of the same step, but damaged
             shutil.rmtree(final)
@@ -152,9 +144,9 @@ def _publish(folder: Path, part: Path, final: Path, step: int, ranks: Ranks) -> 
             shutil.rmtree(dead)
 
 
-def _sync(folder: Path) -> None:
-    """Flush a folder to disk, and with it the renames in it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Flush a file to disk, or a folder, and with it the renames in it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -185,9 +177,8 @@ def newest(folder: Path, ranks: Ranks) -> Path | None:
             damaged.append(path)
             print(f"{path}: {problem}; the checkpoint before it is tried.", file=sys.stderr)
         if damaged:
-            raise UserError(
-                f"--resume: no checkpoint in {folder} is whole; remove them to start again."
-            )
+            found = f"no checkpoint in {folder} is whole"
+            raise UserError(f"--resume: {found}; remove them to start again.")
         return None
 
     return on_first(ranks, find)
@@ -198,10 +189,7 @@ def _damage(path: Path) -> str | None:
     try:
         progress = read_json(path / "progress.json")
         if progress["format"] in OLD_FORMATS:
-            raise UserError(
-                f"--resume: {path} was written by an earlier version of this code, "
-                "and only that version can resume it."
-            )
+            raise UserError(f"--resume: {path} {EARLIER}")
         if progress["format"] != FORMAT or progress["step"] != int(NAME.fullmatch(path.name)[1]):
             return "progress.json is of another format"
         here = {file.name for file in path.iterdir()} - {"progress.json"}

@@ -151,7 +151,10 @@ def run(main: Callable[[], None]) -> None:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
-        _discard(sys.stdout)
+        try:
+            sys.stdout.flush()
+        except OSError:  # drop the rest: Python would try again when it ends, and fail again
+            _to_devnull(sys.stdout.fileno())
 
 
 def _sentence(error: Exception) -> str:
@@ -231,11 +234,3 @@ def _to_devnull(number: int) -> None:
     if devnull != number:
         os.dup2(devnull, number)
         os.close(devnull)
-
-
-def _discard(stream) -> None:
-    """Drop what cannot be written: Python would try again when it ends, and fail again."""
-    try:
-        stream.flush()
-    except OSError:
-        _to_devnull(stream.fileno())

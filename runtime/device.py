@@ -42,9 +42,8 @@ def resolve_device(device: str = "auto", dtype: str = "auto", ranks: Ranks = ALO
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if ranks.world > 1 and name.startswith("cuda:"):
-        raise UserError(
-            f"--device {name}: under torchrun each process takes its own GPU; cuda was expected."
-        )
+        why = "under torchrun each process takes its own GPU; cuda was expected"
+        raise UserError(f"--device {name}: {why}.")
     if ranks.world > 1 and name == "cuda":
         name = f"cuda:{ranks.local}"
     kind, _, index = name.partition(":")
@@ -56,10 +55,8 @@ def resolve_device(device: str = "auto", dtype: str = "auto", ranks: Ranks = ALO
 
     used = dtype_on(name, dtype)
     if dtype == "bfloat16" != used and ranks.first:
-        print(
-            "--dtype bfloat16: this processor would only emulate it, far slower; float32 is used.",
-            file=sys.stderr,
-        )
+        why = "this processor would only emulate it, far slower; float32 is used"
+        print(f"--dtype bfloat16: {why}.", file=sys.stderr)
     return Device(name, getattr(torch, used))
 
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
@@ -44,11 +45,9 @@ def choose_out(out: str | None, name: str, resume: bool) -> Path:
     """
     if not out:
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
-            raise UserError(
-                "--out: torchrun --max-restarts needs a named folder, to find the run again."
-            )
-        numbers = chain([""], map("-{}".format, count(2)))
-        folders = (Path("runs") / f"{name}{number}" for number in numbers)
+            why = "torchrun --max-restarts needs a named folder, to find the run again"
+            raise UserError(f"--out: {why}.")
+        folders = (Path("runs") / f"{name}{n}" for n in chain([""], map("-{}".format, count(2))))
         return next(folder for folder in folders if not holds_run(folder))
 
     folder = writable(Path(out))
@@ -111,6 +110,7 @@ def code_revision() -> str | None:
 # --- during a run ---------------------------------------------------------------------------------
 
 
+@dataclass
 class Run:
     """The folder of a run in progress: its log, its checkpoints, and requests to stop.
 
@@ -118,24 +118,19 @@ class Run:
     steps; 0: none between the first and the last. Only rank 0 writes.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        trained: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        steps: int,
-        checkpoint_every: int,
-        eval_every: int,
-        ranks: Ranks,
-    ):
-        self.out, self.trained, self.optimizer = out, trained, optimizer
-        self.steps, self.ranks = steps, ranks
-        self.checkpoint_every, self.eval_every = checkpoint_every, eval_every
+    out: Path
+    trained: nn.Module
+    optimizer: torch.optim.Optimizer
+    steps: int
+    checkpoint_every: int
+    eval_every: int
+    ranks: Ranks
+
+    def __post_init__(self):
         self.rows: list[dict] = []
         self.saved = 0  # the step of the last checkpoint
-        self.file = None
-        self.bar = None
-        self.interrupts = Interrupts(ranks)
+        self.file = self.bar = None
+        self.interrupts = Interrupts(self.ranks)
 
     def open(self, config: dict, free: Collection[str], resume: bool) -> None:
         """Lock the folder and write config.json, or compare it with that of the run to resume.
@@ -158,20 +153,14 @@ class Run:
 
     def resume(self, wanted: bool) -> int:
         """Load the newest complete checkpoint, if wanted; returns its step, or 0 without one."""
-        folder = self.out / "checkpoints"
-        path = checkpoint.newest(folder, self.ranks) if wanted else None
-        if path is None:
-            if wanted and self.ranks.first:
-                print(
-                    f"--resume: {self.out} holds no checkpoint; starting at step 0.",
-                    file=sys.stderr,
-                )
-            step = 0
-        else:
+        path = checkpoint.newest(self.out / "checkpoints", self.ranks) if wanted else None
+        step, said = 0, f"{self.out} holds no checkpoint; starting at step 0"
+        if path is not None:
             held = path, self.trained, self.optimizer, self.ranks
             step = together(self.ranks, lambda: checkpoint.load(*held))
-            if self.ranks.first:
-                print(f"--resume: going on after step {step} of {self.steps}.", file=sys.stderr)
+            said = f"going on after step {step} of {self.steps}"
+        if wanted and self.ranks.first:
+            print(f"--resume: {said}.", file=sys.stderr)
         self.saved = step
         self._keep_rows(step)
         how = dict(total=self.steps, initial=step, unit="step", shown=self.ranks.first)
@@ -303,10 +292,7 @@ def started_with(out: Path) -> dict:
     try:
         before = read_json(out / "config.json")
         if before.get("format") != FORMAT:
-            raise UserError(
-                f"--resume: {out} was written by another version of this code, "
-                "and only that version can resume it."
-            )
+            raise UserError(f"--resume: {out} {checkpoint.EARLIER}")
         return before | dict(settings=dict(before["settings"]), sha256=dict(before["sha256"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{out}/config.json: not the config.json of a run ({brief(e)}).") from e

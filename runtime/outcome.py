@@ -32,24 +32,10 @@ class Sample(NamedTuple):
     after: str
 
 
-class Measured(NamedTuple):
-    """The rows that are summarised: evaluations or, where there are none, training steps."""
-
-    split: str  # "eval" or "train"
-    rows: list[dict]  # in order; at least one
-
-    @property
-    def best(self) -> dict:
-        return min(self.rows, key=lambda row: row["loss"])
-
-
-def measured(rows: Sequence[dict]) -> Measured | None:
-    """The rows to summarise; None where a log has none."""
-    for split in ("eval", "train"):
-        of = [row for row in rows if row.get("split") == split]
-        if of:
-            return Measured(split, of)
-    return None
+def measured(rows: Sequence[dict]) -> list[dict]:
+    """The rows to summarise, in order: evaluations or, where there are none, training steps."""
+    of = {name: [row for row in rows if row.get("split") == name] for name in ("eval", "train")}
+    return of["eval"] or of["train"]
 
 
 # --- in numbers -----------------------------------------------------------------------------------
@@ -64,9 +50,9 @@ NAMES = {  # key of a row -> what tables call it
 }
 
 
-def before_after(found: Measured, steered: bool = True) -> list[tuple[str, str, str]]:
+def before_after(found: list[dict], steered: bool = True) -> list[tuple[str, str, str]]:
     """(name, before, after) of each metric that the rows have."""
-    first, last = found.rows[0], found.rows[-1]
+    first, last = found[0], found[-1]
     keys = [key for key in NAMES if key in first and (steered or key not in ("l0", "l1"))]
     return [(NAMES[key], f"{first[key]:.3f}", f"{last[key]:.3f}") for key in keys]
 
@@ -77,16 +63,16 @@ def before_after(found: Measured, steered: bool = True) -> list[tuple[str, str, 
 def outcome(rows: Sequence[dict], samples: Sequence[Sample]) -> list[str]:
     """The sentences on a run; those that warn begin with "Warning:"."""
     found = measured(rows)
-    if found is None:
+    if not found:
         return []
     said = [*moved(found), *changed_answers(samples)]
-    if found.split == "train":
+    best, last = min(found, key=lambda row: row["loss"]), found[-1]
+    if last["split"] == "train":
         said.append(
             "There were no evaluation pairs: these are numbers of the training pairs, and "
             "over-training cannot be seen in them."
         )
-    best, last = found.best, found.rows[-1]
-    if found.split == "eval" and best["loss"] < BEST_LOSS * last["loss"]:
+    elif best["loss"] < BEST_LOSS * last["loss"]:
         said.append(
             f"Warning: over-training. The evaluation loss was lowest at step {best['step']} "
             f"({best['loss']:.3g}) and is {last['loss']:.3g} at step {last['step']}."
@@ -94,9 +80,9 @@ def outcome(rows: Sequence[dict], samples: Sequence[Sample]) -> list[str]:
     return said
 
 
-def moved(found: Measured) -> list[str]:
+def moved(found: list[dict]) -> list[str]:
     """How the mean log-probabilities per token of the two responses changed."""
-    first, last = found.rows[0], found.rows[-1]
+    first, last = found[0], found[-1]
     keys = ("logp_chosen", "logp_rejected")
     if not all(key in row for key in keys for row in (first, last)):
         return []  # written by an earlier version
@@ -186,7 +172,7 @@ def draw_loss(rows: list[dict], path: Path, lower: str) -> None:
             values = [row.get(f"logp_{side}", math.nan) for row in of]
             logp.plot(steps, values, label=label, color=COLOUR[side], **style)
     if split["eval"]:
-        best = measured(rows).best
+        best = min(split["eval"], key=lambda row: row["loss"])
         label = f"lowest: {best['loss']:.3g} at step {best['step']}"
         style = dict(color=COLOUR["warning"], zorder=3, label=label)
         loss.plot(best["step"], best["loss"], "D", ms=7, **style)
@@ -235,7 +221,8 @@ def summarise(
     print(f"\n{'':31}{'before':>9} {'after':>9}")
     if found := measured(rows):
         for name, before, after in before_after(found, steered):
-            print(f"{f'{found.split} {name}':<31}{before:>9} {after:>9}")
+            title = f"{found[0]['split']} {name}"
+            print(f"{title:<31}{before:>9} {after:>9}")
     print(f"{'seconds':<40}{seconds:10.1f}")
     print(f"{'peak memory (MiB)':<40}{peak_bytes / 2**20:10.0f}")
     print("", *outcome(rows, samples), "", sep="\n")

@@ -1,8 +1,5 @@
 """One process or many: which one this is, what they tell each other, and a model spread over them.
 
-    torchrun --nproc-per-node 8 train.py --layer 12          # a copy of the model on each GPU
-    torchrun --nproc-per-node 8 train.py ... --shard         # a slice of each block on each GPU
-
 The model's code knows nothing of this: DistributedDataParallel and FSDP2 are put around it here.
 torch's distributed modules are imported in the functions that need them, because the import takes a
 second and a run of one process needs none of them.
@@ -54,9 +51,8 @@ def ranks_here() -> Ranks:
         values = [os.environ.get(name, alone) for name, alone in zip(names, ALONE, strict=True)]
         return Ranks(*map(int, values))
     except ValueError as e:
-        raise UserError(
-            f"The environment's {', '.join(names)}: torchrun's whole numbers were expected ({e})."
-        ) from e
+        wanted = f"torchrun's whole numbers were expected ({e})"
+        raise UserError(f"The environment's {', '.join(names)}: {wanted}.") from e
 
 
 @contextmanager
@@ -77,14 +73,12 @@ def joined(device: str, minutes: float) -> Iterator[Ranks]:
         # Beside NCCL, gloo sends what is on the CPU: errors, requests to stop, checkpoint plans.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         wait = timedelta(minutes=minutes)
+        group = {}
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store, starts = meet(ranks, wait)
             ranks = ranks._replace(restarts=starts - 1)
-            dist.init_process_group(
-                backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=wait
-            )
-        else:
-            dist.init_process_group(backend, timeout=wait)
+            group = dict(store=store, rank=ranks.rank, world_size=ranks.world)
+        dist.init_process_group(backend, timeout=wait, **group)
         yield ranks
         _leave()  # not after a failure: it would wait for processes that hang
     except SystemExit as e:
@@ -245,26 +239,20 @@ def shard(
     float32). dtype: that in which all other weights are gathered; gradients are summed in float32.
     The methods that a module lists as forward_methods gather its weights like its forward.
     """
+    from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
 
     mesh = init_device_mesh(device.split(":")[0], (dist.get_world_size(),))
     # cast_forward_inputs=False, because the residual stream between blocks stays float32.
-    policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    policy = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
     if own is not None:
-        fully_shard(own, mesh=mesh, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        fsdp.fully_shard(own, mesh=mesh, reshard_after_forward=False)
+    fsdp.fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
     for module in (model, own):
         for method in getattr(module, "forward_methods", ()):
-            register_fsdp_forward_method(module, method)
+            fsdp.register_fsdp_forward_method(module, method)
 
 
 def synchronises(model: nn.Module, last: bool) -> None:

@@ -15,9 +15,8 @@ from typing import NamedTuple
 from runtime.sources import UserError, list_files, local, split_revision
 
 SAE_ID = re.compile(  # experiments/train_sae writes L0 as digits
-    r"layer_(?P<layer>\d+)/width_(?P<width>\w+)/average_l0_(?P<l0>\d+)"
-    r"|resid_post(?:_all)?/layer_(?P<layer2>\d+)_width_(?P<width2>[^_]+)"
-    r"_l0_(?P<l02>small|medium|big|\d+)"
+    r"layer_(\d+)/width_(\w+)/average_l0_(\d+)"
+    r"|resid_post(?:_all)?/layer_(\d+)_width_([^_]+)_l0_(small|medium|big|\d+)"
 )
 WEIGHTS = {False: "params.npz", True: "params.safetensors"}  # by whether it is of Gemma Scope 2
 L0_NAMES = {"small": 20, "medium": 60, "big": 150}  # Gemma Scope 2's names -> approximate L0
@@ -39,10 +38,8 @@ def parse(sae_id: str) -> SAEName | None:
     m = SAE_ID.fullmatch(sae_id)
     if m is None:
         return None
-    layer, width, l0, *of_second = m.groups()
-    if layer is None:
-        layer, width, l0 = of_second
-    return SAEName(int(layer), width, l0, m["layer"] is None)
+    layer, width, l0 = filter(None, m.groups())  # of one of the two forms
+    return SAEName(int(layer), width, l0, second=m[1] is None)
 
 
 def layer_of(sae_id: str | None) -> int | None:
@@ -97,12 +94,7 @@ def lowest_l0(files: list[str], layer: int, width: str | None) -> str | None:
     for file in files:
         sae_id, _, name = file.rpartition("/")
         sae = parse(sae_id)
-        if (
-            sae
-            and sae.layer == layer
-            and width in (None, sae.width)
-            and name == WEIGHTS[sae.second]
-        ):
+        if sae and (sae.layer, WEIGHTS[sae.second]) == (layer, name) and width in (None, sae.width):
             found.append((L0_NAMES.get(sae.l0) or int(sae.l0), sae_id))
     return min(found)[1] if found else None
 
@@ -110,10 +102,8 @@ def lowest_l0(files: list[str], layer: int, width: str | None) -> str | None:
 # --- on Neuronpedia -------------------------------------------------------------------------------
 
 SOURCE_ID = re.compile(r"(\d+)-gemmascope-(2-)?res-(\d+[km])(?:__l0-(\d+))?")
-MODEL_IDS = ["gemma-2-2b", "gemma-2-9b"]
-MODEL_IDS += [
-    f"gemma-3-{size}{it}" for size in ("270m", "1b", "4b", "12b", "27b") for it in ("", "-it")
-]
+SIZES = ("270m", "1b", "4b", "12b", "27b")
+MODEL_IDS = ["gemma-2-2b", "gemma-2-9b", *(f"gemma-3-{n}{it}" for n in SIZES for it in ("", "-it"))]
 REPO = {model_id: default_source(f"google/{model_id}") for model_id in MODEL_IDS}
 REPO["gemma-2-9b-it"] = "google/gemma-scope-9b-it-res"
 # (modelId, width) -> average L0 of the id without suffix, for each block.
@@ -161,10 +151,7 @@ def page_of(repo: str, sae_id: str | None) -> tuple[str, str] | None:
     if sae is None or model_id is None:
         return None
     plain = f"{sae.layer}-gemmascope-{'2-' * sae.second}res-{sae.width}"
-    named = (
-        s
-        for s in (plain, f"{plain}__l0-{sae.l0}")
-        if sae_of(model_id, s) == (REPO[model_id], sae_id)
-    )
-    source_id = next(named, None)
-    return (model_id, source_id) if source_id else None
+    for source_id in (plain, f"{plain}__l0-{sae.l0}"):
+        if sae_of(model_id, source_id) == (REPO[model_id], sae_id):
+            return model_id, source_id
+    return None

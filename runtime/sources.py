@@ -54,7 +54,15 @@ def fetch(name: str | Path, kind: str, patterns: list[str]) -> Source:
     if not HUB_ID.fullmatch(str(name)) or ".." in str(name) or Path(name).suffix in FILES:
         known = "no such file or folder, and not a Hub id of the form owner/name"
         raise UserError(f"--{kind} {brief(name)}: {known}.")
-    return _download(str(name), kind, patterns)
+    from huggingface_hub import snapshot_download
+
+    repo, revision = split_revision(name)
+    with _hub_errors(repo, revision, kind):
+        # Without a network, snapshot_download itself returns a snapshot from its cache.
+        folder = snapshot_download(
+            repo, repo_type=REPO_TYPE[kind], revision=revision, allow_patterns=patterns
+        )
+    return Source(Path(folder), Path(folder).name)  # snapshots are stored under their commit hash
 
 
 def local(name: str | Path, kind: str) -> Path | None:
@@ -72,18 +80,6 @@ def split_revision(name: str) -> tuple[str, str | None]:
     """owner/name@revision -> (owner/name, revision); a name without one -> (name, None)."""
     repo, at, revision = str(name).partition("@")
     return repo, revision if at else None
-
-
-def _download(name: str, kind: str, patterns: list[str]) -> Source:
-    from huggingface_hub import snapshot_download
-
-    repo, revision = split_revision(name)
-    with _hub_errors(name, kind):
-        # Without a network, snapshot_download itself returns a snapshot from its cache.
-        folder = snapshot_download(
-            repo, repo_type=REPO_TYPE[kind], revision=revision, allow_patterns=patterns
-        )
-    return Source(Path(folder), Path(folder).name)  # snapshots are stored under their commit hash
 
 
 def check_upload(repo: str) -> None:
@@ -122,7 +118,7 @@ def list_files(name: str, kind: str) -> list[str]:
     from huggingface_hub import errors, get_cached_repo_tree, list_repo_files, resolve_revision
 
     repo, revision = split_revision(name)
-    with _hub_errors(name, kind):
+    with _hub_errors(repo, revision, kind):
         commit = resolve_revision(repo, repo_type=REPO_TYPE[kind], revision=revision)
         try:
             tree = get_cached_repo_tree(repo, repo_type=REPO_TYPE[kind], revision=commit)
@@ -132,23 +128,20 @@ def list_files(name: str, kind: str) -> list[str]:
 
 
 @contextmanager
-def _hub_errors(name: str, kind: str) -> Iterator[None]:
+def _hub_errors(repo: str, revision: str | None, kind: str) -> Iterator[None]:
     """Turn what the Hub's client raises into a UserError."""
     from huggingface_hub import errors
 
-    repo, revision = split_revision(name)
     try:
         yield
     except errors.GatedRepoError as e:
-        raise UserError(
-            f"--{kind} {repo}: gated on the Hub; accept its licence there and run `hf auth login`."
-        ) from e
+        why = "gated on the Hub; accept its licence there and run `hf auth login`"
+        raise UserError(f"--{kind} {repo}: {why}.") from e
     except errors.RevisionNotFoundError as e:
         raise UserError(f"--{kind} {repo}: the Hub has no revision {revision!r} of it.") from e
     except errors.RepositoryNotFoundError as e:
-        raise UserError(
-            f"--{kind} {repo}: no such {REPO_TYPE[kind]} on the Hub, nor a local path."
-        ) from e
+        why = f"no such {REPO_TYPE[kind]} on the Hub, nor a local path"
+        raise UserError(f"--{kind} {repo}: {why}.") from e
     except (errors.LocalEntryNotFoundError, errors.RevisionResolutionError) as e:
         why = f"the Hub did not answer and no whole copy is cached ({first_line(e)})"
         raise UserError(f"--{kind} {repo}: {why}.") from e

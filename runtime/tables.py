@@ -54,8 +54,7 @@ def resampled(values: Tensor, resamples: int, seed: int) -> Tensor:
 
 def percentiles(drawn: Tensor) -> tuple[Tensor, Tensor]:
     """95 % interval over the first axis: [B, ...] -> low [...], high [...]; nan is left out."""
-    low, high = torch.nanquantile(drawn, torch.tensor([0.025, 0.975], dtype=drawn.dtype), dim=0)
-    return low, high
+    return torch.nanquantile(drawn, drawn.new_tensor([0.025, 0.975]), dim=0).unbind()
 
 
 def interval(values: Tensor, resamples: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -124,10 +124,8 @@ def check_weights(path: Path, name: str, tensor: Tensor) -> None:
 
 def check_shapes(folder: Path, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """Raises UserError where names or shapes are not those of wanted, naming the first tensor."""
-    expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    held = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name in sorted(expected.keys() | held.keys()):
-        ours, theirs = expected.get(name, "nothing"), held.get(name, "nothing")
+    for name in sorted(wanted.keys() | state.keys()):
+        ours, theirs = (tuple(d[name].shape) if name in d else "nothing" for d in (wanted, state))
         if ours != theirs:
             found = f"config.json asks for {ours}, the file has {theirs}"
             raise UserError(f"{folder}: tensor {name}: {found}.")
