@@ -9,8 +9,8 @@ The markup is inserted as token ids and the content is encoded as plain text, so
 "<start_of_turn>" in a user's message stays text. For content without such literals the ids equal
 those of the whole rendered string, because the tokenizer splits text at special tokens anyway.
 
-A packed stream holds prompts with their continuations, without padding. Every forward pass of this
-project reads one:
+A packed stream holds prompts with their continuations, without padding. Every forward pass reads
+one, except a cached step of generation, which reads a Newest:
 
     tokens     p p p p w w w  l l l l  | next prompt ...
     position   0 1 2 3 4 5 6  4 5 6 7  | 0 1 ...
@@ -76,14 +76,14 @@ class Conversation(NamedTuple):
 
 
 def parse_row(where: str, row: dict) -> Conversation:
-    """Validate one row, which may have any of three layouts:
+    """Validate one row. The usual layouts are three; prompt and answers may mix their forms:
 
     - `chosen` and `rejected` are whole conversations that agree in all turns but the last; a
       `prompt` beside them is ignored;
     - `prompt` is a list of turns, `chosen` and `rejected` are lists of one message (TRL's layout);
     - `prompt` is a string, which becomes one user turn, and `chosen` and `rejected` are strings.
 
-    Raises UserError naming the row for any other layout, since training should not guess.
+    Raises UserError naming a row that has no such layout, because training must not guess.
     """
     sides = []
     for column in ("chosen", "rejected"):
@@ -111,7 +111,7 @@ def parse_row(where: str, row: dict) -> Conversation:
         # Gemma has no system role: the message is prefixed to the first user turn.
         prompt = [("user", f"{prompt[0][1].strip()}\n\n{prompt[1][1]}"), *prompt[2:]]
     if not prompt or prompt[-1][0] != "user" or any(role == "system" for role, _ in prompt):
-        rule = "must end with a user turn, a system message may only come first"
+        rule = "must end with a user turn, and only its first message may be a system message"
         raise UserError(f"{where}: the prompt {rule}.")
     prompt = [(role, content.strip()) for role, content in prompt]
     return Conversation(prompt, chosen[-1][1].strip(), rejected[-1][1].strip())
@@ -158,7 +158,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 class Encoder:
     """Turns -> token ids. Markup inside a message is encoded as text.
 
-    `learn` encodes many turns in a few calls, which is fast; the other methods look them up.
+    `learn` encodes many turns in a few calls, which is fast; the other methods look up what it has
+    encoded.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -202,7 +203,8 @@ def header_ids(tokenizer: Tokenizer) -> list[int]:
 def truncate(pair: Pair, max_length: int, max_prompt_length: int) -> Pair:
     """Shorten a pair of which prompt + longer response exceed max_length.
 
-    First the prompt keeps its last max_prompt_length tokens. If that is not enough, each response
+    First the prompt keeps its last max_prompt_length tokens, and so loses <bos>, as in TRL and in
+    the authors' code. If that is not enough, each response
     keeps its first max_length - max_prompt_length tokens.
     """
     prompt, chosen, rejected = pair

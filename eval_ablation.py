@@ -78,7 +78,9 @@ class Settings:
     bootstrap: int = flag(1000, "resamples of the pairs for each interval")
     seed: int = flag(0, "seed of the resamples and of the random controls")
     pairs: int | None = flag(None, "evaluate on this many pairs only, the first ones")
-    tokens_per_microbatch: int = flag(8192, "tokens in a forward pass; changes memory only")
+    tokens_per_microbatch: int = flag(
+        8192, "tokens in a forward pass; changes memory and speed only"
+    )
     model: str | None = flag(None, "base model, if no longer where the run recorded it")
     sae: str | None = flag(None, "SAE, if no longer where the run recorded it")
     sae_id: str | None = flag(None, "folder of the SAE in --sae")
@@ -277,7 +279,8 @@ def all_losses(policy: Policy, pairs: list[Pair], counts: list[int], masks: Tens
 def feature_usage(policy: Policy, pairs: list[Pair]) -> np.ndarray:
     """Share of positions at which each feature steers (v is not 0), float64 [F].
 
-    Positions are those of all p + w and p + l, without the first one, which is <bos>.
+    Positions are those of all p + w and p + l, without the first one, which is <bos> unless the
+    prompt was truncated.
     """
     used = torch.zeros(policy.steered.sae.d_sae, dtype=torch.float64, device=policy.device.name)
     positions = 0.0

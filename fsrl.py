@@ -4,7 +4,8 @@
     x' = decode(f + v) + (x - decode(f))           as the paper writes it; f: the SAE's features
        = x + v W_dec                               the same, because decode is affine
 
---adapter has two variants, which also train a threshold for each feature:
+--adapter has other kinds, which also train a threshold for each feature; jumprelu-log is jumprelu
+with log θ as the parameter:
 
     jumprelu         v = z 1[z > θ],  z = x W_aᵀ + b_a,  θ ≥ 0        Appendix C
     soft-threshold   v = sign(z) ReLU(|z| - τ),  z = x W_aᵀ + b_a     the authors' later work
@@ -40,11 +41,12 @@ STEER_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 21}
 STEER_ROWS = 256
 INIT_RANGE = 1e-9  # weights start within ± this, as the authors' do: close to the unsteered model
 
-# Values of --adapter. jumprelu-log trains log θ, as the authors' code does; saved as jumprelu.
+# Values of --adapter. jumprelu-log trains log θ, as the authors' code does. Its file is written as
+# jumprelu, because v is the same function of θ.
 KINDS = ("relu", "jumprelu", "jumprelu-log", "soft-threshold")
 THRESHOLD_INIT = {"jumprelu": 0.001, "jumprelu-log": 0.001, "soft-threshold": 0.0}
-# Width ε of the window that estimates θ's gradient. The authors train log θ with ε = 0.001, and it
-# hardly moves under Adam; θ itself with a wider ε does move.
+# Width ε of the window that estimates θ's gradient. The authors train log θ with ε = 0.001, where θ
+# hardly moves under Adam. θ itself with a wider ε does move.
 BANDWIDTH = {"jumprelu": 0.05, "jumprelu-log": 0.001}
 SILENT = -1e6  # bias of a silenced feature of jumprelu, further below θ than any ε
 
@@ -82,8 +84,8 @@ class Adapter(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         threshold = THRESHOLD_INIT.get(self.kind, 0.0)
         nn.init.uniform_(self.weight, -INIT_RANGE, INIT_RANGE, generator=generator)
-        # jumprelu's z starts at its threshold, as in the authors' code: further below it, neither
-        # values nor gradients would pass.
+        # jumprelu's z starts at θ, as in the authors' code. If it started far below θ, no feature
+        # would be active, and no gradient would reach the weights.
         nn.init.constant_(self.bias, threshold if self.activation == "jumprelu" else 0.0)
         if self.raw_threshold is not None:
             self.set_threshold(torch.full_like(self.bias, threshold))
@@ -100,7 +102,7 @@ class Adapter(nn.Module):
         if not (raw.isfinite() & (threshold >= 0)).all():
             least = "positive" if self.kind == "jumprelu-log" else "not negative"
             wanted = f"thresholds must be finite and {least} for --adapter {self.kind}"
-            raise UserError(f"--init-adapter: {wanted}.")
+            raise UserError(f"The adapter's {wanted}.")
         self.raw_threshold.copy_(raw)
 
     @torch.no_grad()
@@ -286,7 +288,7 @@ class PolicyModel(nn.Module):
 
 
 class SteeredModel(PolicyModel):
-    """A frozen model whose residual stream, after block `layer`, has v W_dec added to it.
+    """A frozen model whose residual stream is steered after block `layer` (see add).
 
     Raises UserError when layer, shapes, or the SAE recorded in the adapter do not fit.
     """
@@ -379,7 +381,7 @@ def _check_fit(model: Gemma2, sae: JumpReLUSAE, adapter: Adapter, layer: int) ->
         raise UserError(f"--sae {sae.source}: made for d_model {sae.d_model}, the model's is {d}.")
     has, wanted = tuple(adapter.weight.shape), (sae.d_sae, d)
     if has != wanted:
-        raise UserError(f"--init-adapter: its weight has shape {has}, the SAE calls for {wanted}.")
+        raise UserError(f"The adapter's weight has shape {has}, the SAE calls for {wanted}.")
 
     recorded = adapter.identity
     # The authors' format records only the id of its SAE.

@@ -51,7 +51,8 @@ def mean_logps(logps: Tensor, sequence: Tensor, lengths: Tensor) -> Tensor:
     """ℓ: token log-probabilities [N] -> their mean over each response, float64 [C].
 
     sequence [N]: which response a token belongs to. lengths [C]: tokens of each response. The sum
-    is float64, because float32 near -160 has steps of 1.5e-5, which β multiplies.
+    is float64: a response's log-probabilities add up to -160 and less, where float32 has steps of
+    1.5e-5, and β multiplies the error.
     """
     total = torch.zeros(len(lengths), dtype=torch.float64, device=logps.device)
     return total.index_add(0, sequence, logps.double()) / lengths

@@ -8,8 +8,8 @@
 
 --unit sets the unit of steering: a number, or `stream` for 1 % of the median norm of the residual
 stream. The L1 penalty counts v in this unit, and the learning rates of biases and thresholds are
-multiplied by it. The paper's unit is 1. The residual stream of Gemma 3 is about a hundred times as
-long as that of Gemma-2; with `stream`, the same --l1 and --lr have about the same effect on both.
+multiplied by it. The paper's unit is 1. The residual stream of Gemma 3 has about a hundred times
+the norm of Gemma-2's; with `stream`, the same --l1 and --lr have about the same effect on both.
 
 The main deviations from the paper and the authors' code (docs/paper.md lists all):
 
@@ -92,9 +92,13 @@ class Settings:
     schedule: str = flag("cosine", "of the learning rate; constant has no warm-up", SCHEDULES)
     max_grad_norm: float = flag(1.0, "clip the gradient's norm at this value; 0: do not clip")
     batch_size: int = flag(32, "pairs in each optimiser step")
-    tokens_per_microbatch: int = flag(8192, "tokens in a forward pass; changes memory only")
+    tokens_per_microbatch: int = flag(
+        8192, "tokens in a forward pass; changes memory and speed only"
+    )
     max_length: int = flag(DEFAULTS.max_length, "truncate when prompt + response have more tokens")
-    max_prompt_length: int = flag(DEFAULTS.max_prompt_length, "tokens a truncated prompt keeps")
+    max_prompt_length: int = flag(
+        DEFAULTS.max_prompt_length, "tokens a truncated prompt keeps; a response keeps the rest"
+    )
     adapter: str = flag("relu", "function from x W_aᵀ + b_a to the steering v", KINDS)
     init_adapter: str | None = flag(None, "start from this adapter: a folder or a Hub id")
     mask_features: str | None = flag(None, "json file that lists features which must never steer")
@@ -148,7 +152,7 @@ class Settings:
 
 
 class Scorer(NamedTuple):
-    """The settings of a forward pass over pairs, in training and in evaluation."""
+    """What every forward pass over pairs needs, in training and in evaluation."""
 
     beta: float
     gamma_ratio: float
@@ -169,7 +173,11 @@ class Penalty(NamedTuple):
     l0: float = 0.0  # λ, weight of the mean over positions of ‖v‖₀
 
     def added(self, found: dict[str, float]) -> dict[str, float]:
-        """Metrics with the columns `penalty` and `total` of metrics.jsonl added."""
+        """Metrics with the columns `penalty` and `total` of metrics.jsonl added.
+
+        A train row has the penalty of its step (none during --penalty-warmup-ratio), an eval row
+        the whole one.
+        """
         penalty = self.l1 * found["l1"] + self.l0 * found["l0"]
         return found | dict(penalty=penalty, total=found["loss"] + penalty)
 
@@ -180,7 +188,7 @@ class MicroBatch(NamedTuple):
     last: bool  # the last one of the step, whose backward sends the gradients
 
 
-def micro_batches(pairs: Sequence[Pair], tokens: int, who: Ranks = ALONE) -> Iterator[MicroBatch]:
+def rank_batches(pairs: Sequence[Pair], tokens: int, who: Ranks = ALONE) -> Iterator[MicroBatch]:
     """Pack this process's share of the pairs into micro-batches of at most so many tokens.
 
     All ranks run the same number of micro-batches, because collectives must match; a rank that runs
@@ -206,7 +214,7 @@ def backward(model: nn.Module, pairs: Sequence[Pair], penalty: Penalty, scorer: 
     """
     sums, positions = Sums.zero(scorer.device.name), data.positions(pairs)
     with scorer.device.autocast():
-        for batch in micro_batches(pairs, scorer.tokens, scorer.ranks):
+        for batch in rank_batches(pairs, scorer.tokens, scorer.ranks):
             ranks.synchronises(model, batch.last)
             scores = scorer.score(model, batch.packed)
             simpo_loss = scores.losses.loss.sum() / len(pairs)
@@ -234,7 +242,7 @@ def evaluate(
     look = dict(unit="pair", leave=False, shown=scorer.ranks.first)
     bar = progress_bar(total=len(pairs), desc="evaluating", **look)
     with no_gradient, scorer.device.autocast(), bar:
-        for batch in micro_batches(pairs, scorer.tokens, scorer.ranks):
+        for batch in rank_batches(pairs, scorer.tokens, scorer.ranks):
             scores = scorer.score(model, batch.packed)
             if batch.pairs:
                 sums = sums.plus(Sums.of(scores))
@@ -300,7 +308,7 @@ def make_optimizer(
 
 
 def train(s: Settings) -> Path:
-    """The whole run, alone or as one of torchrun's processes; returns the folder written."""
+    """Run everything, alone or as one of torchrun's processes; returns the folder written."""
     here = ranks.ranks_here()
     if s.resume and finished(Path(s.out)):
         if here.first:

@@ -124,7 +124,7 @@ def _counted(where: str, row: dict) -> np.ndarray:
 
 
 class Agreement(NamedTuple):
-    """Of a judge (predicted) with a person (true)."""
+    """How often a judge (predicted) agrees with a person (true)."""
 
     n: int
     accuracy: float

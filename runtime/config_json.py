@@ -43,7 +43,7 @@ def read(path: Path) -> dict:
             raw = {"model_type": TYPE3} | raw["text_config"]
         for key, allowed in ONLY.items():
             if not isinstance(raw.get(key), str | bool | None) or raw.get(key) not in allowed:
-                raise UserError(f"{path}: {key} is {raw.get(key)!r}; only Gemma 2 and 3 load.")
+                raise UserError(f"{path}: {key} is {raw.get(key)!r}; no Gemma 2 or 3 has that.")
         if "layer_types" not in raw and raw.get("sliding_window_pattern", 6) != 6:
             every = raw["sliding_window_pattern"]
             raise UserError(f"{path}: sliding_window_pattern is {every!r}, 6 was expected.")

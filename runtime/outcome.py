@@ -2,8 +2,8 @@
 
 The sentences are made from the rows of metrics.jsonl and from the answers before and after training
 (samples.json). They say which of the two responses became more or less likely, and warn where both
-became less likely (displacement), where answers repeat themselves (collapse), and where an earlier
-step was better (over-training).
+became less likely (displacement), where answers repeat themselves (collapse) or became much longer
+or shorter (length), and where an earlier step was better (over-training).
 """
 
 import json

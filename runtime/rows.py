@@ -100,19 +100,19 @@ def decode_row(where: str, row: dict | bytes) -> dict:
     """A row of read_rows as a dict. Raises UserError naming a row that is not a json object."""
     if isinstance(row, bytes):
         if len(row) > LONGEST_LINE:
-            raise UserError(f"{where}: a line of more than {LONGEST_LINE >> 20} MB.")
+            raise UserError(f"{where}: the line is longer than {LONGEST_LINE >> 20} MB.")
         try:
             row = json.loads(row.decode("utf-8-sig"))
         except (ValueError, RecursionError) as e:
             raise UserError(f"{where}: not a line of json ({brief(e)}).") from e
     if not isinstance(row, dict):
-        raise UserError(f"{where}: a json object was expected.")
+        raise UserError(f"{where}: a row must be a json object.")
     return row
 
 
 # --- labels and explanations: jsonl, json and csv, gzipped or not ---------------------------------
 
-KINDS = ("jsonl.gz", "json.gz", "csv.gz", "jsonl", "json", "csv")  # suffixes of files we read
+KINDS = ("jsonl.gz", "json.gz", "csv.gz", "jsonl", "json", "csv")  # suffixes that read understands
 LARGEST = 1 << 30  # bytes of an unpacked file; a million explanations take about 0.2 GB
 
 

@@ -71,8 +71,8 @@ def default_id(source: str | Path, layer: int, width: str | None = None) -> str 
     """The id of a layer's SAE of lowest average L0, which is the one that the paper uses.
 
     width: as in the names of the folders. None: 65k; in a local folder without a 65k SAE, any
-    width. Returns None for a local path without GemmaScope's names. Raises UserError where the Hub
-    repository holds none.
+    width. Returns None for a local path whose folders have other names. Raises UserError where the
+    Hub repository holds none.
     """
     folder = local(source, "sae")
     if folder is not None:

@@ -453,7 +453,7 @@ def test_a_text_or_line_beyond_the_limit_is_a_bad_row(tokenizer, tmp_path, monke
     with pytest.raises(UserError, match="row 1: `chosen` holds more than 50 characters"):
         load_pairs(path, tokenizer)
     path = write(tmp_path / "lines.jsonl", good | dict(prompt="y" * 5000), good)
-    with pytest.raises(UserError, match="row 0: a line of more than"):
+    with pytest.raises(UserError, match="row 0: the line is longer than"):
         load_pairs(path, tokenizer)
     assert len(load_pairs(path, tokenizer, on_bad_row="skip")) == 1
 
