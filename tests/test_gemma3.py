@@ -224,6 +224,21 @@ def test_a_saved_folder_loads_in_transformers(tmp_path, golden):
     torch.testing.assert_close(logits, golden["logits"], atol=1e-4, rtol=0)
 
 
+def test_a_pattern_of_windows_that_no_gemma_has_is_refused(tmp_path):
+    raw = json.loads((FOLDER / "config.json").read_text())
+    raw = {key: value for key, value in raw.items() if key != "layer_types"}
+    assert config(tmp_path, raw | dict(sliding_window_pattern=6)).layer_types[5] == FULL
+    with pytest.raises(UserError, match="sliding_window_pattern is 4"):
+        config(tmp_path, raw | dict(sliding_window_pattern=4))
+
+
+def test_the_rotary_factor_stands_where_transformers_4_and_5_read_it(tmp_path):
+    Gemma2.from_pretrained(FOLDER).config.to_json(tmp_path / "config.json", torch.float32)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for place in (raw["rope_scaling"], raw["rope_parameters"][FULL]):
+        assert (place["rope_type"], place["factor"]) == ("linear", 8.0)
+
+
 @pytest.mark.parametrize("model_type", ["gemma3n", "llama", "gemma"])
 def test_another_family_is_refused_in_a_sentence(tmp_path, model_type):
     raw = json.loads((FOLDER / "config.json").read_text()) | dict(model_type=model_type)
