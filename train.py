@@ -340,13 +340,12 @@ def prepare(s: Settings, device: Device, who: Ranks) -> Job:
     place = device._replace(name="cpu") if s.shard else device
     new = (s.full, s.adapter, s.init_adapter, s.mask_features, s.seed)
     policy = new_policy(recorded, place, *new)
-    found = load_preferences(recorded, policy.tokenizer, who.first)
-    pairs, eval_pairs, files, *revisions = found
+    pairs, eval_pairs, files, *revisions = load_preferences(recorded, policy.tokenizer, who.first)
     if len(pairs) < s.batch_size:
         short = f"{len(pairs)} training pairs, fewer than --batch-size {s.batch_size}"
         raise UserError(f"--data {s.data}: {short}.")
     unit = 1.0 if s.full else steering_unit(policy, s.unit, pairs)
-    if resume and who.first and holds_run(out):
+    if resume and who.first and (out / "config.json").is_file() and holds_run(out):
         unit = started_with(out).get("unit", unit)  # another device could round it otherwise
     policy = policy._replace(device=device)
     if not who.first:

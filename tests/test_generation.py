@@ -502,7 +502,7 @@ def test_control_characters_are_written_out(say, tiny_run, tmp_path):
     [
         (b'{"text": "no prompt"}\n', "row 0: `prompt` must be text"),
         (b'{"prompt": "Why?"}\n{"prompt"\n', "row 1: not a line of json"),
-        (b'{"prompt": "Why?"}\n[1, 2]\n', "row 1: a json object"),
+        (b'{"prompt": "Why?"}\n[1, 2]\n', "row 1: a row must be a json object"),
         (b'{"prompt": [{"role": "judge", "content": "x"}]}\n', "row 0: unknown role"),
         (b'{"prompt": "\xff"}\n', "row 0: not a line of json"),
         (b'{"prompt": "\\ud800"}\n', "row 0: `prompt` holds half a character"),
