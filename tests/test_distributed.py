@@ -145,18 +145,17 @@ def test_when_one_process_dies_the_others_end_and_say_so(tmp_path):
     )
 
 
-def test_a_process_that_hangs_ends_all_after_the_timeout(tmp_path):
+@pytest.fixture(scope="module")
+def hanging(tmp_path_factory):
+    """A run of two processes, of which one is stopped; the other gives up after a while."""
+    out = tmp_path_factory.mktemp("hanging") / "run"
     flags = ("--max-steps", 100_000, "--timeout", 0.1)  # minutes
-    run = Run([*GOLDEN_FLAGS, "--out", tmp_path / "run", *ADAPTER, *flags], processes=2)
-    wait_for(
-        lambda: (tmp_path / "run/metrics.jsonl").exists() and len(metrics(tmp_path / "run")) > 2
-    )
+    run = Run([*GOLDEN_FLAGS, "--out", out, *ADAPTER, *flags], processes=2)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 2)
     os.kill(run.processes[1].pid, signal.SIGSTOP)
-    run.processes[0].join(30)
-    said = run.text(0)
+    yield run
     run.kill()
     run.wait()
-    assert "Rank 0 ends" in said and "waited 0.1 minutes" in said
 
 
 def wait_for(condition, timeout=60):
@@ -166,9 +165,9 @@ def wait_for(condition, timeout=60):
         time.sleep(0.02)
 
 
-def test_two_hosts_survive_the_loss_of_a_process(tmp_path, alone):
+def test_two_hosts_survive_the_loss_of_a_process(tmp_path, alone, hanging):
     """Two torchrun agents on two loopback addresses meet by c10d; one worker is killed, both start
-    again and resume.
+    again and resume. (The timeout of the next test passes meanwhile.)
     """
     out, port = tmp_path / "run", free_port()
     flags = (*ADAPTER, "--max-steps", 20, "--checkpoint-every", 1)
@@ -214,6 +213,12 @@ def test_two_hosts_survive_the_loss_of_a_process(tmp_path, alone):
     assert [row["step"] for row in metrics(out)] == [*range(1, 21)]
     one, many = weights(alone(*flags)), weights(out)
     assert all((many[name] - w).norm() <= 1e-4 * w.norm() for name, w in one.items())
+
+
+def test_a_process_that_hangs_ends_all_after_the_timeout(hanging):
+    hanging.processes[0].join(30)
+    said = hanging.text(0)
+    assert "Rank 0 ends" in said and "waited 0.1 minutes" in said
 
 
 def worker_of(agent: int) -> int:
