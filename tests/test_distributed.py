@@ -109,10 +109,13 @@ def test_slices_in_bfloat16_compute_what_one_process_does(tmp_path, alone, flags
 
 
 def test_a_mistake_is_said_once_by_whoever_makes_it(tmp_path):
-    ends = golden(tmp_path / "run", "--data", tmp_path / "nothing.jsonl", processes=2)
+    out, nothing = ("--out", tmp_path / "run"), ("--data", tmp_path / "nothing.jsonl")
+    both = Run([*GOLDEN_FLAGS, *out, *nothing], processes=2)
+    one = Run([*GOLDEN_FLAGS, *out], processes=2, call=fail_on_rank_1)
+    ends = both.wait()
     assert [end.returncode for end in ends] == [2, 2]
     assert sorted(end.stderr.count("nothing.jsonl") for end in ends) == [0, 1]
-    ends = golden(tmp_path / "run", processes=2, call=fail_on_rank_1)
+    ends = one.wait()
     assert [end.returncode for end in ends] == [2, 2]
     assert "trouble" not in ends[0].stderr  # it says how many rows are used, and no more
     assert ends[1].stderr == "rank 1's own trouble.\n"

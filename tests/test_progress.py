@@ -40,13 +40,18 @@ cli.run(main)
 """
 
 
-def on_terminal(*arguments) -> tuple[str, list[str]]:
-    """Standard output, and the lines that a terminal of 100 columns was sent on standard error."""
+def on_terminal(*arguments) -> tuple[subprocess.Popen, int]:
+    """A process whose standard error is a terminal of 100 columns, and our end of that."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     command = [sys.executable, *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs, text=True)
     os.close(theirs)
+    return process, ours
+
+
+def ended(process: subprocess.Popen, ours: int) -> tuple[str, list[str]]:
+    """Standard output, and the lines that the terminal was sent."""
     sent = b""
     while True:
         try:
@@ -59,21 +64,19 @@ def on_terminal(*arguments) -> tuple[str, list[str]]:
     return said, [line for line in re.split(r"[\r\n]+", sent.decode()) if line.strip()]
 
 
-def test_a_terminal_shows_one_line_which_bars_inside_move():
-    said, lines = on_terminal("-c", WORK)
+def test_a_terminal_shows_one_line_which_bars_inside_move_and_elsewhere_there_is_none():
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    logged = subprocess.Popen([sys.executable, "-c", WORK], cwd=ROOT, **pipes)
+    shown, quiet = on_terminal("-c", WORK), on_terminal("-c", WORK, "--quiet")
+    assert ended(*quiet) == ("said\n", [])
+    assert logged.communicate() == ("said\n", "") and logged.returncode == 0
+    said, lines = ended(*shown)
     assert said == "said\n"
     shape = r"work(, \w+)?: (\d+\.\d) of 10 passes, \d\d:\d\d so far, [\d:?]+ to go"
     found = [re.fullmatch(shape, line.strip()) for line in lines]
     assert all(found), lines
     assert [m[2] for m in found if m[1] == ", first"][1:4] == ["1.0", "2.0", "3.0"]
     assert found[-1][1] == ", second" and found[-1][2] == "10.0"
-
-
-def test_nothing_is_shown_in_a_log_nor_under_quiet():
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen([sys.executable, "-c", WORK], cwd=ROOT, **pipes) as logged:
-        assert on_terminal("-c", WORK, "--quiet") == ("said\n", [])  # meanwhile
-        assert logged.communicate() == ("said\n", "") and logged.returncode == 0
 
 
 def test_a_line_that_fails_lets_the_next_bar_show_itself(capsys):
