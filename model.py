@@ -159,6 +159,11 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
+    def reset_parameters(self) -> None:
+        """No start values: files or init_weights set them. On the meta device torch would import
+        code for a second to compute none.
+        """
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
 
@@ -248,9 +253,10 @@ class Block(nn.Module):
 class Body(nn.Module):
     def __init__(self, config: Gemma2Config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        V, d = config.vocab_size, config.hidden_size
+        self.embed_tokens = nn.Embedding(V, d, _weight=torch.empty(V, d))  # see Linear
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(d, config.rms_norm_eps)
 
 
 class Gemma2(nn.Module):
