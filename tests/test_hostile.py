@@ -531,7 +531,7 @@ def ended_well(end: dict) -> bool:
         return False
     if fault in ("full", "full stdout"):
         return code == 2 and bool(re.search(r"(written|space left).*\.$", last_sentence(said)))
-    saved = code == 0 and "Saved after step" in said
+    saved = code == 0 and bool(re.search("Saved after step|before the first step", said))
     return (
         dict(
             unread=code == 0,
