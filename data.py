@@ -203,9 +203,8 @@ def header_ids(tokenizer: Tokenizer) -> list[int]:
 def truncate(pair: Pair, max_length: int, max_prompt_length: int) -> Pair:
     """Shorten a pair of which prompt + longer response exceed max_length.
 
-    First the prompt keeps its last max_prompt_length tokens, and so loses <bos>, as in TRL and in
-    the authors' code. If that is not enough, each response
-    keeps its first max_length - max_prompt_length tokens.
+    First the prompt keeps its last max_prompt_length tokens, and so loses <bos>. If that is not
+    enough, each response keeps its first max_length - max_prompt_length tokens.
     """
     prompt, chosen, rejected = pair
     longer = max(len(chosen), len(rejected))

@@ -326,7 +326,7 @@ class Job(NamedTuple):
     policy: Policy
     pairs: list[Pair]
     eval_pairs: list[Pair]  # empty where there is no evaluation data
-    unit: float  # of steering (--unit)
+    unit: float  # of steering (--unit), on rank 0
     out: Path | None  # the folder to write, on rank 0
     config: dict  # content of config.json, on rank 0
 
@@ -344,13 +344,13 @@ def prepare(s: Settings, device: Device, who: Ranks) -> Job:
     if len(pairs) < s.batch_size:
         short = f"{len(pairs)} training pairs, fewer than --batch-size {s.batch_size}"
         raise UserError(f"--data {s.data}: {short}.")
-    unit = 1.0 if s.full else steering_unit(policy, s.unit, pairs)
-    if resume and who.first and (out / "config.json").is_file() and holds_run(out):
-        unit = started_with(out).get("unit", unit)  # another device could round it otherwise
-    policy = policy._replace(device=device)
     if not who.first:
-        return Job(policy, pairs, eval_pairs, unit, None, {})
+        return Job(policy._replace(device=device), pairs, eval_pairs, 1.0, None, {})
 
+    resumes = resume and (out / "config.json").is_file() and holds_run(out)
+    began = started_with(out) if resumes else {}  # another device could round the unit otherwise
+    unit = began.get("unit") or (1.0 if s.full else steering_unit(policy, s.unit, pairs))
+    policy = policy._replace(device=device)
     if not eval_pairs:
         print(
             f"{s.data} has no test split, so the run evaluates nothing and cannot warn of "

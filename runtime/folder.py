@@ -172,12 +172,11 @@ class Run:
         if self.file is None:
             return
         self.file.seek(0)
-        end = 0
+        end, again = 0, step == self.steps or self.evaluates(step)
         for line in self.file:
             row = _row(line)
             if row is None or row["step"] > step:
                 break
-            again = step == self.steps or self.evaluates(step)
             if row["step"] == step and row["split"] == "eval" and again:
                 break  # the resumed run evaluates this step again
             self.rows.append(row)
