@@ -18,10 +18,12 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 import typing
 from collections.abc import Callable
+from multiprocessing import connection
 from pathlib import Path
 
 from forked import server
@@ -378,6 +380,10 @@ def _restore(folder: Path, before: dict[str, bytes | None]) -> None:
 
 # --- processes ------------------------------------------------------------------------------------
 
+# Process.start() also reads how other processes ended. If the thread that waits for one of them
+# reads that at the same time, it finds nothing and reports exit code 255.
+ONE_AT_A_TIME = threading.Lock()
+
 
 def job(what: Callable, arguments: tuple, env: dict, answer: str) -> None:
     """Target of a process: write what(*arguments) to the file `answer` as json."""
@@ -391,7 +397,10 @@ def answered(folder: Path, what: Callable, *arguments, seconds: float = 1800):
     path = folder.parent / f"{folder.name}.json"
     env = dict(FSRL_CACHE=os.environ["FSRL_CACHE"], HF_HUB_OFFLINE="1")
     process = server().Process(target=job, args=(what, arguments, env, str(path)), daemon=True)
-    process.start()
-    process.join(seconds)
+    with ONE_AT_A_TIME:
+        process.start()
+    connection.wait([process.sentinel], seconds)
+    with ONE_AT_A_TIME:
+        process.join(0)
     assert process.exitcode == 0 and path.exists(), f"{path.stem}: {process.exitcode}"
     return json.loads(path.read_text())
