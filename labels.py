@@ -65,7 +65,7 @@ def load_labels(path: str | Path, sae: JumpReLUSAE, assume_match: bool = False) 
     for a row that cannot be read, naming it.
     """
     path = Path(path)
-    header, found = read_rows(path)
+    header, found = read_header_and_rows(path)
     stated = stated_sae(path, header, found)
     matched = _matches(path, stated, sae, assume_match)
     given = said(path, enumerate(found, start=1))
@@ -139,7 +139,7 @@ def says(where: str, row: dict, column: str) -> bool | None:
     return SAYS[word]
 
 
-def read_rows(path: str | Path, file: BinaryIO | None = None) -> tuple[dict, list[dict]]:
+def read_header_and_rows(path: str | Path, file: BinaryIO | None = None) -> tuple[dict, list[dict]]:
     """(header, rows) of any file that runtime/rows.py reads; the header of other formats is {}.
 
     Raises UserError naming the file, and the row that cannot be read.

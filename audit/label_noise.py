@@ -11,7 +11,7 @@ from torch import Tensor
 
 from audit.counting import relative_change
 from labelling.sheets import Given, read_given
-from labels import Labels, read_rows, sae_name
+from labels import Labels, read_header_and_rows, sae_name
 from runtime.messages import brief
 from runtime.sources import UserError
 
@@ -99,6 +99,6 @@ def _judged(given: Given, table: Labels, category: str) -> Judged:
 
 def _first_row(path: str, category: str) -> str:
     """Names the row of a file that first names a category; the file alone for a sheet's column."""
-    _, rows = read_rows(Path(path))
+    _, rows = read_header_and_rows(Path(path))
     numbers = (i for i, row in enumerate(rows, start=1) if row.get("category") == category)
     return " row ".join([path, *(str(i) for i in list(numbers)[:1])])

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from labelling.label import main as run_labelling
-from labels import read_rows
+from labels import read_header_and_rows
 from runtime import cli
 from runtime.cli import flag
 from tests.judge import AXBENCH, TINY, Server, fill, realised
@@ -52,7 +52,7 @@ def memory() -> float:
 
 def texts(n: int) -> list[str]:
     """n made-up explanations: beginnings and ends of real ones."""
-    real = [row["description"].split() for row in read_rows(AXBENCH)[1]]
+    real = [row["description"].split() for row in read_header_and_rows(AXBENCH)[1]]
     draw = random.Random(0)
     halves = ((draw.choice(real), draw.choice(real)) for _ in range(n))
     return [" ".join([*a[: (len(a) + 1) // 2], *b[len(b) // 2 :]]) for a, b in halves]
@@ -84,7 +84,7 @@ def endpoint(folder: Path, flags: list, concurrency: int) -> None:
 
 def million(folder: Path, flags: list) -> None:
     seconds = label(folder, *flags, "--judge", "retrieval", "--ask", 400)
-    rows = read_rows(folder / "labels.jsonl")[1]
+    rows = read_header_and_rows(folder / "labels.jsonl")[1]
     right = sum(row["label"] == ("code" in row["description"]) for row in rows) / len(rows)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(f"{len(rows):,} features in {seconds:.0f} s; peak {peak:,.0f} MiB; right {right:.4f}")
@@ -98,7 +98,7 @@ def tiny(folder: Path, url: str) -> None:
     explained = ["--explanations", "tiny", "--categories", str(two)]
     run_labelling([*explained, "--sample", "300", "--out", str(sheet)])
     fill(sheet, lambda k, name: truth[k] == name)
-    learned = {int(row["feature"]) for row in read_rows(sheet)[1]}
+    learned = {int(row["feature"]) for row in read_header_and_rows(sheet)[1]}
     judges = {
         "endpoint": ("judge", (), ["--endpoint", url]),
         "retrieval": ("nearest", (), ["--endpoint", url, "--ask", 300]),

@@ -43,7 +43,7 @@ def read_explanations(
     counts = dict.fromkeys(("rows", "empty", "padded", "repeated", "several"), 0)
     stated, first, kind = None, None, "fires"
     for path, file in _files(name):
-        header, found = labels.read_rows(path, file)
+        header, found = labels.read_header_and_rows(path, file)
         if source is not None:
             found = [r for r in found if f"{r.get('modelId')}/{r.get('layer')}" == source]
         if header or found:

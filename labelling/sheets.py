@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from labelling.explanations import Explanations
-from labels import SAE_KEYS, SHEET, read_rows, sae_name, said, says
+from labels import SAE_KEYS, SHEET, read_header_and_rows, sae_name, said, says
 from runtime.messages import brief
 from runtime.output import write_whole
 from runtime.sources import UserError
@@ -81,7 +81,7 @@ def read_given(path: str | Path) -> Given:
     without a label.
     """
     path = Path(path)
-    header, rows = read_rows(path)
+    header, rows = read_header_and_rows(path)
     counts: dict[str, np.ndarray] = {}
     others = []
     for number, row in enumerate(rows, start=1):

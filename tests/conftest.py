@@ -63,7 +63,7 @@ def audited(tiny_run, tmp_path_factory) -> tuple[Path, tuple]:
 
     folder = tmp_path_factory.mktemp("audit")
     out = shutil.copytree(tiny_run, folder / "run")
-    _, rows = labels.read_rows(tiny.LABELS_DIR / "fires.jsonl")
+    _, rows = labels.read_header_and_rows(tiny.LABELS_DIR / "fires.jsonl")
     for row in rows:
         row["description"] = HOSTILE
     header = dict(kind="fires", sae="tiny", sae_id=tiny.SAE_ID, judge="<b>nobody</b>")

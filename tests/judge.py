@@ -14,12 +14,12 @@ import pytest
 from labelling import endpoint, sheets
 from labelling.endpoint import LARGEST_REPLY
 from labelling.label import main
-from labels import SHEET, read_rows
+from labels import SHEET, read_header_and_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 AXBENCH = ROOT / "tests" / "data" / "axbench_explanations.jsonl"
 SOURCE, OTHER = "gemma-2-2b/20-gemmascope-res-16k", "gemma-2-9b-it/20-gemmascope-res-131k"
-TINY = read_rows(ROOT / "tiny" / "labels" / "fires.jsonl")[1]
+TINY = read_header_and_rows(ROOT / "tiny" / "labels" / "fires.jsonl")[1]
 
 
 class Server(ThreadingHTTPServer):
@@ -220,11 +220,13 @@ def run(*arguments, **options):
 
 
 def rows_of(path: Path) -> dict[tuple[int, str], dict]:
-    return {(row["feature"], row["category"]): row for row in read_rows(path)[1]}
+    return {(row["feature"], row["category"]): row for row in read_header_and_rows(path)[1]}
 
 
 def truth_of(path: Path) -> dict[int, bool]:
-    return {int(row["index"]): "code" in row["description"] for row in read_rows(path)[1]}
+    return {
+        int(row["index"]): "code" in row["description"] for row in read_header_and_rows(path)[1]
+    }
 
 
 def realised(

@@ -17,7 +17,7 @@ from labelling.categories import OURS, question, read_categories
 from labelling.explanations import read_explanations
 from labelling.label import main
 from labelling.sheets import read_given
-from labels import load_labels, read_rows
+from labels import load_labels, read_header_and_rows
 from runtime.sources import UserError
 from sae import JumpReLUSAE
 
@@ -191,7 +191,7 @@ def test_a_blind_sheet_filled_in_gives_the_agreement(serve, one, tmp_path, capsy
     flags = dict(explanations=AXBENCH, source=SOURCE, categories=one)
     run(**flags, endpoint=server.url, judge_model="judge", out=out)
     run(**flags, sample=100, out=sheet)
-    text = {int(r["index"]): r["description"] for r in read_rows(AXBENCH)[1][:300]}
+    text = {int(r["index"]): r["description"] for r in read_header_and_rows(AXBENCH)[1][:300]}
     with open(sheet, newline="") as file:
         rows = list(csv.DictReader(file))
     assert len({row["feature"] for row in rows}) == 100 and {row["code"] for row in rows} == {""}

@@ -15,7 +15,7 @@ from conftest import ROOT
 from judge import AXBENCH, SOURCE, rows_of, run, truth_of
 
 from labelling.categories import OURS, question, read_categories
-from labels import read_rows
+from labels import read_header_and_rows
 from runtime.sources import UserError
 
 pytest_plugins = ("judge",)
@@ -49,7 +49,7 @@ def test_every_feature_is_asked_once_in_the_structured_form_the_server_offers(
         schema = server.asked[0]["response_format"]["json_schema"]
         assert schema["strict"] and schema["schema"]["properties"]["label"]["enum"] == ["yes", "no"]
     assert "4,000 prompt tokens, 80 answered" in capsys.readouterr().out
-    header, _ = read_rows(out)
+    header, _ = read_header_and_rows(out)
     assert header["sae"] == "google/gemma-scope-2b-pt-res" and header["judge"] == "judge"
     assert (
         header["sae_id"] == "layer_20/width_16k/average_l0_71"
@@ -112,12 +112,12 @@ def test_an_answer_without_a_label_is_counted_and_never_guessed_nor_asked_again(
         )
         assert "34 answered, 1 off-enum, 2 refused, 3 unparsable" in capsys.readouterr().out
     assert len(server.asked) == 40
-    assert len(rows_of(out)) == 34 and read_rows(out)[0]["unlabelled"] == {"code": 6}
+    assert len(rows_of(out)) == 34 and read_header_and_rows(out)[0]["unlabelled"] == {"code": 6}
     without = [body["messages"][1]["content"] for body in server.asked[:6]]
     category = read_categories(one)[0]
     by_text = {
         question(category, row["description"].strip())[1]["content"]: int(row["index"])
-        for row in read_rows(some)[1]
+        for row in read_header_and_rows(some)[1]
     }
     assert not {(by_text[text], "code") for text in without} & rows_of(out).keys()
 
@@ -317,7 +317,7 @@ def test_the_dry_run_counts_and_asks_nobody(serve, some, tmp_path, capsys):
     flags = dict(explanations=some, out=out, price_in=2, price_out=8)
     run("--dry-run", **flags)  # needs neither an endpoint nor a model
     said = capsys.readouterr().out
-    texts = [row["description"].strip() for row in read_rows(some)[1]]
+    texts = [row["description"].strip() for row in read_header_and_rows(some)[1]]
     asked = [question(c, t) for c in read_categories(OURS) for t in texts]
     characters = sum(len(message["content"]) for messages in asked for message in messages)
     cost = (characters / 4 * 2 + 80 * 8 * 8) / 1e6

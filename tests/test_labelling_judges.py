@@ -13,7 +13,7 @@ import pytest
 import torch
 from judge import AXBENCH, SOURCE, TINY, fill, realised, rows_of, run
 
-from labels import load_labels, read_rows
+from labels import load_labels, read_header_and_rows
 from runtime.sources import UserError
 from sae import JumpReLUSAE
 
@@ -45,7 +45,7 @@ def test_retrieval_asks_about_a_few_and_says_how_well_it_labels_the_rest(
     flags = dict(explanations="tiny", categories=categories, judge="retrieval", ask=300, out=out)
     run(**flags, endpoint=server.url, judge_model="judge")
     assert len(server.asked) == 600 and len(rows_of(out)) == 2 * len(truth)
-    expected = read_rows(out)[0]["expected"]
+    expected = read_header_and_rows(out)[0]["expected"]
     assert {a.accuracy for a in realised(out, truth, "judge").values()} == {1.0}
     for name, a in realised(out, truth, "nearest").items():
         assert a.n == len(truth) - 300 and a.mcc > 0.6
@@ -83,7 +83,7 @@ def test_the_linear_model_learns_from_a_small_file(tiny_truth, tmp_path):
     run(explanations="tiny", categories=categories, sample=250, out=sheet)
     learned = {int(row["feature"]) for row in fill(sheet, lambda k, name: truth[k] == name)}
     run(explanations="tiny", categories=categories, judge="local", train=sheet, out=out)
-    expected = read_rows(out)[0]["expected"]
+    expected = read_header_and_rows(out)[0]["expected"]
     for name, a in realised(out, truth, "linear", learned).items():
         assert a.n == len(truth) - 250 and a.mcc > 0.6
         assert abs(a.accuracy - expected[name]["accuracy"]) < 0.06

@@ -21,7 +21,7 @@ from conftest import ROOT, script
 from forked import free_port
 from judge import AXBENCH
 
-from labels import read_rows
+from labels import read_header_and_rows
 
 NEEDS = ("transformers", "fastapi", "uvicorn", "openai")  # of pip install transformers[serving]
 missing = [name for name in NEEDS if not importlib.util.find_spec(name)]
@@ -130,6 +130,6 @@ def test_a_model_judges_and_a_killed_server_costs_no_answer(serve, tmp_path):
         assert result.returncode == 2 and not out.exists()
         return
     assert result.returncode == 0, told
-    header, rows = read_rows(out)
+    header, rows = read_header_and_rows(out)
     assert len(rows) == outcomes["answered"]
     assert sum(header["unlabelled"].values()) == 16 - outcomes["answered"]

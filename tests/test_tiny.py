@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from labels import read_rows
+from labels import read_header_and_rows
 from runtime.sources import UserError, sha256
 from sae import JumpReLUSAE
 from tiny import (
@@ -115,7 +115,7 @@ def test_an_unknown_cause_is_refused():
 
 def test_built_files_agree_with_their_provenance():
     for kind in ("fires", "promotes"):
-        header, rows = read_rows(LABELS_DIR / f"{kind}.jsonl")
+        header, rows = read_header_and_rows(LABELS_DIR / f"{kind}.jsonl")
         assert (header["kind"], header["sae_id"]) == (kind, SAE_ID)
         assert header["sae_sha256"] == sha256(SAE_DIR / SAE_ID / "params.npz")
         assert header["model_sha256"] == sha256(MODEL_DIR / "model.safetensors")
@@ -162,7 +162,7 @@ def test_quality_holds_and_notices_a_shuffled_sae(built):
 
 def test_firing_labels_hold_on_other_texts(built):
     model, tokenizer, sae = built
-    rows = read_rows(LABELS_DIR / "fires.jsonl")[1]
+    rows = read_header_and_rows(LABELS_DIR / "fires.jsonl")[1]
     fires = measure.firing(model, sae, tokenizer, world.corpus(150, 7), LAYER)
     clear = [row for row in rows if row["purity"] >= 0.8 and fires.count[int(row["index"])] >= 10]
     agree = [
@@ -175,7 +175,11 @@ def test_firing_labels_hold_on_other_texts(built):
 def test_promotion_labels_hold_on_other_texts(built):
     """Of the features that clearly promote one label, in the shape in which they were written."""
     model, tokenizer, sae = built
-    rows = [row for row in read_rows(LABELS_DIR / "promotes.jsonl")[1] if row["purity"] >= 0.8]
+    rows = [
+        row
+        for row in read_header_and_rows(LABELS_DIR / "promotes.jsonl")[1]
+        if row["purity"] >= 0.8
+    ]
     clear = [int(row["index"]) for row in rows]
     arrays = {name: getattr(sae, name)[clear] for name in ("W_dec", "b_enc", "threshold")}
     some = JumpReLUSAE(arrays | {"W_enc": sae.W_enc[:, clear], "b_dec": sae.b_dec})
@@ -189,7 +193,10 @@ def test_promotion_labels_hold_on_other_texts(built):
     written = measure.label_rows(tokenizer, fires, promotes, build.MODEL_ID, "")
     live = int(fires.count.argmax())
     assert written["promotes"][live].keys() == rows[0].keys()
-    assert written["fires"][live].keys() == read_rows(LABELS_DIR / "fires.jsonl")[1][0].keys()
+    assert (
+        written["fires"][live].keys()
+        == read_header_and_rows(LABELS_DIR / "fires.jsonl")[1][0].keys()
+    )
 
 
 def test_a_layer_that_is_not_there_is_refused():

@@ -403,7 +403,7 @@ def check(texts: int = CHECK_TEXTS) -> None:
         "size of the built files": f"{size / 1e6:.2f} MB",
     }
     for kind, what in (("fires", "where they fire"), ("promotes", "what they promote")):
-        rows = labels.read_rows(LABELS_DIR / f"{kind}.jsonl")[1]
+        rows = labels.read_header_and_rows(LABELS_DIR / f"{kind}.jsonl")[1]
         counts = Counter(row["category"] or "dead" for row in rows).most_common()
         table[f"features by {what}"] = ", ".join(f"{category} {n}" for category, n in counts)
     for name, value in table.items():
