@@ -26,6 +26,7 @@ Intervals are 95 % percentile intervals over pairs, which are drawn with replace
 between two conditions is resampled as a difference, pair by pair.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -149,6 +150,7 @@ def described_run(policy: Policy, source: str, pairs: list[Pair], labels: list[d
         adapter_sha256=adapter_sha256(policy.folder),
         data=source,
         pairs=len(pairs),
+        pairs_sha256=hashlib.sha256(repr(pairs).encode()).hexdigest(),  # of their token ids
         base_model=policy.recorded.model,
         layer=policy.steered.layer,
         d_model=sae.d_model,
@@ -455,11 +457,17 @@ def conditions(e: Evaluation, s: Settings) -> int:
     return 3 + len(s.keep) + categories * (2 + s.random_sets)
 
 
-def write(e: Evaluation, found: Results, folder: Path, masks: Path) -> None:
+def about_tables(e: Evaluation, s: Settings) -> dict:
+    """The `about` of topk and ablation."""
+    return e.about | dict(keep=s.keep, rounding=s.rounding, random_sets=s.random_sets)
+
+
+def write(e: Evaluation, s: Settings, found: Results, folder: Path, masks: Path) -> None:
     """Write the tables topk and ablation into `folder` and the sets of features into `masks`."""
-    write_table(folder, "topk", e.about | dict(labels=[]), [row._asdict() for row in found.topk])
+    about = about_tables(e, s)
+    write_table(folder, "topk", about | dict(labels=[]), [row._asdict() for row in found.topk])
     if found.ablation:
-        write_table(folder, "ablation", e.about, [row._asdict() for row in found.ablation])
+        write_table(folder, "ablation", about, [row._asdict() for row in found.ablation])
     for x in found.sets:
         write_mask(masks, x)
 
@@ -475,7 +483,7 @@ def summary(found: Results) -> str:
     base, *curve, policy = found.topk
     lines = [f"SimPO loss {base.loss:.3f} with the base model, {policy.loss:.3f} with the policy."]
     enough = next((row for row in curve if row.recovered >= MOST), None)
-    if enough:
+    if enough and policy.loss < base.loss:
         lines.append(
             f"With only the {enough.features:,} strongest features at each position (of the rows "
             f"of topk) it keeps {enough.recovered:.0%} of that gain."
@@ -502,7 +510,7 @@ def main() -> None:
     found = evaluate(evaluation, s)
     eval_folder = evaluation.out / "eval"
     with publish(eval_folder) as folder, publish(eval_folder / "masks") as masks:
-        write(evaluation, found, folder, masks)
+        write(evaluation, s, found, folder, masks)
     print(f"\n{shown(summary(found))}\nThe rest: topk, ablation and masks/ in {eval_folder}.")
 
 

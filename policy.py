@@ -117,7 +117,7 @@ class Policy(NamedTuple):
         pairs = read(name, self.tokenizer, self.recorded, split)
         if not pairs:
             raise UserError(f"--data {name}: has no {split} split; name the data to evaluate on.")
-        return pairs[:limit], split_revision(name)[0]
+        return pairs[:limit], _repo(name, "dataset")
 
 
 # --- a run to start -------------------------------------------------------------------------------

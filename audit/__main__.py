@@ -202,10 +202,10 @@ class Audit:
         def make(folder: Path) -> None:
             found = eval_ablation.evaluate(e, s)
             with publish(e.out / "eval" / "masks") as masks:
-                eval_ablation.write(e, found, folder, masks)
+                eval_ablation.write(e, s, found, folder, masks)
 
         work = dict(usage=1, ablating=eval_ablation.conditions(e, s) - 1)
-        return Part("ablation", names, (), e.about, work, make)
+        return Part("ablation", names, (), eval_ablation.about_tables(e, s), work, make)
 
     def static_part(self) -> Part:
         e, s = self.e, self.s
@@ -476,15 +476,19 @@ def main() -> None:
             took = f"{seconds:.1f} s" if part.name in due else "there already"
             say(f"{part.name:<12} {took:>13}  {', '.join((*part.tables, *part.files))}")
 
-    run = report.read_run(e.out)
+    run = report.read_run(e.out, e.about)
+    if run.left_out:
+        names = ", ".join(run.left_out)
+        why = "made with another adapter, other pairs or other labels"
+        print(f"Left out of the report, because {why}: {names}.", file=sys.stderr)
     figures_beside = beside(run.metrics, run.tables)
     if figures_beside:
         with publish(folder) as new:
             save(new, "beside_published", e.about, figures_beside)
-    page = report.write_report(e.out)
+    page = report.write_report(e.out, e.about)
     if (e.out / "adapter").is_dir() or (e.out / "adapter_config.json").is_file():
-        card.write_card(e.out)
-    print(summary(report.read_run(e.out).tables))
+        card.write_card(e.out, e.about)
+    print(summary(report.read_run(e.out, e.about).tables))
     print(f"The rest: {page}, and the tables in {folder}.")
 
 

@@ -41,15 +41,15 @@ KINDS = {
 }
 
 
-def write_card(out: str | Path) -> Path:
+def write_card(out: str | Path, about: dict | None = None) -> Path:
     """Write the card of a run's adapter, or of a bare adapter folder, whole; returns its path.
 
     Reads what report.html reads, as far as it is there. Local paths are named by their last part
-    alone, because a card is for other people.
+    alone, because a card is for other people. about: as for read_run.
     """
     out = Path(out)
     folder = out / "adapter" if (out / "adapter").is_dir() else out
-    write_whole(folder / "README.md", card(read_run(out)))
+    write_whole(folder / "README.md", card(read_run(out, about)))
     return folder / "README.md"
 
 

@@ -48,6 +48,7 @@ class RunFiles(NamedTuple):
     metrics: list[dict]
     samples: list[Sample]
     tables: dict[str, dict]  # of eval/NAME.json: about, rows
+    left_out: list[str]  # names of tables of another adapter, other pairs or other labels
 
     @property
     def data_revision(self) -> str | None:
@@ -62,16 +63,32 @@ class RunFiles(NamedTuple):
         return self.tables.get(name, {}).get("rows") or []
 
 
-def read_run(out: str | Path) -> RunFiles:
-    """Raises UserError naming a file that cannot be read."""
+def read_run(out: str | Path, about: dict | None = None) -> RunFiles:
+    """What lies in OUT. Raises UserError naming a file that cannot be read.
+
+    about: of the tables that are wanted, as eval_ablation.described_run gives it. Without it they
+    are those of the adapter in the folder.
+    """
     out = Path(out)
     folder = out / "adapter" if (out / "adapter").is_dir() else out
     tables = {path.stem: _json(path) for path in sorted((out / "eval").glob("*.json"))}
+    wanted = dict(adapter_sha256=adapter_sha256(out)) if about is None else about
+    left_out = [name for name, table in tables.items() if is_other(table, wanted)]
     metrics = read_log(out / "metrics.jsonl")
     if not (tables or metrics or (folder / "adapter_config.json").is_file()):
         raise UserError(f"--run {out}: neither a run of train.py nor an evaluation of one.")
     adapter, config = _json(folder / "adapter_config.json"), _json(out / "config.json")
-    return RunFiles(out, config, adapter, metrics, _samples(out / "samples.json"), tables)
+    tables = {name: table for name, table in tables.items() if name not in left_out}
+    return RunFiles(out, config, adapter, metrics, _samples(out / "samples.json"), tables, left_out)
+
+
+def is_other(table: dict, wanted: dict) -> bool:
+    """Whether a table was made with another adapter, other pairs or other labels than wanted."""
+    made = table.get("about") or {}
+    keys = [key for key in ("adapter_sha256", "pairs_sha256") if made.get(key) and wanted.get(key)]
+    # Tables that no label enters have none.
+    keys += ["labels"] if made.get("labels") and "labels" in wanted else []
+    return any(made[key] != wanted[key] for key in keys)
 
 
 def _json(path: Path, kind: type = dict):
@@ -89,15 +106,6 @@ def _samples(path: Path) -> list[Sample]:
         raise UserError(f"{path}: prompts with answers were expected ({e!r}).") from e
 
 
-def stale(run: RunFiles) -> list[str]:
-    """Tables that were made with another adapter than the one in the folder."""
-    here = adapter_sha256(run.folder)
-    made_with = {
-        name: (table.get("about") or {}).get("adapter_sha256") for name, table in run.tables.items()
-    }
-    return [name for name, sha in made_with.items() if here and sha and sha != here]
-
-
 def tenths(share: float | None, sign: bool = False) -> str:
     return percent(share, digits=1, sign=sign)
 
@@ -113,12 +121,12 @@ def short(name: str) -> str:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def write_report(out: str | Path) -> Path:
-    """Write OUT/report.html whole; returns its path.
+def write_report(out: str | Path, about: dict | None = None) -> Path:
+    """Write OUT/report.html whole; returns its path. about: as for read_run.
 
     Raises UserError where a file is not what its name says.
     """
-    run = read_run(out)
+    run = read_run(out, about)
     try:
         known = Known(run)
         text = page.render(
@@ -140,7 +148,7 @@ def write_report(out: str | Path) -> Path:
             provenance=provenance(run),
             labels=labels(run),
             cards=known.cards(),
-            stale=stale(run),
+            left_out=run.left_out,
             percent=tenths,
             whole=percent,
             between=between,

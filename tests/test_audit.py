@@ -201,8 +201,22 @@ def test_only_what_is_missing_or_out_of_date_is_made_again(audited, tmp_path, ca
     assert made() == dict.fromkeys(command.PARTS, False) | dict(choices=True)
     assert (copy / "eval" / "l0.png").is_file() and (copy / "eval" / "choices.json").is_file()
 
+    flags = (*flags, "--random-sets", 0)
+    assert made() == dict.fromkeys(command.PARTS, False) | dict(ablation=True)
+
     flags += ("--only", "static")
     assert made() == dict(static=True)
+
+
+def test_tables_of_other_pairs_or_labels_are_left_out(audited):
+    out, _ = audited
+    about = read(out, "choices")["about"]
+    assert report.read_run(out, about).left_out == []
+    other = report.read_run(out, about | dict(pairs_sha256="0"))
+    assert {*other.left_out} >= {"choices", "topk", "static", "examples"}
+    assert other.tables.keys().isdisjoint(other.left_out)
+    relabelled = report.read_run(out, about | dict(labels=[])).left_out
+    assert "choices" in relabelled and "topk" not in relabelled and "static" not in relabelled
 
 
 def test_tables_of_another_adapter_are_marked_and_made_again(audited, tmp_path, capsys):
@@ -212,11 +226,11 @@ def test_tables_of_another_adapter_are_marked_and_made_again(audited, tmp_path, 
     table["about"]["adapter_sha256"] = "0" * 64
     (copy / "eval" / "topk.json").write_text(json.dumps(table))
     text = report.write_report(copy).read_text()
-    assert "Made with another adapter than the one in this folder: topk." in text
+    assert "made with another adapter, other pairs or other labels: topk." in text
     audit("--run", copy, *flags[2:])
     assert read(copy, "topk")["about"]["adapter_sha256"] != "0" * 64
     assert "to make: ablation; about" in capsys.readouterr().out
-    assert "Made with another adapter" not in (copy / "report.html").read_text()
+    assert "made with another adapter" not in (copy / "report.html").read_text()
 
 
 def test_published_figures_stand_beside_a_run_of_their_shape(audited, tmp_path, monkeypatch):
