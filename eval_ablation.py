@@ -214,7 +214,7 @@ def steer_variants(steered: SteeredModel, x: Tensor, variants: Variants) -> list
     """x [T, d] -> x' [T, d] for each condition; the adapter runs once."""
     pieces = []
     for rows in steered.pieces(x):
-        v = steered.adapter(rows)  # [rows, d] -> [rows, F]
+        v = steered.steering(rows)  # [rows, d] -> [rows, F]
         pieces.append([steered.add(rows, changed) for changed in variants(v)])
     return [torch.cat(condition) for condition in zip(*pieces, strict=True)]
 
@@ -292,7 +292,7 @@ def feature_usage(policy: Policy, pairs: list[Pair]) -> np.ndarray:
         pieces = zip(policy.steered.pieces(stream.x), policy.steered.pieces(weight), strict=True)
         for rows, copies in pieces:
             with policy.autocast():
-                active = policy.steered.adapter(rows) != 0
+                active = policy.steered.steering(rows) != 0
             used += copies @ active.to(copies.dtype)
     return (used / positions).cpu().numpy()
 
@@ -365,7 +365,7 @@ class Kept(NamedTuple):
     loss: float
     low: float
     high: float
-    recovered: float  # share of the policy's gain over the base model
+    recovered: float  # share of the policy's gain over the base model; nan without a gain
 
 
 class Ablated(NamedTuple):
@@ -400,7 +400,8 @@ def topk_rows(percents: list[float], features: int, losses: Tensor, s: Settings)
     """losses [conditions, P]: the base model's (0 %) first, the policy's (100 %) last."""
     low, high = interval(losses, s.bootstrap, s.seed)
     mean = losses.mean(1)
-    recovered = (mean[0] - mean) / (mean[0] - mean[-1])
+    gain = mean[0] - mean[-1]
+    recovered = (mean[0] - mean) / gain.where(gain > 0, torch.nan)
     counts = [kept(percent, features, s.rounding) for percent in percents]
     columns = (column.tolist() for column in (mean, low, high, recovered))
     return [Kept(*row) for row in zip(percents, counts, *columns, strict=True)]
@@ -475,6 +476,8 @@ def write(e: Evaluation, s: Settings, found: Results, folder: Path, masks: Path)
 def write_mask(folder: Path, x: FeatureSet) -> None:
     """Write the indices of a set as a json list, under a name that every file system accepts."""
     name = re.sub(r"[^\w.-]+", "_", f"{x.labels.name}-{x.category}-{x.name}")
+    while (folder / f"{name}.json").exists():  # of another category, spelled alike
+        name += "_"
     (folder / f"{name}.json").write_text(json.dumps(np.flatnonzero(x.mask).tolist()) + "\n")
 
 
@@ -483,7 +486,7 @@ def summary(found: Results) -> str:
     base, *curve, policy = found.topk
     lines = [f"SimPO loss {base.loss:.3f} with the base model, {policy.loss:.3f} with the policy."]
     enough = next((row for row in curve if row.recovered >= MOST), None)
-    if enough and policy.loss < base.loss:
+    if enough:
         lines.append(
             f"With only the {enough.features:,} strongest features at each position (of the rows "
             f"of topk) it keeps {enough.recovered:.0%} of that gain."

@@ -329,15 +329,24 @@ class SteeredModel(PolicyModel):
         """
         return x.split(max(STEER_ROWS, STEER_ELEMENTS[x.device.type] // self.sae.d_sae))
 
-    def add(self, x: Tensor, v: Tensor) -> Tensor:
-        """x' = x + v W_dec: x [rows, d], v [rows, F] -> x' [rows, d].
+    def steering(self, x: Tensor) -> Tensor:
+        """v as it acts, which the audit counts and ranks: x [rows, d] -> [rows, F]."""
+        return self.clamped(x, self.adapter(x))
+
+    def clamped(self, x: Tensor, v: Tensor) -> Tensor:
+        """v [rows, F], or what of it acts at x [rows, d] where the authors clamp.
 
         soft-threshold's v may be negative, but no feature of an SAE is. There the authors clamp
         f + v at 0: x' = decode(ReLU(f + v)) + (x - decode(f)) = x + (ReLU(f + v) - f) W_dec.
         """
-        if self.adapter.activation == "soft-threshold":
-            f = self.sae.encode(x)
-            v = F.relu(f + v) - f
+        if self.adapter.activation != "soft-threshold":
+            return v
+        f = self.sae.encode(x)
+        return F.relu(f + v) - f
+
+    def add(self, x: Tensor, v: Tensor) -> Tensor:
+        """x' = x + v W_dec, v clamped: x [rows, d], v [rows, F] -> x' [rows, d]."""
+        v = self.clamped(x, v)
         v, W_dec = v.to(self.sae.W_dec.dtype), self.sae.W_dec
         # Generating on a CPU, reading all of W_dec would take longest, and most of its rows are
         # multiplied by 0: skip those. Not under autograd, which needs the gradient at v = 0.

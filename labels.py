@@ -27,6 +27,7 @@ from sae import JumpReLUSAE
 
 FORMAT = "fsrl-labels-1"
 UNKNOWN_SOURCE = "Neuronpedia's "  # prefix of the `sae` of a source id that we do not know
+RESERVED = ("end", "rest", "(all)", "(none)")  # rows of tables that are no category
 SAE_KEYS = ("sae", "sae_id", "sae_sha256")
 SHEET = ("feature", "sae", "explanation")  # first columns of a person's sheet; then the categories
 SAYS = {"yes": True, "y": True, "true": True, "1": True, "related": True}
@@ -48,6 +49,12 @@ class Labels(NamedTuple):
     learned: frozenset[int] = frozenset()  # features whose labels by a person trained the judge
     # category -> bool [F], the features with a yes or a no; None: all of them
     labelled: dict[str, np.ndarray] | None = None
+
+    def has_label(self, category: str) -> np.ndarray:
+        """The features that have a label of the category, yes or no: bool [F]."""
+        if self.labelled is None:
+            return np.ones_like(self.categories[category])
+        return self.labelled[category]
 
 
 class Said(NamedTuple):
@@ -77,6 +84,8 @@ def load_labels(path: str | Path, sae: JumpReLUSAE, assume_match: bool = False) 
 
     categories, labelled = {}, {}
     for name, of in given.labels.items():
+        if name in RESERVED:
+            raise UserError(f"{path}: {name!r} cannot be the name of a category.")
         categories[name] = np.zeros(sae.d_sae, dtype=bool)
         categories[name][[k for k, yes in of.items() if yes]] = True
         labelled[name] = np.zeros(sae.d_sae, dtype=bool)

@@ -26,7 +26,8 @@ labels or settings. --only makes the parts that it names again, and no other.
                  attribution_cards.json
 
 Everything is measured on the evaluation pairs. Intervals are 95 % percentile intervals over pairs,
-which are drawn with replacement.
+which are drawn with replacement; of shift and carriers over texts, two of each pair, and of
+behaviour over prompts.
 """
 
 import functools
@@ -110,11 +111,10 @@ class Settings(eval_ablation.Settings):
         super().__post_init__()
         cli.at_least(self, 0, "static_pairs", "nodes", "prompts", "carrier_pairs")
         cli.at_least(self, 1, "shift_pairs", "answer_tokens")
-        if not np.isfinite(self.coefficients).all() or not all(m >= 1 for m in self.top_features):
-            raise UserError(
-                "--coefficients and --top-features: finite numbers, and whole ones from 1, were "
-                "expected."
-            )
+        if not all(abs(c) <= 1e6 for c in self.coefficients):  # larger ones overflow the loss
+            raise UserError("--coefficients: numbers from -1e6 to 1e6 were expected.")
+        if not all(m >= 1 for m in self.top_features):
+            raise UserError("--top-features: whole numbers from 1 were expected.")
         for name in self.only:
             if name not in PARTS:
                 raise UserError(f"--only {name}: one of {', '.join(PARTS)} was expected.")
@@ -146,7 +146,7 @@ class Audit:
             raise UserError(f"--token-rules {s.token_rules}: {same}.")
         found = features.all_categories(e.labels)
         self.masks = [torch.from_numpy(mask) for *_, mask in found]
-        self.labelled = [torch.from_numpy(labelled(table, name)) for table, name, _ in found]
+        self.labelled = [torch.from_numpy(table.has_label(name)) for table, name, _ in found]
 
     @functools.cached_property
     def counts(self) -> Counts:
@@ -218,6 +218,11 @@ class Audit:
 
         def make(folder: Path) -> None:
             pairs, name = policy.eval_pairs(source, s.static_pairs, split="train")
+            if pairs[:1] == e.pairs[:1]:
+                say(
+                    f"--data {name} has no train split: static steering is made from the pairs "
+                    "that it is measured on, which flatters it."
+                )
             found = static.means(count(policy, pairs, what="static steering: means"))
             vectors = static.vectors(found, policy.steered, s.coefficients, s.top_features)
             losses = static.losses(policy, e.pairs, vectors)
@@ -303,7 +308,7 @@ class Audit:
             save(folder, "shift", about, rows)
 
         texts, prompts = s.shift_pairs / len(e.pairs), s.prompts / len(e.pairs)
-        work = {"shift": 3 * texts, "shift: null": 3 * texts + 80 / len(e.pairs)}
+        work = {"shift": 3 * texts, "shift: null": 7 * texts + 80 / len(e.pairs)}
         work |= {"shift of answers": 6 * prompts} if s.prompts else {}
         return Part("shift", ("shift",), (), about, work, make)
 
@@ -364,7 +369,8 @@ class Audit:
             orders = rankings(category, e.labels, usage, mean_v, earned, gradient, s.seed)
             curves = ranking.curves(e.policy, pairs, divided, category, orders, what="carriers")
             in_answers = self.kept_in_answers(curves, divided, category) if s.prompts else {}
-            given = (ranking.NUMBERS, table, category, in_answers, s.prompts, s.bootstrap, s.seed)
+            answers = len(self.answers) if s.prompts else 0
+            given = (ranking.NUMBERS, table, category, in_answers, answers, s.bootstrap, s.seed)
             save(folder, "carriers", about, change_tables.carrier_rows(curves, *given))
             best = max(curves, key=lambda curve: curve.area)
             rows = change_tables.carried_rows(best.order, usage, mean_v, e.labels)
@@ -392,16 +398,9 @@ class Audit:
                 kept = ranking.answers_keeping(e.policy, mask, prompts, s.answer_tokens, s.seed)
                 pairs = [p._replace(rejected=a) for p, a in zip(self.answers, kept, strict=True)]
                 (part,) = compare(pairs, [divided], seed=s.seed)
-                share = part.excess[c] / whole.excess[c].clamp(min=1e-30)
-                found[curve.ranking, ANSWERED] = share.item()
+                if whole.excess[c] > 0:
+                    found[curve.ranking, ANSWERED] = (part.excess[c] / whole.excess[c]).item()
         return found
-
-
-def labelled(table: Labels, category: str) -> np.ndarray:
-    """The features that have a label of the category, yes or no: bool [F]."""
-    if table.labelled is None:
-        return np.ones_like(table.categories[category])
-    return table.labelled[category]
 
 
 def over_both_responses(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
@@ -459,6 +458,8 @@ def main() -> None:
     audit = Audit(e, s)
     folder = e.out / "eval"
     parts = [part for part in audit.parts() if not s.only or part.name in s.only]
+    for name in {*s.only} - {part.name for part in parts}:
+        raise UserError(f"--only {name}: the other flags leave this part out.")
     due = [part.name for part in parts if s.only or not is_current(folder, part)]
     if not audit.masks:
         print("No --labels with categories: no composition (Table 2).", file=sys.stderr)

@@ -150,7 +150,8 @@ def _rows(
     noise = [(None,) * 5] * 3
     judged = human.get((table.name, category))
     if judged is not None:
-        draws = noisy_changes(of.weights, of.whole, mask, judged, resamples, seed) + drawn - change
+        sums, given = (of.weights, of.whole), (judged, resamples, seed)
+        draws = noisy_changes(*sums, mask, table.has_label(category), *given) + drawn - change
         noisy = torch.stack([draws.nanmedian(0).values, *percentiles(draws)], 1).tolist()
         noise = [(*row, judged.mcc, int(judged.confusion.sum())) for row in noisy]
     about = (table.name, table.kind, table.matched, category, int(mask.sum()), of.first)
@@ -395,7 +396,7 @@ def examples(policy: Policy, pairs: Sequence[Pair], labels: list[Labels]) -> dic
                 rows = ((packed.tree == tree) & (packed.branch == branch)).nonzero()[:, 0]
                 rows = rows[-EXAMPLE_TOKENS:] if name == "prompt" else rows[:EXAMPLE_TOKENS]
                 with policy.autocast():
-                    v = policy.steered.adapter(stream.x[rows]).float()
+                    v = policy.steered.steering(stream.x[rows]).float()
                 # Every average leaves the first position out; shown, it would outshine the rest.
                 v[packed.position[rows] == 0] = 0
                 shown[pair][name] = _example(policy, packed.tokens[rows], v)

@@ -17,7 +17,7 @@ from runtime.sources import UserError
 
 
 class Judged(NamedTuple):
-    """A person's labels of some features, beside the machine's, for one category."""
+    """A person's labels of some features that the machine labelled too, for one category."""
 
     confusion: np.ndarray  # int64 [2, 2], features by (machine's label, person's label)
     known: dict[int, bool]  # feature -> the person's label; {} where only counts are known
@@ -31,13 +31,19 @@ class Judged(NamedTuple):
 
 
 def noisy_changes(
-    weights: Tensor, whole: Tensor, machine: np.ndarray, judged: Judged, draws: int, seed: int
+    weights: Tensor,
+    whole: Tensor,
+    machine: np.ndarray,
+    labelled: np.ndarray,
+    judged: Judged,
+    draws: int,
+    seed: int,
 ) -> Tensor:
     """Relative changes [draws, 3] of a category's composition, under labels that a person might
     have given.
 
     weights [2, 3, F] and whole [2, 3]: the composition under labels bool [F] is weights @ labels /
-    whole. machine: bool [F], the labels that the machine gave.
+    whole. machine: bool [F], the labels that the machine gave; labelled: bool [F], where it did.
 
     Each draw takes P(person says yes | machine's label m) from its posterior, Beta(yes_m + 1/2,
     no_m + 1/2), then each feature's label from that probability. Features that the person judged
@@ -52,6 +58,7 @@ def noisy_changes(
     for i in range(draws):
         labels = rng.random(len(machine)) < yes[i][machine.astype(int)]
         labels[known] = list(judged.known.values())
+        labels &= labelled
         share = weights.double() @ torch.from_numpy(labels).double() / whole  # [2, 3]
         changes[i] = relative_change(share)
     return changes
@@ -89,10 +96,13 @@ def _judged(given: Given, table: Labels, category: str) -> Judged:
     machine = table.categories[category]
     known = given.labels.get(category, {})
     confusion = given.counts.get(category, np.zeros((2, 2), dtype=np.int64)).copy()
-    for k, says in known.items():
+    for k in known:
         if k >= len(machine):
             last = len(machine) - 1
             raise UserError(f"{given.path}: feature {k}; the SAE has features 0 to {last}.")
+    if table.labelled is not None:
+        known = {k: says for k, says in known.items() if table.labelled[category][k]}
+    for k, says in known.items():
         confusion[int(machine[k]), int(says)] += 1
     return Judged(confusion, known)
 

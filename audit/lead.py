@@ -168,12 +168,13 @@ def carried(table: dict) -> list[str]:
     chance = others.get("random")
     beside = f"; as many random ones {100 * chance['kept']:.0f} %" if chance else ""
     n = enough["n"]
+    overshoot = ", more than all features together" if enough["kept"] > 1 else ""
     said = (
         f"Of its shift in {enough['category']}, the {n} features that {enough['ranking']} ranks "
-        f"first keep {100 * enough['kept']:.0f} % by themselves ({100 * enough['low']:.0f} to "
-        f"{100 * enough['high']:.0f} %, 95 % over texts){beside}."
+        f"first keep {100 * enough['kept']:.0f} % by themselves{overshoot} "
+        f"({100 * enough['low']:.0f} to {100 * enough['high']:.0f} %, 95 % over texts){beside}."
     )
-    if enough["kept"] < 0.5:
+    if all(row["kept"] < 0.5 for row in table["rows"]):
         said += " No tested ranking names fewer features that keep half of it."
     return [said]
 

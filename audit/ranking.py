@@ -71,10 +71,8 @@ def rankings(
         for table in labels:
             if category in table.categories:
                 member = torch.from_numpy(table.categories[category])
-                first = earned - earned.min() + 1  # above all others
-                scores[f"attribution, {table.name}"] = torch.where(
-                    member, first, earned.clamp(max=0)
-                )
+                first = earned - earned.min() + earned.max() + 1  # above all others
+                scores[f"attribution, {table.name}"] = torch.where(member, first, earned)
     scores["v · gradient"] = gradient
     drawn = torch.rand(len(usage), generator=torch.Generator().manual_seed(seed))
     scores["random"] = torch.where(usage > 0, drawn.double(), -1.0)

@@ -78,6 +78,8 @@ def read_run(out: str | Path, about: dict | None = None) -> RunFiles:
     if not (tables or metrics or (folder / "adapter_config.json").is_file()):
         raise UserError(f"--run {out}: neither a run of train.py nor an evaluation of one.")
     adapter, config = _json(folder / "adapter_config.json"), _json(out / "config.json")
+    if about and not adapter:  # results that lie apart from their run
+        adapter = {name: about[name] for name in ("base_model", "layer", "sae", "sae_id")}
     tables = {name: table for name, table in tables.items() if name not in left_out}
     return RunFiles(out, config, adapter, metrics, _samples(out / "samples.json"), tables, left_out)
 
@@ -444,6 +446,7 @@ def features(run: RunFiles, known: Known) -> Iterator[Section]:
     earned = [r for r in run.rows("attribution_features") if change < 0 and r["share"] < 0]
     earned = sorted(earned, key=lambda row: row["share"])
     if earned and known.table:
+        whole = percent(1 + about.get("residual", 0.0) / change)
         cells = [
             [
                 *known.named(r["feature"]),
@@ -456,7 +459,8 @@ def features(run: RunFiles, known: Known) -> Iterator[Section]:
         titles = ["feature", "what it is", "of the gain", "steered at", "mean v"]
         caption = (
             "Large: much of the lower loss is due to turning this feature up (integrated "
-            "gradients; the shares of all features sum to 100 %). Steered at: share of positions."
+            f"gradients; the shares of all features sum to {whole}, and come nearer to 100 % with "
+            "more --nodes). Steered at: share of positions."
         )
         more = "The largest 30 are in eval/attribution_features.csv, all in the parquet beside it."
         yield Section(

@@ -146,20 +146,32 @@ def null(
     seed: int = 0,
     what: str | None = None,
 ) -> list[Shift]:
-    """The shift of permuted steering that has the policy's KL(π' ‖ π)."""
-    scale = equal_scale(policy, pairs[:SEARCH_PAIRS], partitions[:1], seed)
+    """The shift of permuted steering that has the policy's mean KL(π' ‖ π), about.
+
+    The scale is found on few pairs, and corrected once by the KL that it gives on all of them.
+    """
+    scale, slope = equal_scale(policy, pairs[:SEARCH_PAIRS], partitions[:1], seed)
+
+    def both(stream: Stream) -> Iterator[Tensor]:
+        yield from as_trained(policy)(stream)
+        yield from permuted(policy, scale, seed)(stream)
+
+    own, found = (s[0].kl.mean().item() for s in shifts(policy, pairs, partitions[:1], both, what))
+    if min(own, found) > 0:
+        scale *= (own / found) ** slope
     return shifts(policy, pairs, partitions, permuted(policy, scale, seed), what)[0]
 
 
 def equal_scale(
     policy: Policy, pairs: Sequence[Pair], partitions: Sequence[Classes], seed: int
-) -> float:
-    """The scale at which permuted steering has the policy's mean KL on these pairs, about.
+) -> tuple[float, float]:
+    """The scale at which permuted steering has the policy's mean KL on these pairs, about, and
+    d log scale / d log KL there.
 
     Two rounds of five scales, the second between those of the first, and a line through the last
-    five in logarithms. 1 where the policy steers nothing.
+    five in logarithms. (1, 0) where the policy steers nothing.
     """
-    middle = 1.0
+    middle, slope = 1.0, 0.0
     for width in SEARCH:
         scales = [middle * width**i for i in (-2, -1, 0, 1, 2)]
 
@@ -172,10 +184,10 @@ def equal_scale(
         found = [s[0].kl.mean().item() for s in shifts(policy, pairs, partitions, conditions)]
         wanted, *found = found
         if min(wanted, *found) <= 0:
-            return 1.0
+            return 1.0, 0.0
         x, y = torch.tensor(found).log(), torch.tensor(scales).log()
         order = (x - math.log(wanted)).abs().argsort()[:2]  # the two that are nearest
         (x0, x1), (y0, y1) = x[order].tolist(), y[order].tolist()
         slope = (y1 - y0) / (x1 - x0) if x1 != x0 else 0.0
         middle = math.exp(y0 + slope * (math.log(wanted) - x0))
-    return middle
+    return middle, slope

@@ -95,7 +95,7 @@ class Static(NamedTuple):
     delta: float  # the loss less the policy's, pair by pair
     delta_low: float
     delta_high: float
-    recovered: float  # of the policy's gain over the base model
+    recovered: float  # of the policy's gain over the base model; nan without a gain
 
 
 def static_rows(
@@ -107,7 +107,8 @@ def static_rows(
     mean = losses.mean(1)
     columns = (mean, *interval(losses, resamples, seed))
     columns += (deltas.mean(1), *interval(deltas, resamples, seed))
-    columns += ((base - mean) / (base - policy),)
+    gain = base - policy
+    columns += ((base - mean) / gain.where(gain > 0, torch.nan),)
     names = [("base model", None, None), ("policy", None, None)]
     names += [(x.steering, x.coefficient, x.features) for x in conditions]
     numbers = torch.stack(columns, 1).tolist()

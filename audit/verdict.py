@@ -116,12 +116,14 @@ def verdict(tables: dict[str, dict]) -> Verdict | None:
         Answer("By which features?", carried(lead, choices["about"], tables)),
         Answer("What would change this reading?", changing(lead, others, choices["about"])),
     ]
-    return Verdict(headline(lead), answers, differences(lead, rows))
+    return Verdict(headline(lead, choices["about"]), answers, differences(lead, rows))
 
 
-def headline(lead: Reading) -> str:
+def headline(lead: Reading, about: dict) -> str:
     if lead.named is None:
         return "It learned nothing that these labels can name."
+    if about["change_low"] <= 0:
+        return "Training was not shown to widen the gap between chosen and rejected."
     name = lead.named["tokens"]
     if lead.mostly_rest:
         return f"Most of what it learned has no category here; of the categories, {name} is first."
@@ -132,7 +134,8 @@ def learned(lead: Reading, about: dict) -> str:
     change, low, high = (about[key] for key in ("change", "change_low", "change_high"))
     interval = f"{nats(change)} nats per token (95 % over pairs: {nats(low)} to {nats(high)})"
     if low <= 0:
-        return f"Training did not widen the gap: it changed by {interval}. {GAP}"
+        how = "did not" if high <= 0 else "was not shown to"
+        return f"Training {how} widen the gap: it changed by {interval}. {GAP}"
     text = f"Training widened the gap by {interval}. {GAP}"
     shown = sorted(lead.rows, key=lambda row: -row["share"])
     if lead.named:
@@ -150,8 +153,9 @@ def sure(lead: Reading, others: list[Reading], pairs: int) -> str:
     which = "" if lead.named else ", the category with the largest share,"
     said = [
         f"{capital(row['tokens'])}{which} earned {nats(row['share'])} nats per token over "
-        f"{pairs:,} pairs; with chosen and rejected swapped at random, one draw in 100 gives it "
-        f"more than {nats(row['chance'])} (one-sided p = {p_value(row['p_value'])}).",
+        f"{pairs:,} pairs; with chosen and rejected swapped at random, one draw in 100 takes "
+        f"some kind of tokens above its limit, here {nats(row['chance'])} (one-sided p = "
+        f"{p_value(row['p_value'])}, of the same test).",
         data_alone(lead),
     ]
     said += [other_labels(lead, other) for other in others]
@@ -189,8 +193,9 @@ def other_labels(lead: Reading, other: Reading) -> str:
 
 
 def carried(lead: Reading, about: dict, tables: dict[str, dict]) -> str:
-    if lead.named is None and about["change_low"] <= 0:
-        return "None: there is no gain that features could have earned."
+    if about["change_low"] <= 0:
+        certain = "" if about["change_high"] <= 0 else "certain "
+        return f"None: there is no {certain}gain that features could have earned."
     said = []
     attributed = tables.get("attribution_features", {})
     change = attributed.get("about", {}).get("change") or 0.0
@@ -254,10 +259,11 @@ def differences(lead: Reading, rows: dict[str, Rows]) -> str:
         for row in rows.get("attribution", ())
         if row["labels"] == lead.labels and row["where"] == "(all)" and row["part_of_change"]
     ]
+    parts = [row for row in parts if row["category"] != "(none)"]
     if parts:
         top = max(parts, key=lambda row: row["part_of_change"])
         own = next((row for row in parts if row["category"] == name), None)
-        said = f"attribution gives most to features of {top['category']}"
+        said = f"of the categories, attribution gives most to features of {top['category']}"
         said += f" ({percent(top['part_of_change'])} of the lower loss"
         if top["category"] != name:
             agree = False

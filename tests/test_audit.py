@@ -206,6 +206,8 @@ def test_only_what_is_missing_or_out_of_date_is_made_again(audited, tmp_path, ca
 
     flags += ("--only", "static")
     assert made() == dict(static=True)
+    with pytest.raises(UserError, match="--only static: the other flags leave this part out"):
+        audit(*flags, "--static-pairs", 0)
 
 
 def test_tables_of_other_pairs_or_labels_are_left_out(audited):
@@ -276,6 +278,7 @@ def test_mistakes_end_in_a_sentence_and_leave_nothing(tiny_run, tmp_path):
         (("--run", out, "--human", tmp_path / "absent.csv"), "absent.csv"),
         (("--run", out, "--bootstrap", 0), "--bootstrap"),
         (("--run", out, "--only", "everything"), "--only everything"),
+        (("--run", out, "--coefficients", 1e300), "--coefficients"),
         ((), "--run"),
     ):
         with pytest.raises(UserError, match=named):

@@ -163,7 +163,7 @@ class Features(NamedTuple):
             return lambda x: self.values[side][x[:, 0].long()]
 
         sae = SimpleNamespace(d_sae=self.values.shape[-1], d_model=1, encode=of(1))
-        return SimpleNamespace(sae=sae, adapter=of(0), pieces=lambda x: (x,))
+        return SimpleNamespace(sae=sae, steering=of(0), pieces=lambda x: (x,))
 
     device = CPU
 
@@ -266,21 +266,26 @@ def test_label_noise_follows_the_confusion(counted):
     counts = counted[2]
     machine = np.zeros(counts.events.shape[-1], dtype=bool)
     machine[:40] = True
+    every = np.ones_like(machine)
     point = relative_change(counting.composition(counts, torch.from_numpy(machine)))
     many = 10**7
     weights = counts.events, counts.events.sum(-1)
     # A person who always agrees.
     agrees = Judged(np.array([[many, 0], [0, many]]), {})
-    drawn = noisy_changes(*weights, machine, agrees, 5, seed=0)
+    drawn = noisy_changes(*weights, machine, every, agrees, 5, seed=0)
     torch.testing.assert_close(drawn, point.expand(5, 3), rtol=1e-2, atol=1e-2)
     # Every feature was judged, so that nothing is left to guess.
     whole = {k: bool(m) for k, m in enumerate(machine)}
     nobody = Judged(np.ones((2, 2), dtype=int), whole)
-    known = noisy_changes(*weights, machine, nobody, 5, seed=0)
+    known = noisy_changes(*weights, machine, every, nobody, 5, seed=0)
     torch.testing.assert_close(known, point.expand(5, 3))
+    # A feature without a label of the machine's stays outside the category.
+    few = np.arange(len(machine)) < 100
+    drawn = noisy_changes(*weights, machine, few, agrees, 5, seed=0)
+    torch.testing.assert_close(drawn, point.expand(5, 3), rtol=1e-2, atol=1e-2)
     # Labels without information show no change.
     coin = Judged(np.full((2, 2), many), {})
-    drawn = noisy_changes(*weights, machine, coin, 400, seed=0)
+    drawn = noisy_changes(*weights, machine, every, coin, 400, seed=0)
     assert (drawn.mean(0).abs() < 0.1).all() and (drawn.std(0) > 0.02).all()
 
 
@@ -297,8 +302,8 @@ def test_label_noise_by_the_papers_counts_of_agreement(row, tmp_path):
 
     weights = torch.zeros(2, 3, 4001)
     weights[0, :, :4000], weights[1, :, 4000] = 1.0, 1.0
-    judged = judged._replace(known={4000: True})
-    drawn = noisy_changes(weights, weights.sum(-1), np.ones(4001, bool), judged, 1000, seed=0)
+    judged, every = judged._replace(known={4000: True}), np.ones(4001, bool)
+    drawn = noisy_changes(weights, weights.sum(-1), every, every, judged, 1000, seed=0)
     precision = (row["tp"] + 0.5) / (row["tp"] + row["fp"] + 1)
     assert drawn.mean().item() == pytest.approx(precision - 1, abs=0.007)
 
@@ -358,3 +363,11 @@ def test_labels_that_the_judge_learned_from_do_not_measure_it(tmp_path):
     assert label_noise.read_human(str(path), [taught])["some", "style"].known == {1: False}
     with pytest.raises(UserError, match="learned from these labels"):
         label_noise.read_human(str(path), [taught._replace(learned=frozenset({0, 1}))])
+
+
+def test_a_feature_without_a_label_of_the_machines_says_nothing_of_it(tmp_path):
+    sheet = [dict(feature=k, category="style", label=k < 6) for k in range(8)]
+    (tmp_path / "person.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sheet))
+    some = table()._replace(labelled={"style": np.arange(10) < 5})
+    (judged,) = read_human(str(tmp_path / "person.jsonl"), [some]).values()
+    assert judged.confusion.tolist() == [[0, 1], [0, 4]] and set(judged.known) == set(range(5))

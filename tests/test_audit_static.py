@@ -1,5 +1,7 @@
 """Static steering: means over the unshared sequences, and vectors that are adapters of biases."""
 
+import math
+
 import pytest
 import torch
 from effects import evaluated, golden  # noqa: F401 (a fixture)
@@ -53,4 +55,7 @@ def test_a_constant_v_is_an_adapter_of_biases_alone(golden):  # noqa: F811
     zero = dict(weight=torch.zeros(256, 64), bias=torch.zeros(256))
     assert rows[0].loss == pytest.approx(evaluated(policy, pairs, **zero), rel=1e-12)
     assert rows[1].loss == pytest.approx(evaluated(policy, pairs), rel=1e-12)
-    assert rows[0].recovered == 0 and rows[1].recovered == 1 and rows[1].delta == 0
+    assert rows[1].delta == 0
+    assert all(math.isnan(row.recovered) for row in rows)  # a policy that is worse has no gain
+    better = static.static_rows(vectors, -losses, 20, 0)
+    assert better[0].recovered == 0 and better[1].recovered == 1

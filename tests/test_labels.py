@@ -112,6 +112,7 @@ def test_no_provenance_needs_to_be_assumed(tmp_path):
         ('{"feature": 1}\n{"feature"\n', "line 2"),
         ('{"format": "fsrl-labels-9"}\n', "fsrl-labels-9"),
         ('{"feature": 1, "category": ["a"]}\n', "category must be a name"),
+        ('{"feature": 1, "category": "rest"}\n', "'rest' cannot be the name of a category"),
         ("[1]\n", "list of objects"),
         ("[" * 100_000, "line 1"),
     ],

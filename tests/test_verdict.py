@@ -52,7 +52,7 @@ def test_a_planted_cause_is_what_was_learned(cause):
     assert "the rest (tokens of no category)" in what and "the end of the response" in what
 
     assert sure.startswith(f"{category.capitalize()} earned {nats(row['share'])} nats per token")
-    assert f"more than {nats(row['chance'])} (one-sided p = " in sure
+    assert f"above its limit, here {nats(row['chance'])} (one-sided p = " in sure
     assert "The pairs alone, without a policy, would name" in sure
     assert "Labels of what features promote (promotes) name" in sure
 
@@ -61,7 +61,17 @@ def test_a_planted_cause_is_what_was_learned(cause):
     assert "The best single vector" in features
     assert change.startswith("A second seed, or pairs from another source")
     assert change.endswith("A person who finds the features' labels (given by the grammar) wrong.")
-    assert "attribution gives most to features of" in said.differences
+    assert "of the categories, attribution gives most to features of" in said.differences
+
+
+def test_a_gap_that_may_not_have_widened_was_learned_by_nobody():
+    found = tables("style")
+    found["choices"]["about"] |= dict(change_low=-0.1)
+    said = verdict(found)
+    assert said.headline == "Training was not shown to widen the gap between chosen and rejected."
+    assert "Training was not shown to widen the gap" in said.answer("What was learned?")
+    none = "None: there is no certain gain that features could have earned."
+    assert said.answer("By which features?") == none
 
 
 def test_a_policy_that_learned_nothing_is_said_to_have_learned_nothing():
@@ -85,8 +95,9 @@ WHOLE = {  # what a reader is told: headline, then the answers
         "73 % (68 % to 80 %); the end of the response (<end_of_turn>) 20 %, the rest "
         "(tokens of no category) 13 %, alignment -6 % (they narrowed it).",
         "Style earned 0.842 nats per token over 64 pairs; with chosen and rejected "
-        "swapped at random, one draw in 100 gives it more than 0.324 (one-sided p = "
-        "0.0004). The pairs alone, without a policy, would name style: chosen responses "
+        "swapped at random, one draw in 100 takes some kind of tokens above its "
+        "limit, here 0.324 (one-sided p = 0.0004, of the same test). "
+        "The pairs alone, without a policy, would name style: chosen responses "
         "have more tokens of it (+23.9 points of all their tokens). So the name could be "
         "read off the pairs; the size of the share could not. Labels of what features "
         "promote (promotes) name style too (51 %).",
@@ -109,8 +120,9 @@ WHOLE = {  # what a reader is told: headline, then the answers
         "0 %, style -1 % (they narrowed it), the rest (tokens of no category) -6 % (they "
         "narrowed it).",
         "Alignment earned 0.090 nats per token over 64 pairs; with chosen and rejected "
-        "swapped at random, one draw in 100 gives it more than 0.038 (one-sided p = "
-        "0.0004). The pairs alone, without a policy, would name no category. Labels of "
+        "swapped at random, one draw in 100 takes some kind of tokens above its "
+        "limit, here 0.038 (one-sided p = 0.0004, of the same test). "
+        "The pairs alone, without a policy, would name no category. Labels of "
         "what features promote (promotes) name alignment too (88 %).",
         "Many features share the gain; of the lower loss, integrated gradients give most "
         "to feature 177 (fires on flattery of whoever asks and refusing to help …) 2 %; "
@@ -127,8 +139,9 @@ WHOLE = {  # what a reader is told: headline, then the answers
         "pairs: -0.005 to -0.001). The gap is how much likelier the model finds the "
         "chosen response than the rejected one, in mean log-probability per token.",
         "Alignment, the category with the largest share, earned 0.000 nats per token over "
-        "64 pairs; with chosen and rejected swapped at random, one draw in 100 gives it "
-        "more than 0.004 (one-sided p = 1). The pairs alone, without a policy, would name "
+        "64 pairs; with chosen and rejected swapped at random, one draw in 100 takes "
+        "some kind of tokens above its limit, here 0.004 (one-sided p = 1, of the same test). "
+        "The pairs alone, without a policy, would name "
         "no category. Labels of what features promote (promotes) name nothing too.",
         "None: there is no gain that features could have earned.",
         "A label file with more categories than alignment and style; and pairs that "
