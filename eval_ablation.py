@@ -60,6 +60,7 @@ from simpo import preference_losses
 
 TINY_LABELS = tuple(str(TINY / "labels" / name) for name in ("fires.jsonl", "promotes.jsonl"))
 MOST = 0.9  # of the gain, for the summary
+UNLIKE = 0.1  # share of a category's usage by which that of its control may differ
 MASKS_AT_ONCE = 8  # steered streams [T, d] that are in memory together
 
 
@@ -481,6 +482,13 @@ def write_mask(folder: Path, x: FeatureSet) -> None:
     (folder / f"{name}.json").write_text(json.dumps(np.flatnonzero(x.mask).tolist()) + "\n")
 
 
+def of_usage(usage: float, wanted: float) -> str:
+    """What to call the usage of a matched control, because the nearest may be far."""
+    if abs(usage - wanted) <= UNLIKE * wanted:
+        return "of like usage"
+    return f"of {'less' if usage < wanted else 'more'} usage ({usage:.3g} against {wanted:.3g})"
+
+
 def summary(found: Results) -> str:
     """Three lines for the terminal: the gain, how few features carry it, the costliest category."""
     base, *curve, policy = found.topk
@@ -496,7 +504,10 @@ def summary(found: Results) -> str:
         top = max(own, key=lambda row: row.delta)
         here = [r for r in found.ablation if (r.labels, r.category) == (top.labels, top.category)]
         control = next((row for row in here if row.set == "matched"), None)
-        beside = f"; as many others of like usage cost {control.delta:+.3f}" if control else ""
+        beside = ""
+        if control:
+            like = of_usage(control.usage, top.usage)
+            beside = f"; as many others {like} cost {control.delta:+.3f}"
         lines.append(
             f"Of {len(own)} categories, {top.labels}: {top.category} costs most when its features "
             f"are zeroed, {top.delta:+.3f}{beside}."

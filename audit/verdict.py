@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from audit.choices import END, REST
 from audit.lead import lead as differently
+from eval_ablation import of_usage
 from runtime.messages import brief
 
 Rows = Sequence[dict]
@@ -282,10 +283,11 @@ def differences(lead: Reading, rows: dict[str, Rows]) -> str:
         gain = curve[0]["loss"] - curve[-1]["loss"]
         agree = agree and more and not own["delta"] < gain / 10
         whole = f" (the whole gain is {nats(gain)})" if gain > 0 else ""
+        like = of_usage(control["usage"], own["usage"])
         compared = "less" if more else "no less" if control["excess_high"] >= 0 else "more"
         found.append(
-            f"zeroing the features of {name} adds {nats(own['delta'])} to the loss{whole}, as "
-            f"many others of like usage {nats(control['delta'])}, which is {compared}"
+            f"zeroing the features of {name} adds {nats(own['delta'])} to the loss{whole}, "
+            f"as many others {like} {nats(control['delta'])}, which is {compared}"
         )
     if not found:
         return ""

@@ -144,6 +144,12 @@ def test_matching_takes_the_nearest_that_is_left():
     assert ablating.matched_set(three_for_two, usage) is None
 
 
+def test_a_control_of_other_usage_is_called_so():
+    assert ablating.of_usage(9.5, 10) == "of like usage"
+    assert ablating.of_usage(27.0, 44.4) == "of less usage (27 against 44.4)"
+    assert ablating.of_usage(0.12, 0.1) == "of more usage (0.12 against 0.1)"
+
+
 def test_intervals_are_those_of_a_mean_and_paired():
     values = torch.randn(2, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     low, high = interval(values, 2000, 0)
