@@ -41,6 +41,10 @@ FIRST_WAIT = 0.5  # seconds before the second attempt; every further wait is twi
 GIVE_UP = 10  # questions in a row without an answer, after which the run ends
 MALFORMED = (LookupError, ValueError, TypeError, AttributeError, OverflowError, RecursionError)
 AGAIN = (408, 409, 429)  # statuses that may pass, beside those of 500 and above
+# What a server says to one question (its filter, its length), or to all of them (a wrong flag, no
+# credit left): the answers to other questions tell which.
+REJECTED = (400, 413, 422)
+NO_LABEL = 50  # questions rejected in a row, or first answers without a label, that end the run
 
 
 class Question(NamedTuple):
@@ -71,6 +75,13 @@ class _Refused(Exception):
 
     def __init__(self, status: int, headers, data: bytes):
         self.status, self.headers, self.data = status, headers, data
+
+
+class _Rejected(UserError):
+    """The server did not accept a question, and may or may not accept others."""
+
+
+REFUSED = Answer("refused", None, None, 0, 0)
 
 
 class Endpoint:
@@ -143,25 +154,37 @@ class Endpoint:
             return None
         except _Refused as e:
             if e.status == 400 and b"content_filter" in e.data:
-                return Answer("refused", None, None, 0, 0)
-            said = self._said(e)
-            raise UserError(f"--endpoint {self.url}: HTTP {e.status} {said}.") from None
+                return REFUSED
+            kind = _Rejected if e.status in REJECTED else UserError
+            raise kind(f"--endpoint {self.url}: HTTP {e.status} {self._said(e)}.") from None
 
     def ask_all(
         self,
         questions: Iterator[Question],
         record: Callable[[Question, Answer | None], None],
         threads: int,
+        labelled: bool = False,
     ) -> None:
         """Ask every question by one of `threads` threads.
 
         record is called by one thread at a time, and before that thread asks again. A question is
-        drawn when a thread is free, so that memory does not grow with their number. Raises
-        UserError if GIVE_UP questions in a row stay without an answer, or if the server refuses.
+        drawn when a thread is free, so that memory does not grow with their number. labelled:
+        whether an earlier run of these questions got a label. Raises UserError if GIVE_UP questions
+        in a row stay without an answer, if the server refuses, and by NO_LABEL.
+
+        A rejected question is recorded as refused once the server has answered another, because
+        what is recorded is never asked again.
         """
         lock = threading.Lock()
         errors: list[BaseException] = []
         in_a_row = 0
+        rejected: list[tuple[Question, _Rejected]] = []  # since the last answer
+        outcomes: Counter[str] = Counter()
+
+        def record_rejected():
+            for question, _ in rejected:
+                record(question, REFUSED)
+            rejected.clear()
 
         def work():
             nonlocal in_a_row
@@ -171,12 +194,27 @@ class Endpoint:
                         question = next(questions, None)
                     if question is None:
                         return
-                    answer = self.ask(question.messages)
+                    try:
+                        answer = self.ask(question.messages)
+                    except _Rejected as e:
+                        with lock:
+                            rejected.append((question, e))
+                            if len(rejected) >= NO_LABEL:
+                                raise
+                        continue
                     with lock:
                         if self._stop.is_set() and answer is None:
                             return
+                        if answer:
+                            record_rejected()
+                            outcomes[answer.outcome] += 1
                         record(question, answer)
                         in_a_row = 0 if answer else in_a_row + 1
+                        without = not labelled and not outcomes["answered"]
+                        if without and outcomes.total() >= NO_LABEL:
+                            told = ", ".join(f"{n} {why}" for why, n in outcomes.items() if n)
+                            why = f"the first {NO_LABEL} answers hold no label ({told})"
+                            raise UserError(f"--judge-model {brief(self.model)}: {why}.")
                     if in_a_row >= GIVE_UP:
                         why = ", ".join(f"{why} {n}" for why, n in self.counts.most_common(3))
                         why = f"{GIVE_UP} questions in a row unanswered ({why})"
@@ -197,6 +235,9 @@ class Endpoint:
             self._stop.set()
         if errors:
             raise errors[0]
+        if rejected and not labelled and not outcomes:
+            raise rejected[0][1]
+        record_rejected()
 
     def _call(self, method: str, path: str, body: bytes | None, read: Callable, attempts: int):
         """read(the reply's json); again after 429, 5xx, a lost connection or a malformed reply."""

@@ -102,7 +102,9 @@ class Settings:
         if self.sample is None and self.judge == "local" and not self.train:
             raise UserError("--judge local: needs --train, a file of labelled features.")
         writable_file(self.out)
-        if self.out in (self.explanations, self.train, self.human):
+        read = (self.explanations, self.categories, self.train, self.human)
+        taken = {os.path.realpath(name) for name in (*read, self.journal) if name}
+        if os.path.realpath(self.out) in taken:
             raise UserError(f"--out {self.out}: is read as well; another name was expected.")
         self.request_fields()
 
@@ -177,7 +179,9 @@ def ask(
                         journal.write(question, s.judge_model, answer)
                     bar.update()
 
-                server.ask_all(waiting, record, min(s.concurrency, n))
+                known = (journal.answers.get(q.key) for _, _, q in questions())
+                labelled = any(answer and answer.label is not None for answer in known)
+                server.ask_all(waiting, record, min(s.concurrency, n), labelled)
             spent = (now - then for now, then in zip(journal.tokens(), before, strict=True))
             again = (f", {n:,} tried again after {why}" for why, n in server.counts.most_common())
             print(f"asked: {cost(*spent)}{''.join(again)}")

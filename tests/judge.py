@@ -142,9 +142,8 @@ class Handler(BaseHTTPRequestHandler):
                 shown = self.headers["Authorization"][:-4] + "****"  # as some servers do
                 return self.answer(401, {"error": {"message": f"Incorrect API key: {shown}"}})
             case "400":
-                return self.answer(
-                    400, {"error": {"message": f"bad {self.headers['Authorization']} request"}}
-                )
+                said = f"bad {self.headers.get('Authorization')} request"
+                return self.answer(400, {"error": {"message": said}})
             case str() if fault.startswith("http"):
                 return self.answer(307, {}, {"Location": fault})
         reply = {"choices": [{"index": 0, "message": message, "finish_reason": finish}]}

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 from judge import AXBENCH, SOURCE, rows_of, run, truth_of
 
+from labelling import endpoint
 from labelling.categories import OURS, question, read_categories
 from labels import read_header_and_rows
 from runtime.sources import UserError
@@ -148,6 +149,50 @@ def test_a_run_without_any_label_writes_nothing(serve, some, one, tmp_path):
     with pytest.raises(UserError, match="not one of 40 questions got a label .40 unparsable"):
         run(explanations=some, categories=one, endpoint=server.url, judge_model="judge", out=out)
     assert not out.exists()
+
+
+def test_questions_that_a_server_rejects_are_refused_where_it_answers_others(
+    serve, some, one, tmp_path, capsys
+):
+    server, out = serve(fault=lambda n: "400" if n in (0, 7, 39) else None), tmp_path / "l.jsonl"
+    flags = dict(explanations=some, categories=one, judge_model="judge", out=out, concurrency=1)
+    for _ in range(2):
+        run(**flags, endpoint=server.url)
+        assert "37 answered, 3 refused" in capsys.readouterr().out
+    assert len(server.asked) == 40
+
+
+def test_rejected_questions_are_not_recorded_where_no_answer_follows(
+    serve, some, one, tmp_path, monkeypatch
+):
+    """A server that has no credit left says 400 to all: a later run asks them again."""
+    monkeypatch.setattr(endpoint, "NO_LABEL", 5)
+    server, out = serve(fault=lambda n: "400" if n >= 15 else None), tmp_path / "l.jsonl"
+    flags = dict(explanations=some, categories=one, judge_model="judge", out=out, concurrency=1)
+    with pytest.raises(UserError, match="HTTP 400"):
+        run(**flags, endpoint=server.url)
+    assert len(server.asked) == 20
+    server.fault = lambda n: None
+    run(**flags, endpoint=server.url)
+    assert len(rows_of(out)) == 40 and len(server.asked) == 20 + 25
+
+
+def test_a_judge_that_gives_no_label_is_not_paid_in_full(serve, tmp_path):
+    server, out = serve(fault=lambda n: "prose"), tmp_path / "labels.jsonl"
+    flags = dict(explanations=AXBENCH, source=SOURCE, endpoint=server.url, judge_model="judge")
+    with pytest.raises(UserError, match="the first 50 answers hold no label .50 unparsable"):
+        run(**flags, out=out, concurrency=4)
+    assert len(server.asked) <= 50 + 4 and not out.exists()
+
+
+def test_the_output_is_no_file_that_is_read(some, one, tmp_path):
+    journal = tmp_path / "journal.jsonl"
+    journal.write_text("")
+    other = tmp_path / "x" / ".." / "journal.jsonl"
+    (tmp_path / "x").mkdir()
+    for flags in (dict(out=other, journal=journal), dict(out=one)):
+        with pytest.raises(UserError, match="is read as well"):
+            run(explanations=some, categories=one, endpoint="http://x", judge_model="j", **flags)
 
 
 def test_a_question_that_stays_unanswered_is_asked_by_the_next_run(
