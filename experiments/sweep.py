@@ -13,8 +13,8 @@ in train.py's --sae, which must have GemmaScope's folders.
 The same command continues a sweep that was interrupted: a finished run is skipped, an unfinished
 one resumed from its last checkpoint (without one, moved aside and started again). A crashed run is
 reported and the others go on. One run at a time is on each of --devices. On a cluster, --list
-prints the commands for its scheduler; the same command without it then finds the runs finished and
-draws.
+prints the commands for its scheduler; the same command without it draws, once all jobs have ended.
+It would start runs that have not finished, and refuses while another process writes to one.
 
 OUT/layer12-relu-l1_0.02-seed0/   a run as train.py leaves it; its output is in ….log beside it
 OUT/sweep.csv, OUT/sweep.png      a row per finished run; Figure 4: loss and L0 against each axis
@@ -32,6 +32,7 @@ over seeds.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -53,16 +54,21 @@ import torch
 import train
 from audit.published import alike, published
 from fsrl import KINDS
-from runtime import cli, sae_ids
+from runtime import cli, folder, sae_ids
 from runtime.cli import flag
 from runtime.device import dtype_on, resolve_device
 from runtime.folder import read_log
 from runtime.output import replacing, write_whole
 from runtime.progress import progress_bar
-from runtime.sources import UserError, read_json
+from runtime.sources import UserError, read_json, sha256
 from runtime.tables import csv_text
 
+# Flags of train.py that the sweep gives to each run -> its own flag for them.
+ALWAYS = dict(adapter="adapters", seed="seeds", out="out", device="devices")
+AXIS = dict(layer="layers", sae_id="widths", l1="l1", l0="l0")  # where that flag is given
+
 HERE = Path(__file__).resolve().parents[1]
+WEIGHTS = (".safetensors", ".npz")
 TIMED_STEPS = 3
 POLL = 0.2  # seconds between two looks at the runs under way
 
@@ -118,6 +124,11 @@ class Run:
     settings: train.Settings
     width: str  # of the SAE, as the sweep was asked for it; "" where it was not
 
+    @property
+    def resume(self) -> list[str]:
+        """The flag that goes on from the last checkpoint, where there is one."""
+        return ["--resume"] if any(self.out.glob("checkpoints/step-*")) else []
+
     def command(self, *more: str) -> list[str]:
         start = [sys.executable, str(HERE / "train.py"), "--samples", "0"]  # nobody would see them
         return [*start, *self.flags, "--out", str(self.out), *more]
@@ -134,25 +145,45 @@ class Run:
     def finished(self) -> bool:
         """train.py writes the adapter last.
 
-        Raises UserError where the folder holds a run with other settings.
+        Raises UserError where the folder holds a run with other settings, and where a file that it
+        read is still there with other content. Weights are not compared: they are large.
         """
-        if not (self.out / "adapter" / "adapter.safetensors").is_file():
+        if not folder.finished(self.out):
             return False
-        theirs = read_json(self.out / "config.json")["settings"]
+        config = read_json(self.out / "config.json")
+        theirs = config["settings"]
         ours = dataclasses.asdict(self.settings)
         ours["dtype"] = dtype_on(theirs["device"], ours["dtype"])
         for name, value in ours.items():
             if name not in train.FREE and theirs.get(name, value) != value:
                 differs = f"{name} {theirs[name]}, not {value}"
                 raise UserError(f"--out {self.out}: holds a run with {differs}.")
+        for path, digest in config["sha256"].items():
+            compared = Path(path).suffix not in WEIGHTS and Path(path).is_file()
+            if compared and sha256_once(path) != digest:
+                raise UserError(f"--out {self.out}: holds a run that read another {path}.")
         return True
+
+
+sha256_once = functools.cache(lambda path: sha256(Path(path)))
+
+
+def exact(x: float) -> str:
+    """A penalty as short as `:g` shows it, or longer where that would round it."""
+    return f"{x:g}" if float(f"{x:g}") == x else repr(x)
 
 
 def plan(s: Settings, rest: list[str]) -> list[Run]:
     """Every configuration. rest: the flags for every train.py, checked here by its own parser.
 
-    Raises UserError for a mistake in them, and for a width that the SAE's repository does not hold.
+    Raises UserError for a mistake in them, for one that the sweep sets itself, and for a width that
+    the SAE's repository does not hold.
     """
+    ours = ALWAYS | {name: own for name, own in AXIS.items() if getattr(s, own)}
+    for word in rest:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and (own := ours.get(name.replace("-", "_"))):
+            raise UserError(f"--{name} after `--`: the sweep sets it itself, by its own --{own}.")
     runs = []
     for layer, width in itertools.product(s.layers or (None,), s.widths or ("",)):
         place = ["--layer", str(layer)] if layer is not None else []
@@ -162,10 +193,10 @@ def plan(s: Settings, rest: list[str]) -> list[Run]:
             kind = penalty_of(adapter)
             for penalty, seed in itertools.product(getattr(s, kind) or (None,), s.seeds):
                 flags = [*rest, *place, "--adapter", adapter, "--seed", str(seed)]
-                flags += [f"--{kind}", f"{penalty:g}"] if penalty is not None else []
+                flags += [f"--{kind}", exact(penalty)] if penalty is not None else []
                 settings = parsed(flags)
                 where = f"layer{settings.layer}" + (f"-width{width}" if width else "")
-                name = f"{where}-{adapter}-{kind}_{getattr(settings, kind):g}-seed{seed}"
+                name = f"{where}-{adapter}-{kind}_{exact(getattr(settings, kind))}-seed{seed}"
                 runs.append(Run(Path(s.out) / name, tuple(flags), settings, width))
     return runs
 
@@ -207,7 +238,7 @@ def execute(runs: list[Run], devices: list[str]) -> list[Run]:
                     run, device = waiting.pop(0), free.pop(0)
                     try:
                         under_way.append(start(run, device, len(devices)))
-                    except OSError as e:
+                    except (OSError, UserError) as e:
                         bar.write(f"{run.out.name} could not start: {e}", file=sys.stderr)
                         failed.append(run)
                         free.append(device)
@@ -218,15 +249,21 @@ def execute(runs: list[Run], devices: list[str]) -> list[Run]:
                         continue
                     under_way.remove(started)
                     free.append(started.device)
-                    if code:
-                        why = f"failed ({code}): {last_line(started.log)}"
+                    # One that was told to stop saves and ends with 0, before its last step.
+                    if code or not folder.finished(started.run.out):
+                        why = f"failed ({code})" if code else "ended before it was finished"
+                        why += f": {last_line(started.log)}"
                         bar.write(f"{started.run.out.name} {why}", file=sys.stderr)
                         failed.append(started.run)
                 names = ", ".join(started.run.out.name for started in under_way)
                 bar.set_description_str(f"{names}: " if names else "", refresh=False)
                 ended = len(runs) - len(waiting) - len(under_way)
                 bar.update(ended + sum(share_done(started.run) for started in under_way) - bar.n)
-        except KeyboardInterrupt:  # the runs under way hear of it themselves, and save
+        except BaseException as e:  # Ctrl-C, SIGTERM (cli.run), an error: no run outlives the sweep
+            for started in under_way:
+                # Ctrl-C reaches the runs too; a second signal would end them before they save.
+                if not isinstance(e, KeyboardInterrupt):
+                    started.process.terminate()
             for started in under_way:
                 started.process.wait()
             raise
@@ -235,7 +272,8 @@ def execute(runs: list[Run], devices: list[str]) -> list[Run]:
 
 def start(run: Run, device: str, at_once: int) -> Started:
     """Start a run, or go on with it from its last checkpoint."""
-    resume = ["--resume"] if any(run.out.glob("checkpoints/step-*")) else []
+    refuse_live(run)
+    resume = run.resume
     if run.out.exists() and not resume:  # kept beside, so that nothing of the user's is deleted
         aside = (run.out.with_name(f"{run.out.name}.unfinished-{i}") for i in itertools.count(1))
         run.out.rename(next(path for path in aside if not path.exists()))
@@ -252,6 +290,12 @@ def start(run: Run, device: str, at_once: int) -> Started:
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     return Started(run, device, process, log)
+
+
+def refuse_live(run: Run) -> None:
+    """Raises UserError where another process writes to the run's folder."""
+    if run.out.exists():
+        folder.choose_out(str(run.out), run.out.name, resume=True)
 
 
 def visible(index: int) -> str:
@@ -288,10 +332,10 @@ def estimate(runs: list[Run], devices: list[str]) -> tuple[float, str]:
     """
     walls = [wall(run.out) for run in runs if run.finished]
     if walls:
-        return statistics.mean(walls), f"mean of the {len(walls)} finished here"
+        return statistics.mean(walls), f"mean of the {len(walls)} finished here, steps alone"
 
-    with tempfile.TemporaryDirectory() as folder:
-        probe = dataclasses.replace(runs[0], out=Path(folder) / "run")
+    with tempfile.TemporaryDirectory() as place:
+        probe = dataclasses.replace(runs[0], out=Path(place) / "run")
         short = ("--max-steps", str(TIMED_STEPS), "--device", devices[0])
         started = time.perf_counter()
         result = subprocess.run(probe.command(*short), capture_output=True, text=True)
@@ -310,9 +354,9 @@ def estimate(runs: list[Run], devices: list[str]) -> tuple[float, str]:
 
 
 def wall(out: Path) -> float:
-    """Seconds of a finished run from its config.json to its adapter: loading is left out."""
-    end = (out / "adapter" / "adapter.safetensors").stat().st_mtime
-    return end - (out / "config.json").stat().st_mtime
+    """Seconds of a run's steps: loading, evaluations and pauses before --resume are left out."""
+    rows = read_log(out / "metrics.jsonl")
+    return sum(row["seconds"] for row in rows if row["split"] == "train")
 
 
 # --- what came out --------------------------------------------------------------------------------
@@ -372,7 +416,9 @@ class Point(NamedTuple):
     def title(self, axis: str = "weight") -> str:
         """What it shares with the other points of a line along this axis."""
         parts = dict(layer=f"layer {self.layer}", width=self.width and f"width {self.width}")
-        parts |= dict(adapter=self.adapter, weight=f"{self.penalty.upper()} weight {self.weight:g}")
+        parts |= dict(
+            adapter=self.adapter, weight=f"{self.penalty.upper()} weight {exact(self.weight)}"
+        )
         return ", ".join(part for name, part in parts.items() if part and name != axis)
 
     def at(self, axis: str) -> float:
@@ -574,7 +620,7 @@ def main() -> None:
     runs = plan(s, arguments[cut + 1 :])
     todo = [run for run in runs if not run.finished]
     if s.list:
-        print("\n".join(shlex.join(run.command()) for run in todo))
+        print("\n".join(shlex.join(run.command(*run.resume)) for run in todo))
         return
     for name in s.devices:  # UserError where one is not there
         resolve_device(name, runs[0].settings.dtype)
@@ -588,6 +634,8 @@ def main() -> None:
         print(f"{len(todo)} of {len(runs)} to run, {each}.\nSeconds: {how}.")
         return
 
+    for run in todo:  # before any is started
+        refuse_live(run)
     failed = execute(todo, devices) if todo else []
     report(runs, Path(s.out))
     if failed:

@@ -3,6 +3,8 @@ by side.
 """
 
 import csv
+import fcntl
+import hashlib
 import itertools
 import json
 import shutil
@@ -60,7 +62,12 @@ class Process:
         self.all.append(self)
 
     def poll(self):
-        return 0 if time.perf_counter() > self.ended else None
+        if time.perf_counter() <= self.ended:
+            return None
+        adapter = Path(self.command[self.command.index("--out") + 1]) / "adapter"
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_config.json").touch()
+        return 0
 
 
 @pytest.fixture
@@ -104,11 +111,22 @@ def test_the_plan_crosses_everything_and_each_adapter_has_its_penalty(tmp_path):
         (dict(l1=(-1.0,)), [], "--l1 -1.0"),
         (dict(), ["--bogus", "1"], "bogus"),
         (dict(), ["--full"], "--full: a sweep is over adapters"),
+        (dict(), ["--seed=3"], "--seed after `--`: the sweep sets it itself, by its own --seeds"),
+        (dict(l1=(0.1,)), ["--l1", "0.2"], "--l1 after `--`"),
+        (dict(layers=(1,)), ["--layer", "2"], "--layer after `--`.* --layers"),
+        (dict(), ["--out", "x"], "--out after `--`"),
     ],
 )
 def test_mistakes_are_refused_before_anything_runs(tmp_path, more, rest, words):
     with pytest.raises(UserError, match=words):
         sweep.plan(settings(tmp_path, **more), rest)
+
+
+def test_penalties_are_not_rounded(tmp_path):
+    runs = sweep.plan(settings(tmp_path, l1=(0.02, 0.12345678, 1.0, 1e-7)), ["--model", "tiny"])
+    assert [run.settings.l1 for run in runs] == [0.02, 0.12345678, 1.0, 1e-7]
+    names = [run.out.name.split("-", 2)[2] for run in runs]
+    assert names == ["l1_0.02-seed0", "l1_0.12345678-seed0", "l1_1-seed0", "l1_1e-07-seed0"]
 
 
 @pytest.fixture
@@ -236,6 +254,49 @@ def test_an_unfinished_run_goes_on_from_its_checkpoint(tmp_path, processes):
     assert runs[0].out.exists()
 
 
+def test_a_folder_that_another_process_writes_to_is_left_alone(tmp_path, processes, monkeypatch):
+    (run,) = sweep.plan(settings(tmp_path), FLAGS)
+    run.out.mkdir()
+    with open(run.out / "metrics.jsonl", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert sweep.execute([run], ["cpu"]) == [run]
+        monkeypatch.setattr(sys, "argv", ["sweep.py", "--out", str(tmp_path), "--", *FLAGS])
+        with pytest.raises(UserError, match="another run is writing there"):
+            sweep.main()
+    assert processes == [] and [path.name for path in tmp_path.iterdir()] == [run.out.name]
+
+
+def test_a_run_that_was_told_to_stop_is_not_taken_for_finished(tmp_path, processes, monkeypatch):
+    monkeypatch.setattr(Process, "poll", lambda _: 0)
+    runs = sweep.plan(settings(tmp_path), FLAGS)
+    assert sweep.execute(runs, ["cpu"]) == runs
+
+
+@pytest.mark.parametrize("why, told", [(SystemExit, 1), (KeyboardInterrupt, 0)])
+def test_no_run_outlives_the_sweep(tmp_path, processes, monkeypatch, why, told):
+    said = []
+    monkeypatch.setattr(Process, "terminate", lambda _: said.append("end"), raising=False)
+    monkeypatch.setattr(Process, "wait", lambda _: said.append("wait"), raising=False)
+
+    def interrupted(_):
+        raise why
+
+    monkeypatch.setattr(sweep.time, "sleep", interrupted)
+    with pytest.raises(why):
+        sweep.execute(sweep.plan(settings(tmp_path), FLAGS), ["cpu"])
+    assert said == ["end"] * told + ["wait"]
+
+
+def test_the_list_goes_on_from_checkpoints(tmp_path, monkeypatch, capsys):
+    runs = sweep.plan(settings(tmp_path, seeds=(0, 1)), FLAGS)
+    (runs[0].out / "checkpoints" / "step-00000001").mkdir(parents=True)
+    flags = ["--list", "--seeds", "0", "1", "--out", str(tmp_path), "--", *FLAGS]
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *flags])
+    sweep.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith(" --resume") for line in lines] == [True, False]
+
+
 def test_the_progress_counts_the_steps_of_runs_under_way(tmp_path):
     by_steps, by_epochs = (
         sweep.plan(settings(tmp_path / name), [*WHERE, "--layer", "1", *flags])[0]
@@ -261,6 +322,21 @@ def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(tmp_path, 
     (elsewhere,) = sweep.plan(s, [*FLAGS, "--tokens-per-microbatch", "99"])
     assert elsewhere.finished
 
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("now")
+    config = json.loads((run.out / "config.json").read_text())
+    config["sha256"][str(data)] = hashlib.sha256(b"then").hexdigest()
+    (run.out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="holds a run that read another .*pairs.jsonl"):
+        _ = run.finished
+
+
+def test_a_pause_is_no_training_time(tmp_path, finished):
+    rows = [dict(split=split, step=1, seconds=2.5) for split in ("train", "train")]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert sweep.wall(tmp_path) == 5
+    assert 0 < sweep.wall(finished) < 60
+
 
 def test_a_run_that_stayed_with_float32_is_finished_under_the_flags_that_asked_for_bfloat16(
     tmp_path, finished, monkeypatch
@@ -280,7 +356,7 @@ def test_the_estimate_says_where_it_comes_from(tmp_path, finished, monkeypatch):
     runs = sweep.plan(settings(tmp_path, seeds=(0, 1)), flags)
     pretend(finished, runs[0])
     seconds, how = sweep.estimate(runs, ["cpu"])
-    assert seconds == sweep.wall(runs[0].out) and how == "mean of the 1 finished here"
+    assert seconds == sweep.wall(runs[0].out) and how == "mean of the 1 finished here, steps alone"
     shutil.rmtree(runs[0].out)
 
     def timed(command, **_):
@@ -358,7 +434,7 @@ def test_the_authors_sweeps_stand_beside_runs_of_the_published_ones_shape(
 ):
     """Their totals, which hold the penalty, beside ours; α at layer 12, layers at α = 0.01."""
     s = settings(tmp_path, layers=(6, 12), l1=(0.01, 0.02, 0.03), seeds=(0, 1))
-    runs = sweep.plan(s, FLAGS)
+    runs = sweep.plan(s, [*WHERE, "--max-steps", "2"])
     for run in runs:
         like_the_published(finished, run, total=2.0 + run.settings.seed)
     drawn = []
