@@ -35,11 +35,15 @@ from runtime.device import DTYPES
 from runtime.folder import read_log
 from runtime.output import write_whole, writing
 from runtime.progress import parts
-from runtime.sources import UserError, read_json, sha256
+from runtime.sources import UserError, local, read_json, sha256, split_revision
 from runtime.tables import csv_text, plain
 
 # Keys of an identity that must agree where models are compared.
 SAME = ("num_fewshot", "limit", "chat_template", "max_length", "data_sha256", "lm_eval")
+
+
+# What a prompt's tokens depend on, beside the weights.
+TOKENIZER = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ class Settings:
         (), "OUT folders evaluated before with the same settings, to show beside in the table"
     )
     out: str | None = flag(
-        None, "folder for eval/benchmarks/ (default: that of --run, or runs/base-MODEL)"
+        None,
+        "folder for eval/benchmarks/ (default: that of --run, runs/NAME, runs/base-MODEL)",
     )
 
     def __post_init__(self):
@@ -95,7 +100,7 @@ class Identity(NamedTuple):
 
     model: str
     model_revision: str | None
-    model_sha256: dict[str, str]  # of each shard
+    model_sha256: dict[str, str]  # of each shard, config.json and the tokenizer's files
     adapter_sha256: dict[str, str] | None
     layer: int | None
     sae: str | None
@@ -119,7 +124,7 @@ def identity(policy: Policy, s: Settings, max_length: int) -> Identity:
     return Identity(
         model=str(policy.base.source),
         model_revision=policy.base.revision,
-        model_sha256=hashes(policy.base.folder, "*.safetensors"),
+        model_sha256=hashes(policy.base.folder, "*.safetensors", *TOKENIZER),
         adapter_sha256=adapter,
         layer=layer,
         sae=sae and sae.source,
@@ -135,8 +140,9 @@ def identity(policy: Policy, s: Settings, max_length: int) -> Identity:
     )
 
 
-def hashes(folder: Path, pattern: str) -> dict[str, str]:
-    return {file.name: sha256(file) for file in sorted(folder.glob(pattern))}
+def hashes(folder: Path, *patterns: str) -> dict[str, str]:
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    return {file.name: sha256(file) for file in files}
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -256,6 +262,34 @@ def scores_of(out: str, known: dict) -> list[Score]:
     return found
 
 
+def out_of(s: Settings, policy: Policy) -> Path:
+    """--out or its default, which is never a folder of the Hub's cache."""
+    if s.out:
+        return Path(s.out)
+    if s.run and local(s.run, "run") is None:
+        return Path("runs") / Path(split_revision(s.run)[0]).name
+    return policy.folder or Path("runs") / f"base-{Path(policy.name).name}"
+
+
+def titles(out: Path, beside: tuple[str, ...]) -> list[str]:
+    """A title for each column: its folder's name, and the parent's where two are alike.
+
+    Raises UserError where that does not tell them apart.
+    """
+    places = [Path(folder).resolve() for folder in (out, *beside)]
+    names = [place.name for place in places] + ["paper"]
+    found = []
+    for i, place in enumerate(places):
+        alike = names.count(place.name) > 1
+        title = f"{place.name} ({place.parent.name})" if alike else place.name
+        if title in found:
+            raise UserError(
+                f"--beside {beside[i - 1]}: a column of the table has its name already."
+            )
+        found.append(title)
+    return found
+
+
 def write_json(path: Path, value: dict, indent: int | None = None) -> None:
     def of_numpy(x):
         return plain(x) if hasattr(x, "item") else str(x)
@@ -283,12 +317,13 @@ def evaluate(s: Settings) -> Path:
     policy = lm.policy
     if s.chat_template:
         lm.chat_template(True)  # raises for a tokenizer without one, before any work
-    out = policy.folder or Path("runs") / f"base-{Path(policy.name).name}"
-    out = Path(s.out) if s.out else out
+    out = out_of(s, policy)
+    title, *others = titles(out, s.beside)
     folder = out / "eval" / "benchmarks"
     loaded = harness.load_tasks(s.tasks, s.data_dir, s.num_fewshot)
     known = json.loads(json.dumps(identity(policy, s, lm.max_length)._asdict()))
-    beside = {Path(other).name: scores_of(other, known) for other in s.beside}
+    found = [scores_of(other, known) for other in s.beside]
+    beside = dict(zip(others, found, strict=True))
     metrics = {name: finished(folder / f"{name}.json", known) for name in loaded.tasks}
     with writing(out):
         folder.mkdir(parents=True, exist_ok=True)
@@ -314,7 +349,7 @@ def evaluate(s: Settings) -> Path:
         write_whole(folder / "results.csv", csv_text(rows))
         write_json(folder / "results.json", dict(identity=known, results=rows), indent=2)
     if found:
-        print(table({out.name: found} | beside | (dict(paper=paper) if paper else {})))
+        print(table({title: found} | beside | (dict(paper=paper) if paper else {})))
     print(
         f"Written to {folder}: results.json, results.csv, and every document's scores in TASK.json"
     )

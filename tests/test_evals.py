@@ -3,7 +3,9 @@ them resumes."""
 
 import importlib.util
 import json
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from evals.chat_template import ChatTemplate
 from evals.run import Score, Settings
 from fsrl import Unsteered
 from generation.export import export
+from policy import open_policy
 from runtime import cli
 from runtime.sources import UserError
 
@@ -550,6 +553,32 @@ def test_mistakes_are_one_sentence(questions, tmp_path):
     refused("--tasks gsm8k", tasks=("gsm8k",), data_dir=folder, num_fewshot=40)
     refused("--max-length 5000", tasks=("gsm8k",), data_dir=folder, max_length=5000)
     refused("states no chat template", tasks=("gsm8k",), data_dir=folder, chat_template=True)
+
+
+def test_columns_of_one_name_are_told_apart():
+    assert run.titles(ROOT / "a" / "x", ("b/x", "c/y")) == ["x (a)", "x (b)", "y"]
+    for again in (str(ROOT / "a" / "x"), str(ROOT / "b" / ".." / "a" / "x"), "other/a/x"):
+        with pytest.raises(UserError, match="--beside .*x: a column of the table has its name"):
+            run.titles(ROOT / "a" / "x", (again,))
+
+
+def test_the_results_of_a_run_on_the_hub_are_not_written_to_its_cache(tmp_path):
+    opened = SimpleNamespace(folder=tmp_path, name=str(tmp_path))
+    for name, out in (("own/name@v1", "runs/name"), (str(tmp_path), tmp_path)):
+        assert run.out_of(Settings(run=name, tasks=("gsm8k",)), opened) == Path(out)
+
+
+def test_the_tokenizer_identifies_a_score(tmp_path):
+    shutil.copytree(GOLDEN / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    opened, s = open_policy(None, model=str(tmp_path / "model")), Settings(tasks=("gsm8k",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "version", lambda _: "1")
+        known = [run.identity(opened, s, 8)]
+        for name in run.TOKENIZER:
+            (tmp_path / "model" / name).write_text("changed")
+            known.append(run.identity(opened, s, 8))
+    assert len({str(i) for i in known}) == len(known)
 
 
 def test_without_the_harness_help_works_and_a_run_says_what_to_install(monkeypatch, capsys):
