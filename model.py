@@ -374,6 +374,8 @@ class Gemma2(nn.Module):
         missing or truncated shard, and naming the tensor for a wrong name or shape.
         """
         patterns = ["config.json", "*.safetensors", "*.index.json", "tokenizer*.json", "*.jinja"]
+        # Not read here, but copied beside weights that we write, for transformers.
+        patterns += ["generation_config.json", "special_tokens_map.json"]
         folder, commit = fetch(source, "model", patterns)
         config = Gemma2Config.from_json(folder / "config.json")
         with torch.device("meta"):

@@ -4,6 +4,7 @@ train.py starts a run with new_policy. Every other script takes --run OUT and re
 has written there with open_policy.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -291,9 +292,22 @@ def save(out: Path, policy: Policy, who: Ranks) -> None:
     if who.first:
         with replacing(out / "model") as part:
             policy.base.save_pretrained(part, state)
-            for path in policy.base.folder.iterdir():
-                if path.name in TOKENIZER_FILES:
-                    shutil.copyfile(path, part / path.name)
+            copy_tokenizer(policy, part)
+
+
+def copy_tokenizer(policy: Policy, folder: Path) -> None:
+    """Copy the base model's tokenizer files to a folder of weights for transformers.
+
+    Without a generation_config.json it would end an answer at <eos> alone, which config.json names,
+    and not at <end_of_turn>; a model that has none gets one.
+    """
+    for path in policy.base.folder.iterdir():
+        if path.name in TOKENIZER_FILES:
+            shutil.copyfile(path, folder / path.name)
+    path, stop = folder / "generation_config.json", policy.tokenizer.token_to_id("<end_of_turn>")
+    if stop is not None and not path.exists():
+        ids = dict(bos_token_id=2, eos_token_id=[1, stop], pad_token_id=0)  # as in config.json
+        path.write_text(json.dumps(ids, indent=2) + "\n")
 
 
 # --- a run to read --------------------------------------------------------------------------------

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fsrl import SteeredModel, Unsteered
-from policy import TOKENIZER_FILES, Policy, identity, open_policy
+from policy import Policy, copy_tokenizer, identity, open_policy
 from runtime import cli
 from runtime.cli import flag
-from runtime.device import DTYPES
+from runtime.device import DTYPES, dtype_on
 from runtime.output import replacing, writable
 from runtime.sources import UserError, read_json
 
@@ -109,14 +109,15 @@ def export(policy: Policy, folder: Path, reference: bool = False) -> None:
             base.save_pretrained(part, base.state_dict() | named)
         text = json.dumps(read_json(part / "config.json") | config(policy, reference), indent=2)
         (part / "config.json").write_text(text + "\n")
-        for path in (*base.folder.iterdir(), CODE):
-            if path.name in (*TOKENIZER_FILES, CODE.name):
-                shutil.copyfile(path, part / path.name)
+        copy_tokenizer(policy, part)
+        shutil.copyfile(CODE, part / CODE.name)
 
 
 def main() -> None:
     s = cli.parse(Settings, doc=__doc__)
-    policy = open_policy(s.run, s.model, s.sae, s.sae_id, "cpu", s.dtype)
+    # Opened in a dtype whose products this processor has, and stored in the one asked for.
+    policy = open_policy(s.run, s.model, s.sae, s.sae_id, "cpu", dtype_on("cpu", s.dtype))
+    policy.base.to(getattr(torch, s.dtype))
     export(policy, Path(s.to), s.reference)
     size = sum(path.stat().st_size for path in Path(s.to).iterdir())
     print(f"Written to {s.to}: {size / 1e6:,.0f} MB")

@@ -11,11 +11,14 @@ import torch
 from conftest import GOLDEN, script
 from safetensors.torch import load_file, save_file
 
+from data import load_tokenizer
 from fsrl import Adapter, SteeredModel, Unsteered
 from generation import decode
+from generation import export as exporting
 from generation.export import CODE, Settings, export
 from model import Gemma2
-from policy import DEFAULTS, Policy
+from policy import DEFAULTS, TOKENIZER_FILES, Policy
+from runtime import device
 from runtime.device import resolve_device
 from runtime.sources import UserError
 from sae import ARRAYS, JumpReLUSAE, save_gemmascope
@@ -36,7 +39,8 @@ def policy_of(family: str, kind: str) -> Policy:
     if adapter.raw_threshold is not None:
         adapter.set_threshold(torch.rand(n, generator=g) / 2)
     steered = SteeredModel(model, JumpReLUSAE(arrays), adapter, layer=2).requires_grad_(False)
-    return Policy(steered, None, resolve_device("cpu", "float32"), DEFAULTS, family)
+    tokenizer = load_tokenizer(GOLDEN / "model")
+    return Policy(steered, tokenizer, resolve_device("cpu", "float32"), DEFAULTS, family)
 
 
 def opened(folder: Path, **options):
@@ -201,6 +205,34 @@ def exported(tiny_run, tmp_path_factory) -> Path:
     result = script("-m", "generation.export", "--run", tiny_run, "--to", folder)
     assert result.returncode == 0 and f"Written to {folder}" in result.stdout, result.stderr
     return folder
+
+
+def test_bfloat16_is_stored_where_its_products_are_not_fast(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "BFLOAT16_PRODUCTS", ())
+    flags = ["--run", tiny_run, "--to", tmp_path / "hf", "--dtype", "bfloat16"]
+    monkeypatch.setattr("sys.argv", ["export", *map(str, flags)])
+    exporting.main()
+    held = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {t.dtype for t in held.values() if t.dim() == 2} == {torch.bfloat16}
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_an_answer_ends_with_its_turn_where_the_base_model_does_not_say_so(tmp_path):
+    policy = policy_of("gemma2", "relu")
+    assert not (policy.base.folder / "generation_config.json").exists()
+    export(policy, tmp_path / "hf")
+    stop = policy.tokenizer.token_to_id("<end_of_turn>")
+    stops = json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [1, stop] and stop > 1
+
+
+def test_the_hub_is_asked_for_the_files_that_are_copied(monkeypatch):
+    asked = []
+    monkeypatch.setattr("model.fetch", lambda *given: asked.extend(given[2]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Gemma2.from_pretrained("own/name")
+    copied = set(TOKENIZER_FILES) - {"tokenizer.model"}  # transformers reads tokenizer.json instead
+    assert all(any(map(Path(name).match, asked)) for name in copied)
 
 
 QUESTION = "What is a kettle used for?"
