@@ -7,9 +7,9 @@ and prompt with rejected response, all positions but the first, and each dimensi
 spread. Rounds of --round-tokens are computed once and kept in OUT/stream; training goes through
 them --passes times, each round mixed with the one before. After every round the state is saved, so
 that the same command goes on where it stopped. At the end OUT/resid_post/... holds the SAE in Gemma
-Scope 2's layout, and OUT/quality.json what it is worth on the test split: variance explained, the
-loss that the model keeps when the SAE's reconstruction stands in for the stream, L0, and features
-that never fire.
+Scope 2's layout, and quality.json in the same folder what it is worth on the test split: variance
+explained, the loss that the model keeps when the SAE's reconstruction stands in for the stream, L0,
+and features that never fire.
 """
 
 import json
@@ -31,6 +31,7 @@ from runtime.device import DTYPES, Device, resolve_device
 from runtime.messages import brief
 from runtime.output import replacing, writable, write_whole
 from runtime.progress import parts, progress_bar, say
+from runtime.rows import data_files
 from runtime.sources import UserError, read_json, sha256
 from sae import ARRAYS, JumpReLUSAE
 from tiny.sae_trainer import Trainer
@@ -198,6 +199,7 @@ def check_same(s: Settings, out: Path) -> None:
     """
     path, free = out / "settings.json", ("out", "device", "test_pairs")
     own = {name: value for name, value in asdict(s).items() if name not in free}
+    own["data_sha256"] = [sha256(file.path) for file in data_files(s.data)[0]]
     if not path.exists():
         write_whole(path, json.dumps(own, indent=1) + "\n")
         return
@@ -205,6 +207,9 @@ def check_same(s: Settings, out: Path) -> None:
         there = read_json(path)
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: not readable ({brief(e)}).") from e
+    # A folder of an earlier version does not say what its data were.
+    if there.setdefault("data_sha256", own["data_sha256"]) != own["data_sha256"]:
+        raise UserError(f"--out {out}: holds a training on other content of --data {s.data}.")
     for name, value in own.items():
         if there.get(name) != value:
             flag, held = name.replace("_", "-"), brief(there.get(name))
@@ -215,6 +220,9 @@ def train(s: Settings) -> Path:
     """Train, save and measure; returns the SAE's folder."""
     out, device = writable(Path(s.out)), resolve_device(s.device, s.dtype)
     model, tokenizer = load_base(s.model, device.dtype, device.name)
+    blocks = model.config.num_hidden_layers
+    if s.layer >= blocks:
+        raise UserError(f"--layer {s.layer}: {s.model} has blocks 0 to {blocks - 1}.")
     limits = dict(max_length=s.max_length, max_prompt_length=s.max_length // 2)
     recorded = DEFAULTS._replace(data=s.data, **limits)
     splits = [read_pairs(s.data, tokenizer, recorded, split) for split in ("train", "test")]

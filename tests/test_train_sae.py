@@ -58,6 +58,19 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(trained, tmp_path, mo
     shutil.rmtree(tmp_path)
 
 
+def test_mistakes_are_found_before_the_work(tmp_path):
+    with pytest.raises(UserError, match="--layer 6: tiny has blocks 0 to 5"):
+        train_sae.train(replace(SMALL, layer=6, out=str(tmp_path / "sae")))
+    pairs = tmp_path / "pairs.jsonl"
+    s = replace(SMALL, data=str(pairs))
+    pairs.write_text("then")
+    train_sae.check_same(s, tmp_path)
+    train_sae.check_same(s, tmp_path)
+    pairs.write_text("now")
+    with pytest.raises(UserError, match="a training on other content of --data"):
+        train_sae.check_same(s, tmp_path)
+
+
 def test_the_arrays_act_on_the_raw_stream_as_the_trainer_does_on_the_scaled_one():
     g = torch.Generator().manual_seed(0)
     x = 300 * torch.randn(400, 8, generator=g) + 50
