@@ -500,6 +500,12 @@ def jobs(s: Settings) -> Iterator[tuple[Recipe, int]]:
             yield RECIPES["none"], seed + 10_000
 
 
+def costly(s: Settings, recipe: Recipe, seed: int) -> bool:
+    """Whether audit_costly is due for this policy."""
+    causes = world.CAUSES.get(recipe.name, (None,))
+    return bool(causes[0]) and seed < s.first_seed + s.costly_seeds
+
+
 class Runner:
     """Loads the world once; trains and audits policies in it."""
 
@@ -521,7 +527,7 @@ class Runner:
         after = train.evaluate(policy.model, few, scorer_of(policy, training_settings(seed)))
         answers, kept, kept_in_answers = audit(policy, recipe, self.ground), {}, {}
         sampled, found, lengths = audit_answers(policy, self.ground)
-        if world.CAUSES.get(recipe.name, (None,))[0] and seed < s.first_seed + s.costly_seeds:
+        if costly(s, recipe, seed):
             more, kept, kept_in_answers = audit_costly(policy, recipe, self.ground)
             answers["own"] |= more
         return Audited(
@@ -561,7 +567,11 @@ def run(s: Settings) -> list[Audited]:
         raise UserError(f"--out {s.out}: {other}.")
 
     done = {(row.policy, row.seed): row for row in known}
-    missing = [(recipe, seed) for recipe, seed in jobs(s) if (recipe.name, seed) not in done]
+    missing = []
+    for recipe, seed in jobs(s):
+        row = done.get((recipe.name, seed))
+        if row is None or (costly(s, recipe, seed) and not row.kept):  # made under fewer of them
+            missing.append((recipe, seed))
     make = Runner(s) if missing else None
     bars = dict(training=0.5)  # of a run's time, about
     for recipe, seed in parts(missing, "planted", "runs", lambda job: job[0].name, bars):

@@ -5,6 +5,7 @@ resumes.
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -238,6 +239,15 @@ def test_runs_are_written_counted_and_not_made_twice(tmp_path, monkeypatch):
     assert all(len(in_answers[name]) == len(NUMBERS) for name in planted.IN_ANSWERS)
     assert "a command" in (tmp_path / "tables.md").read_text()
     assert planted.run(s) == rows and (tmp_path / "runs.jsonl").read_text() == runs
+
+    # A row made when its seed was not among --costly-seeds is made again.
+    text = json.dumps(rows[0]._replace(kept={}, kept_in_answers={})._asdict()) + "\n"
+    (tmp_path / "runs.jsonl").write_text(text)
+    with monkeypatch.context() as patch:
+        patch.setattr(planted, "Runner", lambda _: lambda recipe, seed: rows[0])
+        assert planted.run(replace(s, costly_seeds=0))[0].kept == {}
+        assert planted.run(s) == rows
+
     other = script("-m", "experiments.planted", "--out", tmp_path)
     assert other.returncode == 2 and "other settings" in other.stderr
     assert "Traceback" not in other.stderr
