@@ -65,7 +65,9 @@ def choose(logits: Tensor, s: Sampling, draws: Tensor) -> Tensor:
     if s.temperature == 0:
         return logits.argmax(-1)
 
-    logits, ids = logits.double() / s.temperature, None
+    # The largest becomes 0, so that a tiny temperature makes no infinity of it.
+    logits, ids = logits.double(), None
+    logits = (logits - logits.amax(-1, keepdim=True)) / s.temperature
     if s.top_k or s.top_p < 1:
         logits, ids = logits.topk(min(s.top_k or logits.shape[1], logits.shape[1]))  # descending
     p = logits.softmax(-1)

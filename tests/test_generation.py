@@ -219,6 +219,12 @@ def test_a_few_rows_give_what_many_give_with_gradients():
 # --- sampling -------------------------------------------------------------------------------------
 
 
+def test_a_tiny_temperature_is_greedy():
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    for s in (Sampling(1e-310), Sampling(5e-324, top_k=5), Sampling(1e-310, top_p=0.5)):
+        assert choose(logits, s, torch.full((8,), 0.5).double()).equal(logits.argmax(-1))
+
+
 @pytest.mark.parametrize(
     "s", [Sampling(0.7), Sampling(1.3, top_k=5), Sampling(1.0, top_p=0.6), Sampling(2.0, 40, 0.8)]
 )
