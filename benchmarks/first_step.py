@@ -13,7 +13,6 @@ and of the whole; tokens; and the peak of resident memory at the end of the step
 
 import json
 import math
-import os
 import random
 import shutil
 import subprocess
@@ -159,7 +158,7 @@ def main() -> None:
     command = [sys.executable, "train.py"]
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     found = watched(command, out)
-    print(json.dumps(dict(shape=s.shape, dtype=s.dtype, threads=os.cpu_count()) | found))
+    print(json.dumps(dict(shape=s.shape, dtype=s.dtype, threads=torch.get_num_threads()) | found))
 
 
 if __name__ == "__main__":

@@ -38,10 +38,12 @@ TITLES += ["matmul, TFLOP/s", "peak memory, GB: allocated / reserved"]
 
 
 def table(content: dict) -> str:
-    s, gpu, parts = content["settings"], content["hardware"], content["parts"]
+    s, parts = content["settings"], content["parts"]
+    gpu = content.get("hardware", dict(name="GPU unknown"))  # no process lived to name it
     good = {name: part for name, part in parts.items() if "failed" not in part}
     memory = f"{gpu['bytes'] / 1e9:.1f} GB, " if "bytes" in gpu else ""
     here = ", ".join(f"{key} {value}" for key, value in gpu.items() if key not in ("name", "bytes"))
+    here = here or "Versions unknown"
     cap = f", capped at {s['memory_cap']:g} GB" if s["memory_cap"] else ""
     lines = [f"# {gpu['name']}{cap}", "", f"{memory}{here}.", ""]
     lines += [f"{s['shape']}, dtype {s['dtype']}, random weights, {s['pairs']} pairs a step.", ""]

@@ -67,7 +67,7 @@ def label(folder: Path, *flags) -> float:
 
 
 def endpoint(folder: Path, flags: list, concurrency: int) -> None:
-    seen: list[float] = []
+    seen = [memory()]
 
     def watch():
         while True:

@@ -56,6 +56,12 @@ def test_parts_that_share_a_model(tmp_path):
     )
 
 
+def test_a_file_without_hardware_is_a_table_too():
+    failed = dict(settings=dict(TINY, dtype="auto", memory_cap=None), wanted=["full"])
+    page = gpu_table.table(failed | dict(parts={"full": dict(failed="its process died")}))
+    assert page.startswith("# GPU unknown") and "full (its process died)" in page
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """Which processes were asked for what; a part's answer is taken from `answers`."""
