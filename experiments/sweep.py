@@ -158,7 +158,7 @@ class Run:
             if name not in train.FREE and theirs.get(name, value) != value:
                 differs = f"{name} {theirs[name]}, not {value}"
                 raise UserError(f"--out {self.out}: holds a run with {differs}.")
-        for path, digest in config["sha256"].items():
+        for path, digest in config.get("sha256", {}).items():
             compared = Path(path).suffix not in WEIGHTS and Path(path).is_file()
             if compared and sha256_once(path) != digest:
                 raise UserError(f"--out {self.out}: holds a run that read another {path}.")
