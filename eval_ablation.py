@@ -29,6 +29,7 @@ between two conditions is resampled as a difference, pair by pair.
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -38,6 +39,8 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # see train.py
 
 import numpy as np
 import torch
@@ -215,7 +218,7 @@ def steer_variants(steered: SteeredModel, x: Tensor, variants: Variants) -> list
     """x [T, d] -> x' [T, d] for each condition; the adapter runs once."""
     pieces = []
     for rows in steered.pieces(x):
-        v = steered.steering(rows)  # [rows, d] -> [rows, F]
+        v = steered.acting(rows)  # [rows, d] -> [rows, F]
         pieces.append([steered.add(rows, changed) for changed in variants(v)])
     return [torch.cat(condition) for condition in zip(*pieces, strict=True)]
 
@@ -293,7 +296,7 @@ def feature_usage(policy: Policy, pairs: list[Pair]) -> np.ndarray:
         pieces = zip(policy.steered.pieces(stream.x), policy.steered.pieces(weight), strict=True)
         for rows, copies in pieces:
             with policy.autocast():
-                active = policy.steered.steering(rows) != 0
+                active = policy.steered.acting(rows) != 0
             used += copies @ active.to(copies.dtype)
     return (used / positions).cpu().numpy()
 

@@ -329,7 +329,7 @@ class SteeredModel(PolicyModel):
         """
         return x.split(max(STEER_ROWS, STEER_ELEMENTS[x.device.type] // self.sae.d_sae))
 
-    def steering(self, x: Tensor) -> Tensor:
+    def acting(self, x: Tensor) -> Tensor:
         """v as it acts, which the audit counts and ranks: x [rows, d] -> [rows, F]."""
         return self.clamped(x, self.adapter(x))
 

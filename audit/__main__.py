@@ -32,12 +32,15 @@ behaviour over prompts.
 
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # see train.py
 
 import numpy as np
 import pyarrow as pa

@@ -115,7 +115,7 @@ def count(
             streams += onehot @ x.float()
             place.index_add_(0, segment * L + at, torch.ones_like(at))
             with policy.autocast():
-                v, f = steered.steering(x), steered.sae.encode(x)  # [rows, d] -> [rows, F]
+                v, f = steered.acting(x), steered.sae.encode(x)  # [rows, d] -> [rows, F]
             for side, value in enumerate((v, f)):
                 value = value.float()
                 active = (value != 0).float()

@@ -54,7 +54,7 @@ def cards(policy: Policy, pairs: list[Pair], which: Sequence[int]) -> dict[str, 
     for stream in policy.streams(pairs, "strongest contexts") if which else ():
         packed = stream.packed
         with policy.autocast():
-            v = torch.cat([steered.steering(x)[:, index] for x in steered.pieces(stream.x)]).float()
+            v = torch.cat([steered.acting(x)[:, index] for x in steered.pieces(stream.x)]).float()
         v[packed.position == 0] = 0
         for tree in range(len(stream.pairs)):
             rows = (packed.tree == tree).nonzero()[:, 0]

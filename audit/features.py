@@ -396,7 +396,7 @@ def examples(policy: Policy, pairs: Sequence[Pair], labels: list[Labels]) -> dic
                 rows = ((packed.tree == tree) & (packed.branch == branch)).nonzero()[:, 0]
                 rows = rows[-EXAMPLE_TOKENS:] if name == "prompt" else rows[:EXAMPLE_TOKENS]
                 with policy.autocast():
-                    v = policy.steered.steering(stream.x[rows]).float()
+                    v = policy.steered.acting(stream.x[rows]).float()
                 # Every average leaves the first position out; shown, it would outshine the rest.
                 v[packed.position[rows] == 0] = 0
                 shown[pair][name] = _example(policy, packed.tokens[rows], v)

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # see train.py
+
 import pytest
 import torch
 from safetensors.torch import load_file

@@ -163,7 +163,7 @@ class Features(NamedTuple):
             return lambda x: self.values[side][x[:, 0].long()]
 
         sae = SimpleNamespace(d_sae=self.values.shape[-1], d_model=1, encode=of(1))
-        return SimpleNamespace(sae=sae, steering=of(0), pieces=lambda x: (x,))
+        return SimpleNamespace(sae=sae, acting=of(0), pieces=lambda x: (x,))
 
     device = CPU
 

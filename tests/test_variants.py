@@ -93,7 +93,7 @@ def test_steering_is_the_long_form_with_the_clamp(monkeypatch, kind):
     torch.testing.assert_close(ours, clamped, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(l1, v.abs().sum(1), atol=1e-12, rtol=1e-12)
     assert ((clamped - free).abs().max() > 0.01) == (kind == "soft-threshold")
-    acting = steered.steering(x)  # what the audit counts: adding it is adding v
+    acting = steered.acting(x)  # what the audit counts: adding it is adding v
     expected = (f + v).clamp(min=0) - f if kind == "soft-threshold" else v
     torch.testing.assert_close(acting, expected, atol=0, rtol=0)
     torch.testing.assert_close(steered.add(x, acting), ours, atol=1e-12, rtol=1e-12)
