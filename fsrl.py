@@ -277,7 +277,7 @@ class PolicyModel(nn.Module):
     ) -> States:
         """A packed stream of T tokens -> final states and steering norms.
 
-        attend: how blocks attend (Gemma2.plan). change: given v as it acts, what is added instead.
+        attend: how blocks attend (Gemma2.plan). change: applied to v before it is added.
         """
         raise NotImplementedError
 
@@ -319,7 +319,7 @@ class SteeredModel(PolicyModel):
         parts = []
         for rows in self.pieces(x):
             v, l1, l0 = self.adapter.steering(rows)  # [rows, d] -> [rows, F]
-            v = change(self.clamped(rows, v)) if change else v
+            v = change(v) if change else v
             parts.append((self.add(rows, v), l1, l0))
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 

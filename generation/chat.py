@@ -7,8 +7,8 @@ steered each token.
     python -m generation --run runs/tiny --prompts questions.jsonl --trace runs/trace.html
 
 --scale, --only and --without change the steering v before it is added, in the prompt as in the
-answer. A trace shows v as it was added, at the token that it was computed at; it changes what the
-next token is.
+answer. A trace shows v (of soft-threshold before the clamp), at the token that it was computed at;
+it changes what the next token is.
 """
 
 import math

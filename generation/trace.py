@@ -24,7 +24,7 @@ class Steered(NamedTuple):
     """One of the features steered most at a position."""
 
     feature: int
-    value: float  # of v, as it was added
+    value: float  # of v; a soft-threshold is clamped after that, where f + v is negative
     explanation: str | None
 
     def __str__(self) -> str:
