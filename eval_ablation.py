@@ -127,6 +127,8 @@ def open_evaluation(s: Settings) -> Evaluation:
         raise UserError("--labels: two files have the same name, by which tables tell them apart.")
 
     pairs, source = policy.eval_pairs(s.data, s.pairs)
+    if len(pairs) < 2:
+        raise UserError(f"--data {source}: 1 pair to evaluate on; an interval needs two.")
     about = described_run(policy, source, pairs, [described(table) for table in labels])
     about |= dict(beta=policy.recorded.beta, gamma_ratio=policy.recorded.gamma_ratio)
     return Evaluation(policy, pairs, labels, about | dict(bootstrap=s.bootstrap, seed=s.seed), out)

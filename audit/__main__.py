@@ -114,6 +114,8 @@ class Settings(eval_ablation.Settings):
         super().__post_init__()
         cli.at_least(self, 0, "static_pairs", "nodes", "prompts", "carrier_pairs")
         cli.at_least(self, 1, "shift_pairs", "answer_tokens")
+        if self.prompts == 1:
+            raise UserError("--prompts 1: an interval needs two; 0 leaves the part out.")
         if not all(abs(c) <= 1e6 for c in self.coefficients):  # larger ones overflow the loss
             raise UserError("--coefficients: numbers from -1e6 to 1e6 were expected.")
         if not all(m >= 1 for m in self.top_features):

@@ -279,6 +279,8 @@ def test_mistakes_end_in_a_sentence_and_leave_nothing(tiny_run, tmp_path):
         (("--run", out, "--bootstrap", 0), "--bootstrap"),
         (("--run", out, "--only", "everything"), "--only everything"),
         (("--run", out, "--coefficients", 1e300), "--coefficients"),
+        (("--run", out, "--pairs", 1), "1 pair to evaluate on"),
+        (("--run", out, "--prompts", 1), "--prompts 1"),
         ((), "--run"),
     ):
         with pytest.raises(UserError, match=named):
