@@ -351,7 +351,8 @@ class Known:
     """What features.parquet and the cards say of features; a link asks for the feature's card."""
 
     def __init__(self, run: RunFiles):
-        self.table = _parquet(run.folder / "eval" / "features.parquet")
+        beside = "examples" not in run.left_out  # made together
+        self.table = _parquet(run.folder / "eval" / "features.parquet") if beside else None
         self.extra = {}
         for name in ("examples", "attribution_cards"):
             self.extra |= run.tables.get(name, {}).get("cards") or {}

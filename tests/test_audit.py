@@ -210,13 +210,16 @@ def test_only_what_is_missing_or_out_of_date_is_made_again(audited, tmp_path, ca
         audit(*flags, "--static-pairs", 0)
 
 
-def test_tables_of_other_pairs_or_labels_are_left_out(audited):
-    out, _ = audited
+def test_tables_of_other_pairs_or_labels_are_left_out(audited, tmp_path):
+    out = shutil.copytree(audited[0], tmp_path / "run")
     about = read(out, "choices")["about"]
     assert report.read_run(out, about).left_out == []
     other = report.read_run(out, about | dict(pairs_sha256="0"))
     assert {*other.left_out} >= {"choices", "topk", "static", "examples"}
     assert other.tables.keys().isdisjoint(other.left_out)
+    assert "Steered most" in report.write_report(out, about).read_text()
+    text = report.write_report(out, about | dict(pairs_sha256="0")).read_text()
+    assert "Left out, because" in text and "Steered most" not in text
     relabelled = report.read_run(out, about | dict(labels=[])).left_out
     assert "choices" in relabelled and "topk" not in relabelled and "static" not in relabelled
 
