@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from audit.choices import END, REST, Classes
 from data import Pair, header_ids
+from labels import RESERVED
 from policy import Policy
 from runtime.messages import brief
 from runtime.sources import UserError, read_json, sha256
@@ -60,7 +61,7 @@ def read_rules(path: str | Path) -> Rules:
         raise UserError(f"{flag}: holds no rule.")
     patterns = {}
     for name, given in raw.items():
-        if not name.strip() or name in (END, REST):
+        if not name.strip() or name in RESERVED:
             raise UserError(f"{flag}: {brief(name)!r} cannot be the name of a rule.")
         given = [given] if isinstance(given, str) else given
         if not isinstance(given, list) or not given or not all(isinstance(x, str) for x in given):
